@@ -1,0 +1,1 @@
+"""The deployed classifier: numpy, OpenCV and OpenVINO only."""

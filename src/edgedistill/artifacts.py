@@ -1,0 +1,182 @@
+"""Every file of a run: where it lies, how it is written whole or not at all, and how it is checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.errors import ArtifactError
+
+FORMAT_VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; fsynced and renamed to ``path`` when the block ends well.
+
+    Whatever happens, ``path`` is either the old file or the whole new one, and no temporary file of this process stays.
+    Raises ArtifactError that names the file and the remedy when the disk is full or cannot be written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        _fsync(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        temporary = None
+        _fsync(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"{path}: the disk is full; free some space and run the command again with --resume"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+        raise
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: dict[str, Any], *, format: str) -> None:
+    """A JSON object with its format name and version in front."""
+    write_text(
+        path, json.dumps({"format": format, "version": FORMAT_VERSION} | values, indent=2, ensure_ascii=False) + "\n"
+    )
+
+
+def read_json(path: Path, *, format: str) -> dict[str, Any]:
+    """Raises ArtifactError when the file is missing, is not JSON, or has another format or version."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path}: not valid JSON ({error}); write it again with the command that made it"
+        ) from error
+    got = (values.get("format"), values.get("version")) if isinstance(values, dict) else (type(values).__name__, None)
+    if got != (format, FORMAT_VERSION):
+        raise ArtifactError(
+            f"{path}: format {got[0]!r} version {got[1]!r}, expected {format!r} version {FORMAT_VERSION}"
+        )
+    return values
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """An .npy file of plain numbers or fixed-width strings; never a pickle."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_array(path: Path, *, mmap: bool = False) -> npt.NDArray[Any]:
+    """Raises ArtifactError when the file is missing, damaged or holds Python objects."""
+    try:
+        return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, EOFError) as error:
+        raise ArtifactError(f"{path}: damaged or not a plain array ({error}); make it again") from error
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """One line, flushed; a torn last line of a killed process is dropped by ``read_jsonl``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def sha256_file(path: Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The names inside runs/NAME; design and README list the same tree."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset.csv"
+
+    def teacher(self, fold: int) -> Path:
+        return self.root / "teacher" / f"fold-{fold}"
+
+    @property
+    def soft_labels(self) -> Path:
+        return self.root / "soft_labels"
+
+    @property
+    def student(self) -> Path:
+        return self.root / "student"
+
+    @property
+    def hard_label_student(self) -> Path:
+        return self.root / "student-hard-labels"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.pt"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def openvino(self) -> Path:
+        return self.root / "openvino"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def settings_dict(settings: Any) -> dict[str, Any]:
+    """A frozen settings dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))

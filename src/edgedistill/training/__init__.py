@@ -1,0 +1,1 @@
+"""Networks by name, the loop, losses, optimisers and checkpoints that teacher and student share."""

@@ -1,0 +1,1 @@
+"""K-fold teachers and their out-of-fold soft labels."""

@@ -1,1 +1,12 @@
-"""The deployed classifier: numpy, OpenCV and OpenVINO only."""
+"""The Python runtime: `Classifier` for one image at a time, `Engine` for throughput, `frames` for video and folders.
+
+Needs numpy, OpenCV, simplejpeg and OpenVINO; runs where torch is not installed.
+"""
+
+from edgedistill.runtime.bundle import Bundle, DeployConfig
+from edgedistill.runtime.classifier import Classifier
+from edgedistill.runtime.engine import Engine
+from edgedistill.runtime.network import Frame, Prediction
+from edgedistill.runtime.video import frames
+
+__all__ = ["Bundle", "Classifier", "DeployConfig", "Engine", "Frame", "Prediction", "frames"]

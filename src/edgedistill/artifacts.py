@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import numpy.typing as npt
 from edgedistill.errors import ArtifactError
 
 FORMAT_VERSION = 1
+REFUSALS = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+FULL_DISK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -42,17 +45,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         temporary = None
         _fsync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        if _disk_is_full(error, path.parent):
             raise ArtifactError(
                 f"{path}: the disk is full; free some space and run the command again with --resume"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if isinstance(error, OSError) and error.errno in REFUSALS:
             raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
         raise
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _disk_is_full(error: Exception, folder: Path) -> bool:
+    """numpy (OSError without a number) and torch (RuntimeError) do not say why a write stopped short."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return folder.is_dir() and shutil.disk_usage(folder).free < FULL_DISK_BYTES
 
 
 def _fsync(path: Path) -> None:

@@ -7,12 +7,14 @@ Validation, soft labels, calibration, tuning, the Python runtime and the C++ run
    (``decode="reduced"``) or by exact area averaging.
 3. ``crop and resize``: centred crop, 8-bit bilinear to height x width.
 
-Needs numpy and OpenCV only.
+Needs numpy, OpenCV and simplejpeg (libjpeg-turbo) only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +22,10 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 
 from edgedistill.errors import ArtifactError, ImageError
+from edgedistill.image_headers import ImageHeader, check_png, read_header
 
 ImageU8 = npt.NDArray[np.uint8]
 DecodeMode = Literal["full", "reduced"]
@@ -32,6 +36,15 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 DEFAULT_MAX_PIXELS = 100_000_000
 REDUCTIONS = (8, 4, 2)
+
+_OPENCV_FLAGS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+# cv2.flip codes (1 left-right, 0 up-down, -1 both), after the transposition of orientations 5 to 8.
+_FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class InputSpec:
                 mean=tuple(float(v) for v in values["mean"]),  # type: ignore[arg-type]
                 std=tuple(float(v) for v in values["std"]),  # type: ignore[arg-type]
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ArtifactError(f"input spec: {error}; export the model again") from error
 
     def resized(self, height: int, width: int | None = None) -> InputSpec:
@@ -129,32 +142,46 @@ def reduce_area(image: ImageU8, k: int) -> ImageU8:
     if k == 1:
         return image
     height, width = image.shape[:2]
-    pad_h, pad_w = -height % k, -width % k
+    whole_h, whole_w = height // k, width // k
+    out = np.empty((-(-height // k), -(-width // k), 3), np.uint8)
+    # Only the edges are padded: copying all of a 1920x1281 frame for one missing row took as long as averaging it.
+    _average(image[: whole_h * k, : whole_w * k], k, out[:whole_h, :whole_w])
+    _average(image[whole_h * k :, : whole_w * k], k, out[whole_h:, :whole_w])
+    _average(image[:, whole_w * k :], k, out[:, whole_w:])
+    return out
+
+
+def _average(image: ImageU8, k: int, out: ImageU8) -> None:
+    if out.size == 0:
+        return
+    pad_h, pad_w = -image.shape[0] % k, -image.shape[1] % k
     if pad_h or pad_w:
         image = cv2.copyMakeBorder(image, 0, pad_h, 0, pad_w, cv2.BORDER_REPLICATE)  # type: ignore[assignment]
-    size = (image.shape[1] // k, image.shape[0] // k)
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+    out[:] = cv2.resize(image, (out.shape[1], out.shape[0]), interpolation=cv2.INTER_AREA)
 
 
-def crop_and_resize(image: ImageU8, spec: InputSpec) -> ImageU8:
-    """Step 3: uint8 [h, w, 3] -> uint8 [spec.height, spec.width, 3]."""
+def crop_and_resize(image: ImageU8, spec: InputSpec, *, out: ImageU8 | None = None) -> ImageU8:
+    """Step 3: uint8 [h, w, 3] -> uint8 [spec.height, spec.width, 3], written to ``out`` where that is given."""
     height, width = image.shape[:2]
     crop_h, crop_w = crop_size(height, width, spec)
     top, left = (height - crop_h) // 2, (width - crop_w) // 2
     crop = image[top : top + crop_h, left : left + crop_w]
     if crop.shape[:2] == (spec.height, spec.width):
-        return np.ascontiguousarray(crop)
-    return cv2.resize(crop, (spec.width, spec.height), interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
+        if out is None:
+            return crop.copy()
+        np.copyto(out, crop)
+        return out
+    return cv2.resize(crop, (spec.width, spec.height), dst=out, interpolation=cv2.INTER_LINEAR)  # type: ignore[return-value]
 
 
-def prepare(image: npt.NDArray[Any], spec: InputSpec) -> ImageU8:
+def prepare(image: npt.NDArray[Any], spec: InputSpec, *, out: ImageU8 | None = None) -> ImageU8:
     """A decoded frame to network pixels (the ``frames`` path): area reduction, crop, bilinear resize.
 
-    ``image``: uint8 or uint16 [h, w], [h, w, 1], [h, w, 3] BGR or [h, w, 4] BGRA; returns uint8 [H, W, 3] BGR.
-    Raises ImageError for any other shape or dtype.
+    ``image``: uint8 or uint16 [h, w], [h, w, 1], [h, w, 3] BGR or [h, w, 4] BGRA; returns uint8 [H, W, 3] BGR, which is
+    ``out`` where that is given. Raises ImageError for any other shape or dtype.
     """
     frame = to_bgr(image)
-    return crop_and_resize(reduce_area(frame, reduction(frame.shape[0], frame.shape[1], spec)), spec)
+    return crop_and_resize(reduce_area(frame, reduction(frame.shape[0], frame.shape[1], spec)), spec, out=out)
 
 
 def to_bgr(image: npt.NDArray[Any]) -> ImageU8:
@@ -167,8 +194,28 @@ def to_bgr(image: npt.NDArray[Any]) -> ImageU8:
     if image.dtype == np.uint16:
         image = (image >> 8).astype(np.uint8)
     if image.ndim == 2 or image.shape[2] == 1:
-        return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)  # type: ignore[return-value]
-    return image if image.shape[2] == 3 else np.ascontiguousarray(image[:, :, :3])
+        return cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2BGR)  # type: ignore[return-value]
+    # OpenCV refuses views with negative strides (a flipped frame, image[..., ::-1]) and byte-swapped arrays.
+    return np.ascontiguousarray(image[:, :, :3], dtype=np.uint8)
+
+
+class DecodeBuffer:
+    """Memory that one thread decodes JPEGs into again and again: 15% of the time at 1920x1281 was page faults.
+
+    Pixels decoded into it are gone with the next decode. It keeps the largest size it has seen, up to ``limit_bytes``.
+    """
+
+    def __init__(self, limit_bytes: int = 64 << 20) -> None:
+        self._limit = limit_bytes
+        self._memory: ImageU8 = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> ImageU8 | None:
+        """At least ``size`` bytes, or None where that is above the limit."""
+        if size > self._limit:
+            return None
+        if self._memory.size < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory
 
 
 def load_image(
@@ -177,17 +224,20 @@ def load_image(
     *,
     decode: DecodeMode = "reduced",
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    out: ImageU8 | None = None,
+    buffer: DecodeBuffer | None = None,
 ) -> ImageU8:
     """An encoded image to network pixels (the ``files`` path).
 
-    ``source``: a path or the encoded bytes. Returns uint8 [H, W, 3] BGR. Raises ImageError that names the file.
+    ``source``: a path or the encoded bytes. Returns uint8 [H, W, 3] BGR, which is ``out`` where that is given;
+    ``buffer`` saves allocations over many images. Raises ImageError that names the file.
     """
     data, name = read_bytes(source)
-    height, width, kind = image_size(data, name=name, max_pixels=max_pixels)
-    k = reduction(height, width, spec)
-    if decode == "reduced" and kind == "jpeg" and k > 1:
-        return crop_and_resize(decode_image(data, name=name, k=k), spec)
-    return crop_and_resize(reduce_area(decode_image(data, name=name), k), spec)
+    header = _checked_header(data, name, max_pixels)
+    k = reduction(*header.upright_size, spec)
+    if decode == "reduced" and header.kind == "jpeg":
+        return crop_and_resize(_decode(data, header, name, k=k, buffer=buffer), spec, out=out)
+    return crop_and_resize(reduce_area(_decode(data, header, name, buffer=buffer), k), spec, out=out)
 
 
 def read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
@@ -197,9 +247,15 @@ def read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
     else:
         name = str(source)
         try:
-            data = Path(source).read_bytes()
+            # A pipe or a device would be read for ever.
+            if not stat.S_ISREG(os.stat(source).st_mode):  # noqa: PTH116 - Path.stat costs three times as much here
+                raise ImageError(f"{name}: not a file; name an image file")
+            with open(source, "rb", buffering=0) as file:  # noqa: PTH123
+                data = file.readall()
         except OSError as error:
             raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
+        except ValueError as error:
+            raise ImageError(f"{name!r}: cannot be read ({error})") from error
     if not data:
         raise ImageError(f"{name}: the file is empty; delete it or copy it again")
     return data, name
@@ -210,35 +266,92 @@ def image_size(data: bytes, *, name: str = "<bytes>", max_pixels: int = DEFAULT_
 
     ``kind`` is 'jpeg', 'png', 'webp', 'bmp' or 'tiff'. Raises ImageError for other formats and above ``max_pixels``.
     """
-    kinds = (
-        (b"\xff\xd8", "jpeg"),
-        (b"\x89PNG", "png"),
-        (b"RIFF", "webp"),
-        (b"BM", "bmp"),
-        (b"II", "tiff"),
-        (b"MM", "tiff"),
-    )
-    kind = next((kind for magic, kind in kinds if data.startswith(magic)), None)
-    if kind is None:
-        raise ImageError(f"{name}: not a JPEG, PNG, WebP, BMP or TIFF file; convert it or remove it")
-    image = decode_image(data, name=name)
-    if image.shape[0] * image.shape[1] > max_pixels:
-        raise ImageError(f"{name}: {image.shape[1]}x{image.shape[0]} pixels, the limit is {max_pixels}")
-    return image.shape[0], image.shape[1], kind
+    header = _checked_header(data, name, max_pixels)
+    return *header.upright_size, header.kind
 
 
-def decode_image(data: bytes, *, name: str = "<bytes>", k: int = 1) -> ImageU8:
-    """Step 1: uint8 [h, w, 3] BGR; ``k`` in {1, 2, 4, 8} scales a JPEG in its DCT to ceil(size / k)."""
-    flags = {
-        1: cv2.IMREAD_COLOR,
-        2: cv2.IMREAD_REDUCED_COLOR_2,
-        4: cv2.IMREAD_REDUCED_COLOR_4,
-        8: cv2.IMREAD_REDUCED_COLOR_8,
-    }
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags[k])
+def decode_image(data: bytes, *, name: str = "<bytes>", k: int = 1, max_pixels: int = DEFAULT_MAX_PIXELS) -> ImageU8:
+    """Step 1: uint8 [h, w, 3] BGR; ``k`` in {1, 2, 4, 8} scales a JPEG in its DCT to ceil(size / k).
+
+    Raises ImageError that names the file when it is damaged, too large or of a foreign format, and for ``k`` > 1 on
+    anything but a JPEG (there, ``reduce_area`` follows the decoding).
+    """
+    header = _checked_header(data, name, max_pixels)
+    if k not in _OPENCV_FLAGS or (k > 1 and header.kind != "jpeg"):
+        raise ImageError(f"{name}: a {header.kind} cannot be decoded at 1/{k}; only JPEG can, at 1/2, 1/4 and 1/8")
+    return _decode(data, header, name, k=k)
+
+
+def _checked_header(data: bytes, name: str, max_pixels: int) -> ImageHeader:
+    header = read_header(data, name)
+    if header.height * header.width > max_pixels:
+        raise ImageError(
+            f"{name}: {header.width}x{header.height} pixels, the limit is {max_pixels}; make it smaller or raise the limit"
+        )
+    return header
+
+
+def _decode(data: bytes, header: ImageHeader, name: str, *, k: int = 1, buffer: DecodeBuffer | None = None) -> ImageU8:
+    expected = (-(-header.height // k), -(-header.width // k), 3)
+    if header.kind == "jpeg":
+        image = _decode_jpeg(data, header, name, k=k, buffer=buffer)
+    else:
+        if header.kind == "png":
+            check_png(data, name)
+        flags = cv2.IMREAD_COLOR | (cv2.IMREAD_ANYDEPTH if header.kind == "tiff" else cv2.IMREAD_IGNORE_ORIENTATION)
+        image = _decode_opencv(data, flags, name)
+    if header.kind == "tiff":
+        # OpenCV applies a TIFF's orientation whatever it is told, and rounds 16 bits where everything else shifts.
+        expected = (*header.upright_size, 3)
+        if image.dtype == np.uint16:
+            image = (image >> 8).astype(np.uint8)
+    else:
+        image = _upright(image, header.orientation)
+        expected = (expected[1], expected[0], 3) if header.orientation >= 5 else expected
+    if image.dtype != np.uint8 or image.shape != expected:
+        raise ImageError(
+            f"{name}: decodes to {image.dtype} {image.shape}, its header says uint8 {expected}; convert it or remove it"
+        )
+    return image
+
+
+def _decode_jpeg(data: bytes, header: ImageHeader, name: str, *, k: int, buffer: DecodeBuffer | None) -> ImageU8:
+    """Through libjpeg-turbo with its warnings as errors: OpenCV prints them and returns the damaged picture.
+
+    The pixels are OpenCV's, bit for bit (ISLOW, fancy upsampling); colour spaces and subsamplings that the strict
+    decoder does not do are OpenCV's own.
+    """
+    height, width = -(-header.height // k), -(-header.width // k)
+    opencv = not header.plain_jpeg or header.jpeg_components == 4
+    try:
+        if header.plain_jpeg and header.jpeg_components == 4:
+            simplejpeg.decode_jpeg(data, "CMYK")
+        # Below 16 pixels several of the decoder's scales give the same size, and it may take another than 1/k.
+        elif not opencv and (k == 1 or max(header.height, header.width) >= 16):
+            memory = buffer.take(3 * height * width) if buffer else None
+            least = (height, width) if k > 1 else (0, 0)
+            return simplejpeg.decode_jpeg(data, "BGR", min_height=least[0], min_width=least[1], buffer=memory)
+    except ValueError as error:
+        raise ImageError(f"{name}: damaged or truncated ({error}); copy it again or remove it") from error
+    return _decode_opencv(data, _OPENCV_FLAGS[k] | cv2.IMREAD_IGNORE_ORIENTATION, name)
+
+
+def _decode_opencv(data: bytes, flags: int, name: str) -> ImageU8:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise ImageError(f"{name}: OpenCV cannot decode it ({error.err}); convert it or remove it") from error
     if image is None:
         raise ImageError(f"{name}: damaged or truncated; copy it again or remove it")
     return image  # type: ignore[return-value]
+
+
+def _upright(image: ImageU8, orientation: int) -> ImageU8:
+    """EXIF orientation: 2 to 4 mirror and turn, 5 to 8 also swap height and width."""
+    if orientation >= 5:
+        image = cv2.transpose(image)  # type: ignore[assignment]
+    flip = _FLIPS.get(orientation)
+    return image if flip is None else cv2.flip(image, flip)  # type: ignore[return-value]
 
 
 def normalize(images: ImageU8, spec: InputSpec) -> npt.NDArray[np.float32]:

@@ -1,0 +1,233 @@
+"""The figures promised for the Python runtime, measured and judged:
+
+    python -m edgedistill.benchmarks.python_runtime runs/NAME/openvino --out benchmarks/results/python-runtime.json
+
+- scope files, FP32, against the naive program: at least 1.8x on a 640x427 JPEG and 3x on a 1920x1281 one;
+- scope model, FP32, within 5% of benchmark_app on the same IR with the same streams, threads and requests;
+- the engine at 0.9 or more of the machine's limit, the sum of one single-threaded process per core, all at once;
+- memory flat over 50,000 images; `edgedistill --help` in under half a second.
+
+The rounds interleave everything that is compared. Exit code 0 when every figure is reached, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from edgedistill import console
+from edgedistill.artifacts import write_json
+from edgedistill.benchmarks.bench_fps import measure_entries, result_rows, short
+from edgedistill.benchmarks.inputs import InputSet, input_sets, write_jpeg
+from edgedistill.benchmarks.machine import artifact_hash, machine_record
+from edgedistill.benchmarks.plan import BenchSettings, Entry, Workers, plan_entries
+from edgedistill.benchmarks.target import BASE, OWN, Target
+from edgedistill.benchmarks.timing import Runner, Slice, Spread, Worker, WorkerCase, ratios
+from edgedistill.errors import EdgedistillError, UsageError
+from edgedistill.runtime import Engine
+
+FORMAT = "edgedistill-python-runtime"
+LIMIT = "process-per-core"
+SMALL, LARGE = (640, 427), (1920, 1281)
+TARGET_SMALL, TARGET_LARGE, TARGET_BENCHMARK_APP, TARGET_LIMIT = 1.8, 3.0, 0.95, 0.9
+TARGET_HELP_S, TARGET_GROWTH_MIB = 0.5, 8.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One promise: ``value`` in ``unit`` has to be at least (or, ``at_most``, at most) ``target``."""
+
+    name: str
+    value: Spread
+    target: float
+    unit: str = "x"
+    at_most: bool = False
+
+    @property
+    def reached(self) -> bool:
+        return self.value.median <= self.target if self.at_most else self.value.median >= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        sign = "<=" if self.at_most else ">="
+        shown = self.value.to_dict()
+        return {"name": self.name, "value": shown, "unit": self.unit, "target": f"{sign} {self.target}"} | {
+            "reached": self.reached
+        }
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Several single-threaded processes at the same time, as one runner: images add up, the slowest ends the time."""
+
+    cases: tuple[WorkerCase, ...]
+
+    def run(self, seconds: float) -> Slice:
+        with ThreadPoolExecutor(len(self.cases)) as pool:
+            parts = list(pool.map(lambda case: case.run(seconds), self.cases))
+        return Slice(sum(part.count for part in parts), max(part.seconds for part in parts))
+
+
+def photographs(images: Sequence[str], scratch: Path) -> tuple[list[InputSet], str]:
+    """(a 640x427 and a 1920x1281 JPEG, where they come from): given ones, scikit-learn's photograph, or generated."""
+    if images:
+        if len(images) != 2:
+            raise UsageError(f"--images: {len(images)} given, expected two, a small and a large JPEG")
+        return input_sets(images, dataset=None, scratch=scratch)
+    package = importlib.util.find_spec("sklearn")
+    china = Path(package.origin or "").parent / "datasets/images/china.jpg" if package else Path()
+    if not china.is_file():
+        return input_sets((), dataset=None, scratch=scratch)
+    large = scratch / "china-1920x1281.jpg"
+    write_jpeg(large, cv2.resize(cv2.imread(str(china)), LARGE, interpolation=cv2.INTER_CUBIC))  # type: ignore[arg-type]
+    sets = [InputSet("china.jpg 640x427 JPEG", (china,)), InputSet("china.jpg at 1920x1281 JPEG", (large,))]
+    return sets, "scikit-learn's china.jpg, as it is and enlarged (bicubic, JPEG quality 90)"
+
+
+def speed_entries(settings: BenchSettings, sets: Sequence[InputSet]) -> list[Entry]:
+    """Everything that is compared in FPS, measured."""
+    target = Target.open(settings.path)
+    with ExitStack() as stack:
+        workers = Workers(stack, settings, target, sets)
+        entries = workers.prepare(plan_entries(settings, target, sets))
+        for one in sets:
+            planned = Entry(LIMIT, "files", "throughput", one.name, "f32")
+            cases = []
+            for core in sorted(os.sched_getaffinity(0)):
+                worker = stack.enter_context(Worker(workers.command(OWN)))
+                request = workers.request(planned) | {"candidate": OWN, "mode": "latency", "core": core}
+                cases.append(WorkerCase.prepare(worker, one.name, request))
+            runner: Runner = SideBySide(tuple(cases))
+            entries.append(Entry(LIMIT, "files", "throughput", one.name, "f32", runner=runner))
+        return measure_entries(entries, rounds=settings.rounds, seconds=settings.seconds)
+
+
+def speed_figures(entries: Sequence[Entry], sets: Sequence[InputSet]) -> list[Figure]:
+    """Raises EdgedistillError where something that has to be compared was not measured."""
+    tensor = next(entry.input for entry in entries if entry.scope == "model")
+    figures = []
+    for one, target in zip(sets, (TARGET_SMALL, TARGET_LARGE), strict=True):
+        engine = _slices(entries, OWN, "throughput", "files", one.name)
+        naive = _slices(entries, BASE, "latency", "files", one.name)
+        limit = _slices(entries, LIMIT, "throughput", "files", one.name)
+        figures.append(Figure(f"files, {one.name}: Engine / naive f32", ratios(engine, naive), target))
+        figures.append(Figure(f"files, {one.name}: Engine / process per core", ratios(engine, limit), TARGET_LIMIT))
+    for mode in ("latency", "throughput"):
+        own, app = (_slices(entries, name, mode, "model", tensor) for name in (OWN, "benchmark_app"))
+        figures.append(Figure(f"model, {mode}: ours / benchmark_app", ratios(own, app), TARGET_BENCHMARK_APP))
+    return figures
+
+
+def _slices(entries: Sequence[Entry], candidate: str, mode: str, scope: str, name: str) -> tuple[Slice, ...]:
+    entry = next(e for e in entries if (e.candidate, e.mode, e.scope, e.input) == (candidate, mode, scope, name))
+    if entry.reason:
+        raise EdgedistillError(f"{candidate}, scope {scope}: not measured: {entry.reason}")
+    return entry.slices
+
+
+def help_figure(runs: int = 9) -> Figure:
+    """Wall time of `edgedistill --help` in a fresh process, as a user waits for it."""
+    command = [sys.executable, "-c", "from edgedistill.cli import main; main()", "--help"]
+    seconds = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    # The first run may read everything from disk; a user's second call is what half a second is promised for.
+    return Figure("edgedistill --help", Spread.of(seconds[1:]), TARGET_HELP_S, unit="s", at_most=True)
+
+
+def memory_figure(path: Path, image: Path, count: int) -> Figure:
+    """Growth of resident memory, MiB, while the engine answers ``count`` images, after the first tenth has warmed it."""
+    data = image.read_bytes()
+    start_mib, grown_mib = None, [0.0]
+    with Engine(path, precision="f32") as engine, console.progress("memory", count) as bar:
+        for number, prediction in enumerate(engine.map(itertools.repeat(data, count)), 1):
+            if prediction.error is not None:
+                raise EdgedistillError(prediction.error)
+            if number >= count // 10 and number % max(1, count // 50) == 0:
+                bar.update(0, completed=number)  # type: ignore[arg-type]
+                start_mib = resident_mib() if start_mib is None else start_mib
+                grown_mib.append(resident_mib() - start_mib)
+    growth = Spread(grown_mib[-1], min(grown_mib), max(grown_mib))
+    return Figure(f"memory growth over {count} images", growth, TARGET_GROWTH_MIB, unit="MiB", at_most=True)
+
+
+def resident_mib() -> float:
+    """This process's resident memory (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> int:
+    options = _parsed()
+    machine = machine_record()
+    with tempfile.TemporaryDirectory(prefix="edgedistill-bench-") as scratch:
+        sets, origin = photographs(options.images, Path(scratch))
+        settings = BenchSettings(
+            path=options.bundle,
+            scopes=("model", "files"),
+            vs=("naive", "benchmark_app"),
+            precisions=("f32",),
+            rounds=options.rounds,
+            seconds=options.seconds,
+        )
+        entries = speed_entries(settings, sets)
+        figures = speed_figures(entries, sets)
+        if options.memory_images:
+            figures.append(memory_figure(options.bundle, sets[0].paths[0], options.memory_images))
+    figures.append(help_figure())
+    record = {
+        "machine": machine,
+        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.python_runtime", *sys.argv[1:]]),
+        "artifact": {"path": str(options.bundle), "sha256": artifact_hash(Target.open(options.bundle).files)},
+        "images": origin,
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "figures": [figure.to_dict() for figure in figures],
+        "results": result_rows(entries),
+    }
+    write_json(options.out, record, format=FORMAT)
+    rows = [_shown(figure) for figure in figures]
+    console.out.print(console.table("Python runtime", ("figure", "median", "min-max", "target", "reached"), rows))
+    console.out.print(str(options.out))
+    return 0 if all(figure.reached for figure in figures) else 1
+
+
+def _shown(figure: Figure) -> list[str]:
+    value, target = figure.value, figure.to_dict()["target"]
+    spread = f"{short(value.min)}-{short(value.max)}"
+    return [figure.name, f"{short(value.median)} {figure.unit}", spread, target, "yes" if figure.reached else "NO"]
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.python_runtime", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("bundle", type=Path, help="openvino/ folder or model.xml")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per candidate and round")
+    parser.add_argument("--memory-images", type=int, default=50_000, help="0 leaves that figure out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except EdgedistillError as problem:
+        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        sys.exit(problem.exit_code)

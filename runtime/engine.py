@@ -1,0 +1,350 @@
+"""Many images per second, in order, in bounded memory: `Engine`.
+
+One worker thread per core does everything for one image after the other (read, decode, resize, infer) with its own
+infer request and buffers; OpenCV, libjpeg and OpenVINO release Python's lock meanwhile. Handing pixels from decoding
+threads to an asynchronous inference queue was slower: it moves them between caches and wakes threads twice per image.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from edgedistill.errors import ImageError, ModelError, UsageError
+from edgedistill.images import DecodeMode, InputSpec
+from edgedistill.runtime.bundle import Bundle
+from edgedistill.runtime.network import (
+    CacheDir,
+    Frame,
+    Network,
+    Prediction,
+    Source,
+    Worker,
+    as_frame,
+    failed,
+    resolve_precision,
+    usable_cores,
+)
+
+Policy = Literal["block", "drop_oldest"]
+JOIN_TIMEOUT_S = 10.0
+
+
+class _ClosedError(ModelError):
+    """The engine was closed before an image's turn came."""
+
+
+class _Ticket:
+    """One image on its way. ``done`` is held until its outcome is there."""
+
+    __slots__ = ("_outcome", "done", "frame")
+
+    def __init__(self, frame: Frame | None) -> None:
+        self.frame = frame
+        self.done = threading.Lock()
+        self.done.acquire()
+        self._outcome: Prediction | BaseException = _ClosedError("not answered yet")
+
+    def finish(self, outcome: Prediction | BaseException) -> None:
+        self._outcome, self.frame = outcome, None
+        self.done.release()
+
+    def wait(self) -> None:
+        self.done.acquire()
+        self.done.release()
+
+    def result(self) -> Prediction:
+        """Waits. Raises what the worker raised."""
+        self.wait()
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+
+class _Pool:
+    """The tickets that wait and the threads that serve them. Threads know the pool, never the engine."""
+
+    def __init__(self) -> None:
+        # Re-entrant: the garbage collector may close an engine or a generator in a thread that holds it.
+        self.lock = threading.RLock()
+        self.closed = False
+        self._work = threading.Condition(self.lock)
+        self._waiting: deque[_Ticket] = deque()
+
+    def put(self, ticket: _Ticket) -> None:
+        with self.lock:
+            self.put_locked(ticket)
+
+    def put_locked(self, ticket: _Ticket) -> None:
+        if self.closed:
+            raise _ClosedError("the engine is closed; make a new one")
+        self._waiting.append(ticket)
+        self._work.notify()
+
+    def take(self, count: int) -> list[_Ticket]:
+        """One to ``count`` tickets, as soon as there is one; none when the pool is closed."""
+        with self.lock:
+            while not self._waiting and not self.closed:
+                self._work.wait()
+            return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+
+    def withdraw_locked(self, ticket: _Ticket) -> bool:
+        """False when a worker has it already."""
+        try:
+            self._waiting.remove(ticket)
+        except ValueError:
+            return False
+        return True
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            abandoned, self._waiting = list(self._waiting), deque()
+            self._work.notify_all()
+        for ticket in abandoned:
+            ticket.finish(_ClosedError("the engine was closed before this image was answered; make a new one"))
+
+
+def _serve(pool: _Pool, worker: Worker) -> None:
+    """A worker thread's life. Whatever goes wrong with an image is handed to whoever waits for it."""
+    while tickets := pool.take(worker.batch):
+        try:
+            predictions = worker.answer([ticket.frame for ticket in tickets if ticket.frame is not None])
+        except BaseException as error:
+            for ticket in tickets:
+                ticket.finish(error)
+        else:
+            for ticket, prediction in zip(tickets, predictions, strict=True):
+                ticket.finish(prediction)
+
+
+def _shut_down(pool: _Pool, threads: Sequence[threading.Thread]) -> None:
+    pool.close()
+    for thread in threads:
+        # The garbage collector may run this in a worker.
+        if thread is not threading.current_thread():
+            thread.join(JOIN_TIMEOUT_S)
+
+
+class Engine:
+    """A throughput engine: every core busy, answers in order, bounded memory. Use it in a ``with`` block.
+
+    ``path``, ``precision``, ``decode``, ``cache_dir``: as in `Classifier`. ``streams``: images worked on at once (and
+    worker threads); ``threads``: OpenVINO's inference threads in all; ``batch``: images per inference. By default what
+    deploy.json says, and one stream and one thread per core where it says nothing. ``queue_size``: images held at any
+    moment, waiting, in work or answered but not yet taken.
+
+    ``map`` is for files and anything that can wait. ``submit`` and ``results`` are for cameras: under ``policy``
+    'block' a full engine makes ``submit`` wait, under 'drop_oldest' it gives up its oldest image that nobody began.
+
+    An image that cannot be read gets a Prediction whose ``error`` is set, and the rest goes on. Safe to use from
+    several threads. Raises ArtifactError or ModelError when the model cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Bundle,
+        *,
+        precision: str | None = None,
+        streams: int | None = None,
+        threads: int | None = None,
+        batch: int | None = None,
+        policy: Policy = "block",
+        queue_size: int | None = None,
+        decode: DecodeMode | None = None,
+        cache_dir: CacheDir = None,
+    ) -> None:
+        bundle = path if isinstance(path, Bundle) else Bundle.load(path)
+        tuned, cores = bundle.config.throughput, usable_cores()
+        self.streams = min(tuned.streams or cores, cores) if streams is None else streams
+        self.batch = tuned.batch if batch is None else batch
+        self.queue_size = 4 * self.streams * self.batch + 1 if queue_size is None else queue_size
+        self.dropped = 0
+        self._policy = policy
+        properties: dict[str, Any] = {
+            "NUM_STREAMS": str(self.streams),
+            "INFERENCE_NUM_THREADS": max(self.streams, min(tuned.threads or 0, cores)) if threads is None else threads,
+        }
+        if tuned.pinning is not None:
+            properties["ENABLE_CPU_PINNING"] = tuned.pinning
+        self._check(threads)
+        self._network = Network(
+            bundle,
+            precision=resolve_precision(bundle, precision, tuned.precision),
+            decode=decode,
+            batch=self.batch,
+            properties=properties,
+            cache_dir=cache_dir,
+        )
+        self._pool = _Pool()
+        self._changed = threading.Condition(self._pool.lock)
+        self._submitted: deque[_Ticket] = deque()
+        self._finished = False
+        self._start()
+
+    def _check(self, threads: int | None) -> None:
+        for name, value in (("streams", self.streams), ("threads", threads), ("batch", self.batch)):
+            if value is not None and not 1 <= value <= 4096:
+                raise ModelError(f"{name} {value}, expected 1 to 4096")
+        if self._policy not in ("block", "drop_oldest"):
+            raise ModelError(f"policy {self._policy!r}, expected 'block' or 'drop_oldest'")
+        if self.queue_size <= self.streams * self.batch:
+            raise ModelError(
+                f"queue_size {self.queue_size}, expected more than streams x batch = {self.streams * self.batch}"
+            )
+
+    def _start(self) -> None:
+        workers = [Worker(self._network) for _ in range(self.streams)]
+        threads = [
+            threading.Thread(target=_serve, args=(self._pool, worker), name=f"edgedistill-{number}", daemon=True)
+            for number, worker in enumerate(workers)
+        ]
+        # Also at interpreter exit: a daemon thread inside OpenVINO when Python ends would take the process down.
+        self._finalizer = weakref.finalize(self, _shut_down, self._pool, threads)
+        for thread in threads:
+            thread.start()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self._network.bundle.labels
+
+    @property
+    def spec(self) -> InputSpec:
+        """Of the first stage."""
+        return self._network.spec
+
+    @property
+    def precision(self) -> str:
+        return self._network.precision
+
+    @property
+    def network(self) -> Network:
+        """The compiled networks and their settings, for those who measure them."""
+        return self._network
+
+    def close(self) -> None:
+        """Ends the threads; images in work are finished first, waiting ones are not. Twice does no harm."""
+        self._finalizer()
+        with self._changed:
+            self._changed.notify_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def map(self, sources: Iterable[Source]) -> Iterator[Prediction]:
+        """One Prediction per source, in order. ``sources`` is read lazily, in the caller's thread, never more than
+        ``queue_size`` images ahead of what was taken; it may be endless. Closing the iterator early is fine.
+        """
+        if isinstance(sources, str | Path | bytes | Frame) or (isinstance(sources, np.ndarray) and sources.ndim < 4):
+            raise UsageError("Engine.map wants many images: give a list or an iterator of paths, bytes or arrays")
+        if self._pool.closed:
+            raise _ClosedError("the engine is closed; make a new one")
+        return self._mapped(sources)
+
+    def _mapped(self, sources: Iterable[Source]) -> Iterator[Prediction]:
+        pending: deque[_Ticket] = deque()
+        try:
+            for source in sources:
+                pending.append(self._begin(source))
+                # Also what is ready although there is room: a slow source must not hold answers back.
+                while pending and (len(pending) >= self.queue_size or not pending[0].done.locked()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            with self._pool.lock:
+                for ticket in pending:
+                    self._pool.withdraw_locked(ticket)
+
+    def _begin(self, source: Source) -> _Ticket:
+        ticket = self._ticket(source)
+        if ticket.frame is not None:
+            self._pool.put(ticket)
+        return ticket
+
+    def _ticket(self, source: Source) -> _Ticket:
+        """A ticket; already answered, and without a frame, when ``source`` is no image at all."""
+        try:
+            return _Ticket(as_frame(source))
+        except ImageError as error:
+            ticket = _Ticket(None)
+            ticket.finish(failed("", error))
+            return ticket
+
+    def submit(self, source: Source, *, timeout_s: float | None = None) -> bool:
+        """Hands over one image; its answer comes out of ``results``, in order. An array must not be changed until then.
+
+        False when the engine was still full after ``timeout_s`` seconds (policy 'block'; None waits for ever, so
+        somebody else has to be taking results). Under 'drop_oldest' it never waits: ``dropped`` counts.
+        """
+        ticket = self._ticket(source)
+        with self._changed:
+            if self._finished:
+                raise ModelError("submit after finish; make a new engine or call submit first")
+            if self._policy == "drop_oldest" and len(self._submitted) >= self.queue_size:
+                self._drop_one_locked()
+            elif not self._changed.wait_for(self._has_room_locked, timeout_s):
+                return False
+            if self._pool.closed:
+                raise _ClosedError("the engine is closed; make a new one")
+            if ticket.frame is not None:
+                self._pool.put_locked(ticket)
+            self._submitted.append(ticket)
+            self._changed.notify_all()
+        return True
+
+    def _has_room_locked(self) -> bool:
+        return self._pool.closed or len(self._submitted) < self.queue_size
+
+    def _drop_one_locked(self) -> None:
+        """The oldest image that no worker began, else the oldest answer that nobody took.
+
+        There is always one of them: more images are held than workers can have in hand.
+        """
+        for ticket in self._submitted:
+            if self._pool.withdraw_locked(ticket):
+                ticket.finish(_ClosedError("dropped for a newer image"))
+                break
+        else:
+            ticket = next(ticket for ticket in self._submitted if not ticket.done.locked())
+        self._submitted.remove(ticket)
+        self.dropped += 1
+
+    def results(self) -> Iterator[Prediction]:
+        """The answers to what was submitted, in order, as they come; ends after ``finish`` or ``close``."""
+        while (ticket := self._next_submitted()) is not None:
+            ticket.wait()
+            with self._changed:
+                # A full engine may have dropped it while we waited.
+                if not self._submitted or self._submitted[0] is not ticket:
+                    continue
+                self._submitted.popleft()
+                self._changed.notify_all()
+            try:
+                prediction = ticket.result()
+            except _ClosedError:
+                return
+            yield prediction
+
+    def _next_submitted(self) -> _Ticket | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._submitted or self._finished or self._pool.closed)
+            return self._submitted[0] if self._submitted else None
+
+    def finish(self) -> None:
+        """No more will be submitted: ``results`` ends after the last answer."""
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()

@@ -1,0 +1,270 @@
+"""A compiled deployable, and the workers that answer with it: what `Classifier` and `Engine` share.
+
+Colour order, mean and scale are compiled into the network (uint8 [N, H, W, 3] BGR goes in). Resizing before it and
+temperature and softmax after it are host code, the same arithmetic as in C++.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from edgedistill import console
+from edgedistill.errors import ImageError, ModelError
+from edgedistill.images import DecodeBuffer, DecodeMode, ImageU8, InputSpec, load_image, prepare
+from edgedistill.runtime.bundle import Bundle, ModelMetadata, Stage, last_line, reshape_model
+from edgedistill.runtime.normalisation import embed_normalisation
+
+UNKNOWN = "unknown"
+_NO_PROBABILITIES: npt.NDArray[np.float32] = np.empty(0, np.float32)
+_NO_PROBABILITIES.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """The answer for one image. ``probability`` is the confidence, the largest of ``probabilities`` (float32 [C]).
+
+    ``index`` is -1 and ``label`` 'unknown' below the deployable's ``reject_below``. Where ``error`` is set the image
+    could not be read: it says why, ``label`` is '' and ``probabilities`` empty. ``name``: path or given name.
+    ``stage``: which network of a cascade answered.
+    """
+
+    label: str
+    index: int
+    probability: float
+    probabilities: npt.NDArray[np.float32]
+    name: str = ""
+    stage: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One image with a name: a path, encoded bytes, or pixels as `images.prepare` takes them."""
+
+    name: str
+    data: str | Path | bytes | npt.NDArray[Any]
+
+
+Source = str | Path | bytes | npt.NDArray[Any] | Frame
+CacheDir = str | Path | Literal[False] | None
+
+
+def as_frame(source: Source) -> Frame:
+    """Raises ImageError for what is neither a path, bytes, an array nor a Frame."""
+    if isinstance(source, Frame):
+        return source
+    if isinstance(source, str | Path):
+        return Frame(str(source), source)
+    if isinstance(source, bytes | bytearray | memoryview | np.ndarray):
+        return Frame("", source)  # type: ignore[arg-type]
+    raise ImageError(f"{type(source).__name__}: expected a path, encoded bytes or a uint8 array [h, w, 3] BGR")
+
+
+def failed(name: str, error: Exception | str) -> Prediction:
+    return Prediction("", -1, 0.0, _NO_PROBABILITIES, name=name, error=str(error))
+
+
+def softmax(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
+    """float32 [C] -> float32 [C]: softmax(logits / temperature), computed in float64 as the C++ runtime does."""
+    scaled = logits.astype(np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def usable_cores() -> int:
+    """CPUs that this process may use: its affinity, or fewer under a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+def cache_folder(cache_dir: CacheDir) -> Path | None:
+    """Where OpenVINO keeps compiled models, or None: switched off with False, or nowhere to write.
+
+    By default $EDGEDISTILL_CACHE/openvino, else ~/.cache/edgedistill/openvino. A cache is a convenience: a folder that
+    cannot be written never fails anything.
+    """
+    if cache_dir is False:
+        return None
+    try:
+        if cache_dir is not None:
+            folder = Path(cache_dir)
+        elif base := os.environ.get("EDGEDISTILL_CACHE"):
+            folder = Path(base) / "openvino"
+        else:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedistill" / "openvino"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def resolve_precision(bundle: Bundle, asked: str | None, tuned: str) -> str:
+    """``asked`` where given, else ``tuned``, which gives way to f32 on a CPU that cannot do it (with a warning)."""
+    precision = asked or tuned
+    if precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if asked is not None:
+            raise ModelError("precision 'bf16': this CPU has no bfloat16; use 'f32' or 'int8'")
+        console.warn(f"{bundle.source} is tuned for bf16, which this CPU does not have: running at f32")
+        return "f32"
+    return precision
+
+
+@dataclass(frozen=True)
+class CompiledStage:
+    settings: Stage
+    metadata: ModelMetadata
+    compiled: ov.CompiledModel
+    batch: int
+
+
+class Network:
+    """All stages of a bundle, compiled. Shared by any number of workers in any threads; immutable after construction.
+
+    ``batch``: images per inference of the first stage (later stages see the few that are left, one at a time).
+    ``properties``: OpenVINO's; the inference precision is always set explicitly. Raises ModelError.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        precision: str,
+        decode: DecodeMode | None = None,
+        batch: int = 1,
+        properties: Mapping[str, Any],
+        cache_dir: CacheDir = None,
+    ) -> None:
+        self.bundle = bundle
+        self.precision = precision
+        self.decode: DecodeMode = decode or bundle.config.decode
+        if self.decode not in ("full", "reduced"):
+            raise ModelError(f"decode {decode!r}, expected 'full' or 'reduced'")
+        hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", **properties}
+        folder = cache_folder(cache_dir)
+        self.stages = tuple(
+            _compile(bundle, number, precision, batch if number == 0 else 1, hints, folder)
+            for number in range(len(bundle.config.stages))
+        )
+
+    @property
+    def spec(self) -> InputSpec:
+        return self.stages[0].settings.input_spec
+
+    def answer(self, logits: npt.NDArray[np.float32], stage: int, name: str) -> Prediction | None:
+        """float32 [C] -> the answer, or None when a later stage has to be asked."""
+        settings, metadata = self.stages[stage].settings, self.stages[stage].metadata
+        if metadata.gives_probabilities:
+            logits = np.log(np.maximum(logits, np.finfo(np.float32).tiny))
+        if not np.isfinite(logits).all():
+            return failed(name, f"{name}: the network's output is not finite (precision {self.precision})")
+        probabilities = softmax(logits, settings.temperature)
+        # From the logits: after rounding two probabilities may be equal.
+        index = int(logits.argmax())
+        confidence = float(probabilities[index])
+        last = stage == len(self.stages) - 1
+        if not last and confidence < (settings.exit_threshold or 0.0):
+            return None
+        reject_below = self.bundle.config.reject_below
+        if last and reject_below is not None and confidence < reject_below:
+            return Prediction(UNKNOWN, -1, confidence, probabilities, name, stage)
+        return Prediction(metadata.labels[index], index, confidence, probabilities, name, stage)
+
+
+def _compile(
+    bundle: Bundle, number: int, precision: str, batch: int, hints: Mapping[str, Any], folder: Path | None
+) -> CompiledStage:
+    settings, metadata = bundle.config.stages[number], bundle.metadata[number]
+    model = bundle.read_model(number, precision)
+    if batch > 1:
+        reshape_model(model, metadata.layout, settings.input_spec, batch=batch, name=bundle.source)
+    embed_normalisation(model, settings.input_spec, bgr=metadata.bgr, layout=metadata.layout)
+    try:
+        compiled = ov.Core().compile_model(model, "CPU", dict(hints) | ({"CACHE_DIR": str(folder)} if folder else {}))
+    except RuntimeError as error:
+        raise ModelError(
+            f"{bundle.source}: OpenVINO cannot compile it with {dict(hints)} ({last_line(error)})"
+        ) from error
+    return CompiledStage(settings, metadata, compiled, batch)
+
+
+class _StageRunner:
+    """One infer request whose input and output memory are ours: images are resized straight into it."""
+
+    def __init__(self, stage: CompiledStage) -> None:
+        spec = stage.settings.input_spec
+        self.pixels: ImageU8 = np.zeros((stage.batch, spec.height, spec.width, 3), np.uint8)
+        self._request = stage.compiled.create_infer_request()
+        self._request.set_input_tensor(ov.Tensor(self.pixels, shared_memory=True))
+        self._logits: npt.NDArray[np.float32] = np.zeros((stage.batch, len(stage.metadata.labels)), np.float32)
+        self._request.set_output_tensor(ov.Tensor(self._logits, shared_memory=True))
+
+    def run(self) -> npt.NDArray[np.float32]:
+        """``pixels`` -> logits float32 [batch, C], overwritten by the next run."""
+        self._request.infer(share_outputs=True, share_inputs=True)
+        return self._logits
+
+
+class Worker:
+    """Answers with its own infer requests and buffers: one thread at a time."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._runners = tuple(_StageRunner(stage) for stage in network.stages)
+        self._buffer = DecodeBuffer()
+
+    @property
+    def batch(self) -> int:
+        return len(self._runners[0].pixels)
+
+    def answer(self, frames: Sequence[Frame]) -> list[Prediction]:
+        """Up to ``batch`` frames, in order. An image that cannot be read gets a Prediction whose ``error`` is set."""
+        answers: list[Prediction | None] = [None] * len(frames)
+        pixels = self._runners[0].pixels
+        for number, frame in enumerate(frames):
+            try:
+                self._load(frame, self._network.spec, pixels[number])
+            except ImageError as error:
+                answers[number] = failed(frame.name, error)
+        if all(answers):
+            return [answer for answer in answers if answer is not None]
+        logits = self._runners[0].run()
+        for number, frame in enumerate(frames):
+            if answers[number] is None:
+                answer = self._network.answer(logits[number], 0, frame.name)
+                answers[number] = answer or self._ask_later_stages(frame, pixels[number])
+        return [answer for answer in answers if answer is not None]
+
+    def _ask_later_stages(self, frame: Frame, pixels: ImageU8) -> Prediction:
+        spec = self._network.spec
+        for stage in range(1, len(self._runners)):
+            runner, wanted = self._runners[stage], self._network.stages[stage].settings.input_spec
+            if wanted == spec:
+                np.copyto(runner.pixels[0], pixels)
+            else:
+                try:
+                    self._load(frame, wanted, runner.pixels[0])
+                except ImageError as error:  # the file changed since the first stage read it
+                    return failed(frame.name, error)
+                spec, pixels = wanted, runner.pixels[0]
+            if answer := self._network.answer(runner.run()[0], stage, frame.name):
+                return answer
+        raise ModelError(f"{self._network.bundle.source}: no stage answered; the last one has to")
+
+    def _load(self, frame: Frame, spec: InputSpec, out: ImageU8) -> None:
+        if isinstance(frame.data, np.ndarray):
+            prepare(frame.data, spec, out=out)
+        else:
+            load_image(frame.data, spec, decode=self._network.decode, out=out, buffer=self._buffer)

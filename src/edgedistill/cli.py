@@ -1,0 +1,475 @@
+"""The command line: parse, call one function, print. Heavy imports happen inside the commands.
+
+``distill``, ``export-openvino`` and ``bench-fps`` are programs of their own and also sub-commands of ``edgedistill``.
+Exit codes: 0 ok, 1 the job failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgedistill import __version__
+from edgedistill.errors import EdgedistillError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the run, such as runs/cells.")]
+Data = Annotated[str, typer.Option("--data", help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")]
+Teacher = Annotated[str, typer.Option(help="Teacher network: effb4, seresnext50, any timm name.")]
+Weights = Annotated[str, typer.Option(help="auto, none, a file, or packaged:NAME.")]
+Folds = Annotated[int, typer.Option(help="K teachers; each labels the images that it did not see.")]
+TestFraction = Annotated[float, typer.Option(help="Share held out for the final evaluation.")]
+ValFraction = Annotated[float | None, typer.Option(help="Share for calibration and tuning (default: 10% to 20%).")]
+TeacherEpochs = Annotated[int | None, typer.Option(help="Epochs of each teacher, always all of them (default: 10).")]
+TeacherBatch = Annotated[int | None, typer.Option(help="Teacher's batch (default: 32).")]
+TeacherRate = Annotated[float | None, typer.Option(help="Teacher's peak learning rate (default: 0.001).")]
+AugmentStrength = Annotated[str, typer.Option(help="none, light (crop, flip) or standard (also colour, affine).")]
+AnyWayUp = Annotated[
+    bool, typer.Option("--any-way-up", help="The subject has no up side: all flips and quarter turns.")
+]
+Resize = Annotated[str, typer.Option(help="squash, or center-crop (throws the borders away).")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+TrainPrecision = Annotated[str, typer.Option(help="Training in auto, f32 or bf16.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the networks.")]
+Workers = Annotated[int | None, typer.Option(help="Loader processes (default: chosen for the device).")]
+MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
+Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
+
+app = typer.Typer(
+    help="Distil large image classifiers into networks that classify hundreds of frames a second on a CPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgedistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The options that were given: those left at None keep the default of the stage's settings."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
+    """The one answer on standard output: a JSON object, or tables and paths for people."""
+    if as_json:
+        typer.echo(json.dumps(values, indent=2, default=str))
+        return
+    from edgedistill import console
+
+    for item in shown:
+        if isinstance(item, str):
+            typer.echo(item)
+        else:
+            console.out.print(item)
+
+
+def _data(
+    data: str, folds: int, test_fraction: float, val_fraction: float | None, *, seed: int, max_pixels: int
+) -> Any:
+    from edgedistill.data.folds import SplitSettings
+    from edgedistill.pipeline import DataSettings
+
+    split = SplitSettings(folds=folds, test_fraction=test_fraction, val_fraction=val_fraction, seed=seed)
+    return DataSettings(data, split, max_pixels)
+
+
+@app.command()
+def teach(
+    data: Data,
+    out: Out,
+    teacher: Teacher = "effb4",
+    teacher_weights: Weights = "auto",
+    folds: Folds = 5,
+    fold: Annotated[
+        int | None, typer.Option(help="Train this fold alone (job arrays); the last one writes the soft labels.")
+    ] = None,
+    test_fraction: TestFraction = 0.2,
+    val_fraction: ValFraction = None,
+    seed: Seed = 0,
+    teacher_image_size: Annotated[int, typer.Option(help="Teacher's input, pixels.")] = 224,
+    teacher_epochs: TeacherEpochs = None,
+    teacher_batch_size: TeacherBatch = None,
+    teacher_lr: TeacherRate = None,
+    augment: AugmentStrength = "light",
+    any_way_up: AnyWayUp = False,
+    resize: Resize = "squash",
+    device: Device = "auto",
+    precision: TrainPrecision = "auto",
+    compile: Compile = False,
+    workers: Workers = None,
+    max_pixels: MaxPixels = 100_000_000,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Train K-fold teachers and store their out-of-fold soft labels: the first half of distill."""
+    from edgedistill import pipeline
+    from edgedistill.teacher import TeacherSettings
+
+    settings = pipeline.TeachSettings(
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        out=out,
+        teacher=TeacherSettings(
+            name=teacher,
+            weights=teacher_weights,
+            image_size=teacher_image_size,
+            fold=fold,
+            seed=seed,
+            device=device,
+            precision=precision,  # type: ignore[arg-type]
+            compile=compile,
+            workers=workers,
+            resize=resize,  # type: ignore[arg-type]
+            augment=augment,  # type: ignore[arg-type]
+            any_way_up=any_way_up,
+            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
+        ),
+    )
+    path = pipeline.teach(settings, resume=resume)
+    _answer({"path": str(path)}, as_json, str(path))
+
+
+def distill(
+    data: Data,
+    out: Out,
+    teacher: Teacher = "effb4",
+    student: Annotated[str, typer.Option(help="Student network: mbv3s, mbv4s, lcnet, any timm name.")] = "mbv3s",
+    teacher_weights: Weights = "auto",
+    student_weights: Weights = "auto",
+    folds: Folds = 5,
+    test_fraction: TestFraction = 0.2,
+    val_fraction: ValFraction = None,
+    seed: Seed = 0,
+    image_size: Annotated[int, typer.Option(help="Student's input, pixels.")] = 224,
+    teacher_image_size: Annotated[
+        int | None, typer.Option(help="Teacher's input, pixels (default: the student's).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Student's epochs before the averaged ones (default: 20).")] = None,
+    teacher_epochs: TeacherEpochs = None,
+    batch_size: Annotated[int | None, typer.Option(help="Student's batch (default: 256).")] = None,
+    teacher_batch_size: TeacherBatch = None,
+    lr: Annotated[float | None, typer.Option(help="Student's peak learning rate (default: 0.002).")] = None,
+    teacher_lr: TeacherRate = None,
+    soft_weight: Annotated[
+        float | None, typer.Option(help="Share of the soft label in the target (default: 0.2).")
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="ce, kl or js against the soft labels (default: ce).")] = None,
+    soft_temperature: Annotated[float | None, typer.Option(help="Temperature of the soft labels (default: 1).")] = None,
+    extra_epochs: Annotated[
+        int | None, typer.Option(help="Last epochs, whose weights are averaged (default: 4).")
+    ] = None,
+    final_data: Annotated[str | None, typer.Option(help="Last epochs on: train (default), or train+val.")] = None,
+    augment: AugmentStrength = "light",
+    any_way_up: AnyWayUp = False,
+    resize: Resize = "squash",
+    no_distillation: Annotated[
+        bool, typer.Option("--no-distillation", help="No teachers: the student on hard labels alone.")
+    ] = False,
+    baseline: Annotated[bool, typer.Option(help="Train the hard-label student too, and compare.")] = True,
+    soft_labels: Annotated[
+        Path | None, typer.Option(help="Soft labels of an earlier run, in place of teachers.")
+    ] = None,
+    device: Device = "auto",
+    precision: TrainPrecision = "auto",
+    compile: Compile = False,
+    workers: Workers = None,
+    max_pixels: MaxPixels = 100_000_000,
+    resume: Resume = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train K-fold teachers, store their out-of-fold soft labels, distil them into a student: model.pt."""
+    from edgedistill import pipeline
+    from edgedistill.student import StudentSettings
+    from edgedistill.teacher import TeacherSettings
+
+    shared = {
+        "seed": seed,
+        "device": device,
+        "precision": precision,
+        "compile": compile,
+        "workers": workers,
+        "resize": resize,
+        "augment": augment,
+        "any_way_up": any_way_up,
+    }
+    settings = pipeline.DistillSettings(
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        out=out,
+        teacher=TeacherSettings(
+            name=teacher,
+            weights=teacher_weights,
+            image_size=teacher_image_size or image_size,
+            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
+            **shared,
+        ),
+        student=StudentSettings(
+            name=student,
+            weights=student_weights,
+            image_size=image_size,
+            distillation=not no_distillation,
+            **_given(
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                soft_weight=soft_weight,
+                loss=loss,
+                soft_temperature=soft_temperature,
+                extra_epochs=extra_epochs,
+                final_data=final_data,
+            ),
+            **shared,
+        ),
+        baseline=baseline,
+        soft_labels=soft_labels,
+    )
+    if dry_run:
+        from edgedistill.plan import make_plan
+
+        plan = make_plan(settings)
+        _answer(plan.to_dict(), as_json, plan.table())
+        return
+    result = pipeline.distill(settings, resume=resume)
+    values = {"path": str(result.model), "evaluation": result.evaluation}
+    _answer(values, as_json, pipeline.comparison_table(result.evaluation), str(result.model))
+
+
+@app.command("check-data")
+def check_data(
+    data: Annotated[str, typer.Argument(help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")],
+    folds: Folds = 5,
+    max_pixels: MaxPixels = 100_000_000,
+    plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find what would spoil a training: damaged, huge, duplicate or doubtful images, classes too small."""
+    from edgedistill import console
+    from edgedistill.data import checks
+    from edgedistill.data.sources import open_source
+
+    report = checks.check_data(open_source(data), folds=folds, max_pixels=max_pixels)
+    if plot is not None:
+        checks.plot_data(report, plot)
+    classes = console.table(
+        f"{report.name}: {report.summary()}", ("class", "images"), list(report.class_counts.items())
+    )
+    findings = console.table("findings", ("", "what", "found", "files", "remedy"), report.rows())
+    shown = [classes, *([findings] if report.findings else []), *([str(plot)] if plot is not None else [])]
+    _answer(report.to_dict(), as_json, *shown)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def export_openvino(
+    model: Annotated[Path | None, typer.Argument(help="model.pt of a run.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option("--model", help="A timm network that was trained elsewhere.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Its state dict.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Its class names, one a line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write (default: openvino/ beside the model).")] = None,
+    data: Annotated[str | None, typer.Option(help="Images (default: dataset.csv beside the model).")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Another input size, pixels.")] = None,
+    int8: Annotated[str, typer.Option(help="auto (where it pays), on or off.")] = "auto",
+    calibration_images: Annotated[int, typer.Option(help="Training images for INT8.")] = 300,
+    int8_max_drop: Annotated[float, typer.Option(help="Top-1 that INT8 may lose on val.")] = 0.01,
+    certificate: Annotated[bool, typer.Option(help="Prove that every form answers alike, or fail.")] = True,
+    test_parity: Annotated[
+        bool, typer.Option("--test-parity", help="Certify on the test split too, once, at the end.")
+    ] = False,
+    embed_preprocessing: Annotated[
+        bool, typer.Option("--embed-preprocessing", help="Also write an IR that takes u8 BGR images.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads for everything here (default: all cores).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fuse, export to ONNX and OpenVINO IR, quantise where it pays, and certify the result."""
+    from edgedistill.export.certificate import certificate_tables, read_certificates
+    from edgedistill.export.export import ExportSettings
+    from edgedistill.export.export import export_openvino as export
+
+    settings = ExportSettings(
+        model=model,
+        architecture=architecture,
+        weights=weights,
+        labels=labels,
+        out=out,
+        data=data,
+        image_size=image_size,
+        int8=int8,  # type: ignore[arg-type]
+        calibration_images=calibration_images,
+        int8_max_drop=int8_max_drop,
+        certificate=certificate,
+        test_parity=test_parity,
+        embed_preprocessing=embed_preprocessing,
+        threads=threads,
+    )
+    path = export(settings)
+    certificates = read_certificates(path)
+    _answer({"path": str(path), "certificates": certificates}, as_json, *certificate_tables(certificates), str(path))
+
+
+def bench_fps(
+    path: Annotated[Path, typer.Argument(help="openvino/ folder, deploy.json or model.xml.")],
+    scope: Annotated[str, typer.Option(help="model, frames, files (comma between).")] = "model,frames,files",
+    vs: Annotated[
+        str, typer.Option(help="naive, naive-default, onnxruntime, torch, benchmark_app, model-api; all; none.")
+    ] = "naive",
+    images: Annotated[list[str] | None, typer.Option(help="Files or folders (default: the run's val split).")] = None,
+    precision: Annotated[str, typer.Option(help="Of our own: f32, bf16, int8 (default: all that there are).")] = "",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Per candidate and round.")] = 2.0,
+    fps_target: Annotated[float | None, typer.Option(help="Frames a second that score in full.")] = None,
+    accuracy: Annotated[float | None, typer.Option(help="Accuracy for the score, 0 to 1.")] = None,
+    weight: Annotated[float, typer.Option(help="Weight of the accuracy in the score.")] = 0.7,
+    out: Annotated[Path | None, typer.Option(help="JSON record (default: bench.json in the folder).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the figures.")] = None,
+    peers_python: Annotated[Path, typer.Option(help="Python of the peers' environment.")] = Path(
+        ".venv-peers/bin/python"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Measure frames a second in three scopes, interleaved with the peers."""
+    from edgedistill.benchmarks.bench_fps import BenchSettings
+    from edgedistill.benchmarks.bench_fps import bench_fps as bench
+    from edgedistill.benchmarks.target import PEERS
+
+    peers = tuple(PEERS) if vs == "all" else () if vs == "none" else _listed(vs)
+    settings = BenchSettings(
+        path=path,
+        scopes=_listed(scope),
+        vs=peers,
+        images=tuple(images or ()),
+        rounds=rounds,
+        seconds=seconds,
+        precisions=_listed(precision),
+        fps_target=fps_target,
+        accuracy=accuracy,
+        weight=weight,
+        out=out,
+        plot=plot,
+        peers_python=peers_python,
+    )
+    result = bench(settings)
+    files = [str(file) for file in (result.out, result.plot) if file is not None]
+    _answer(result.record, as_json, *result.tables(), *result.notes, *files)
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="openvino/ folder, deploy.json or model.xml.")],
+    sources: Annotated[list[str], typer.Argument(help="Images, folders, videos, or a camera's number.")],
+    csv: Annotated[Path | None, typer.Option(help="Write the answers to this file.")] = None,
+    top_k: Annotated[int, typer.Option(help="Labels per image.")] = 1,
+    precision: Annotated[str | None, typer.Option(help="f32, bf16 or int8 (default: as deployed).")] = None,
+    decode: Annotated[str | None, typer.Option(help="reduced or full (default: as deployed).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Classify images, folders and videos. Exit code 1 if an image could not be read."""
+    from edgedistill.runtime.predict import PredictSettings, write_answers
+    from edgedistill.runtime.predict import predict as answers_of
+
+    answers = answers_of(PredictSettings(model, tuple(sources), top_k=top_k, precision=precision, decode=decode))
+    errors = 0
+    if csv is not None:
+        images, errors = write_answers(answers, csv)
+        _answer({"path": str(csv), "images": images, "errors": errors}, as_json, str(csv))
+    else:
+        for answer in answers:
+            errors += answer.error is not None
+            typer.echo(json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else answer.line())
+    if errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    bench: Annotated[Path | None, typer.Option(help="A bench-fps record (default: those in openvino/).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report.html, one page about the run that opens offline."""
+    from edgedistill.artifacts import RunDir
+    from edgedistill.report import write_report
+
+    path = write_report(RunDir(run), bench=bench)
+    _answer({"path": str(path)}, as_json, str(path))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, OpenCV wheels, processor, memory, disk, network."""
+    from dataclasses import asdict
+
+    from edgedistill import console
+    from edgedistill.doctor import run_doctor
+
+    checks = run_doctor()
+    rows = [[check.check, check.status, check.detail, check.remedy] for check in checks]
+    shown = console.table("doctor", ("check", "status", "found", "remedy"), rows)
+    _answer({"checks": [asdict(check) for check in checks]}, as_json, shown)
+    if any(check.status == "error" for check in checks):
+        raise typer.Exit(1)
+
+
+app.command()(distill)
+app.command("export-openvino")(export_openvino)
+app.command("bench-fps")(bench_fps)
+
+
+def _program(command: Any) -> typer.Typer:
+    """A command as a program of its own."""
+    program = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
+    program.command()(command)
+    return program
+
+
+def main() -> None:
+    _run(app)
+
+
+def distill_main() -> None:
+    _run(_program(distill))
+
+
+def export_openvino_main() -> None:
+    _run(_program(export_openvino))
+
+
+def bench_fps_main() -> None:
+    _run(_program(bench_fps))
+
+
+def _run(application: typer.Typer) -> None:
+    """Errors a user can act on become one line and an exit code; anything else keeps its traceback."""
+    try:
+        application()
+    except EdgedistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; run the command again with --resume", file=sys.stderr)
+        sys.exit(130)

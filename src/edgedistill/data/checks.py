@@ -1,0 +1,517 @@
+"""check-data: everything that would stop or spoil a training, found before it starts, each with the file and the remedy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill import console
+from edgedistill.artifacts import atomic_path
+from edgedistill.data import duplicates, sources
+from edgedistill.data.folds import SplitSettings, deal_splits, make_plan
+from edgedistill.data.sources import Source
+from edgedistill.errors import DataError, ImageError
+from edgedistill.image_headers import ImageHeader, read_header
+from edgedistill.images import DEFAULT_MAX_PIXELS
+
+IMBALANCE_RATIO = 10
+SMALL_SIDE_PX = 32
+LONG_ASPECT = 4.0
+ODD_SIZE_RATIO = 8.0
+KNOWN_STARTS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II", b"MM")
+SUFFIXES = {
+    "jpeg": (".jpg", ".jpeg"), "png": (".png",), "webp": (".webp",), "bmp": (".bmp",), "tiff": (".tif", ".tiff"),
+}  # fmt: skip
+PNG_MODES = {0: "grey", 2: "colour", 3: "palette", 4: "grey with alpha", 6: "colour with alpha"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``kind``: a few words, the same for all findings of this sort; ``message``: what is wrong, with figures;
+    ``paths``: every file concerned, '' only for findings about the whole; errors stop a training, warnings do not."""
+
+    severity: Literal["error", "warning"]
+    kind: str
+    message: str
+    remedy: str
+    paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class DataReport:
+    """What ``check_data`` found. Arrays are in the order of ``source.items``: ``sizes`` int32 [N, 2] (height, width in
+    pixels, upright; 0 where unreadable), ``labels`` int64 [N] index into ``class_names``, ``sha256`` bytes [N],
+    ``near_pairs`` int64 [M, 2] rows of near-duplicates, None where they were not looked for."""
+
+    name: str
+    class_names: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int32]
+    modes: dict[str, int]
+    sha256: npt.NDArray[np.bytes_]
+    near_pairs: duplicates.Pairs | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        counts = np.bincount(self.labels, minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    def summary(self) -> str:
+        """One line: the first error in full, and how many more."""
+        if not self.errors:
+            return f"{len(self.labels)} images, no errors, {len(self.warnings)} warnings"
+        first = self.errors[0]
+        files = f" ({first.paths[0]})" if first.paths else ""
+        more = f", and {len(self.errors) - 1} more kinds of error" if len(self.errors) > 1 else ""
+        return f"{first.message}{files}{more}"
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(severity, kind, message, first files, remedy) of each finding, errors first: a table's rows."""
+        return [
+            (f.severity, f.kind, f.message, _shown(f.paths), f.remedy) for f in (*self.errors, *self.warnings)
+        ]  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every file of every finding named."""
+        known = self.sizes[self.sizes[:, 0] > 0]
+        ranges = {
+            name: dict(
+                zip(
+                    ("min", "median", "max"),
+                    np.percentile(column, [0, 50, 100]).round().astype(int).tolist(),
+                    strict=True,
+                )
+            )
+            for name, column in (("height_px", known[:, 0]), ("width_px", known[:, 1]))
+            if len(known)
+        }
+        return {
+            "name": self.name,
+            "images": len(self.labels),
+            "classes": self.class_counts,
+            "modes": self.modes,
+            "sizes": ranges,
+            "errors": [_finding_dict(finding) for finding in self.errors],
+            "warnings": [_finding_dict(finding) for finding in self.warnings],
+        }
+
+
+def _finding_dict(finding: Finding) -> dict[str, Any]:
+    return {
+        "kind": finding.kind, "message": finding.message, "remedy": finding.remedy, "paths": list(finding.paths),
+    }  # fmt: skip
+
+
+def _shown(paths: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
+    return ", ".join(paths[:limit]) + more
+
+
+# ---- one image ----
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One file looked at; ``problem``: (kind, message) where it cannot be used."""
+
+    sha256: str = ""
+    size: tuple[int, int] = (0, 0)
+    mode: str = ""
+    format: str = ""
+    problem: tuple[str, str] | None = None
+    hash: int = 0
+    thumbnail: duplicates.Thumbnails | None = None
+
+
+def _look_at(path: Path, max_pixels: int) -> _Image:
+    """Never raises for what is in the file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return _Image(problem=("unreadable", error.strerror or str(error)))
+    sha256 = hashlib.sha256(data).hexdigest()
+    if not data:
+        return _Image(sha256, problem=("empty", "0 bytes"))
+    try:
+        header = read_header(data, str(path))
+    except ImageError as error:
+        kind = "damaged" if data.startswith(KNOWN_STARTS) else "unsupported format"
+        return _Image(sha256, problem=(kind, str(error)))
+    size = header.upright_size
+    if size[0] * size[1] > max_pixels:
+        return _Image(sha256, size, problem=("too large", f"{size[1]}x{size[0]} pixels, the limit is {max_pixels}"))
+    try:
+        value, thumbnail = duplicates.fingerprint(path, max_pixels=max_pixels)
+    except ImageError as error:
+        return _Image(sha256, size, problem=("damaged", str(error)))
+    return _Image(sha256, size, _mode(data, header), header.kind, None, value, thumbnail)
+
+
+def _mode(data: bytes, header: ImageHeader) -> str:
+    """Pixel mode from the header alone, in words."""
+    if header.kind == "jpeg":
+        return {1: "grey", 4: "CMYK"}.get(header.jpeg_components, "colour")
+    if header.kind == "png":
+        depth = "16-bit " if data[24] == 16 else ""
+        return depth + PNG_MODES.get(data[25], "colour")
+    if header.kind == "webp":
+        return "colour with alpha" if data[12:16] == b"VP8X" and data[20] & 0x10 else "colour"
+    return header.kind.upper()  # BMP and TIFF: many modes, all read; not told apart here
+
+
+# ---- the whole ----
+
+REMEDIES = {
+    "unreadable": "check its permissions and the disk, or remove it",
+    "empty": "copy it again or remove it",
+    "damaged": "copy it again or remove it",
+    "unsupported format": "convert to JPEG or PNG, or remove",
+    "too large": "scale it down, remove it, or raise --max-pixels",
+}
+
+
+def check_data(
+    source: Source,
+    *,
+    folds: int = 5,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    near_duplicates: bool = True,
+    settings: SplitSettings | None = None,
+) -> DataReport:
+    """Decodes every image and deals the folds on trial. ``settings``: the split to try, default ``SplitSettings(folds)``.
+
+    Raises nothing for bad data: that is what the report is for.
+    """
+    settings = settings or SplitSettings(folds=folds, near_duplicates=near_duplicates)
+    images, hashes, thumbnails = _look_at_all(source, max_pixels, keep=settings.near_duplicates)
+    code = {name: number for number, name in enumerate(source.class_names)}
+    labels = np.fromiter((code[item.label] for item in source.items), np.int64, len(source.items))
+    digests = np.asarray([image.sha256 for image in images], "S64")
+    good = np.asarray([image.problem is None for image in images])
+    findings = _image_findings(source, images) + _skipped_findings(source)
+    near, near_findings = duplicates.NO_PAIRS, list[Finding]()
+    if settings.near_duplicates:
+        near, near_findings = _near_duplicates(source, digests, good, hashes, thumbnails)
+    findings += _mode_findings(source, images) + _size_findings(source, images)
+    findings += _copies(source, digests, labels, good) + near_findings + _imbalance(source, labels)
+    findings += _trial(source, digests, near, good, settings)
+    return DataReport(
+        name=source.name,
+        class_names=source.class_names,
+        labels=labels,
+        sizes=np.asarray([image.size for image in images], np.int32).reshape(-1, 2),
+        modes=dict(Counter(image.mode for image in images if image.mode)),
+        sha256=digests,
+        near_pairs=near if settings.near_duplicates else None,
+        findings=tuple(findings),
+    )
+
+
+def _look_at_all(
+    source: Source, max_pixels: int, *, keep: bool
+) -> tuple[list[_Image], duplicates.Hashes, duplicates.Thumbnails]:
+    """Images without their thumbnails, which lie in one array [N, 64, 64] ([0, 64, 64] where they are not kept)."""
+    count = len(source.items)
+    kept = count if keep and count <= duplicates.MAX_IMAGES else 0
+    images: list[_Image] = []
+    hashes = np.zeros(kept, np.uint64)
+    thumbnails = np.zeros((kept, duplicates.THUMBNAIL_PX, duplicates.THUMBNAIL_PX), np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, console.progress("checking images", count) as bar:
+        for row, image in enumerate(pool.map(lambda item: _look_at(item.path, max_pixels), source.items)):
+            if kept and image.thumbnail is not None:
+                hashes[row], thumbnails[row] = image.hash, image.thumbnail
+            images.append(_Image(image.sha256, image.size, image.mode, image.format, image.problem))
+            bar.update(bar.task_ids[0], advance=1)
+    return images, hashes, thumbnails
+
+
+def _image_findings(source: Source, images: Sequence[_Image]) -> list[Finding]:
+    findings = []
+    for kind, remedy in REMEDIES.items():
+        rows = [row for row, image in enumerate(images) if image.problem is not None and image.problem[0] == kind]
+        if rows:
+            detail = images[rows[0]].problem
+            first = detail[1] if detail is not None else ""
+            message = f"{len(rows)} images are {kind}: {first}" if kind != "unsupported format" else first
+            findings.append(Finding("error", kind, message, remedy, tuple(source.items[row].id for row in rows)))
+    return findings
+
+
+def _skipped_findings(source: Source) -> list[Finding]:
+    findings = []
+    reasons = dict.fromkeys(reason for _, reason in source.skipped)
+    for reason in reasons:
+        paths = tuple(path for path, other in source.skipped if other == reason)
+        if reason.startswith(sources.UNSUPPORTED):
+            message, remedy = f"{len(paths)} files: {reason}", REMEDIES["unsupported format"]
+            findings.append(Finding("error", "unsupported format", message, remedy, paths))
+        elif reason in (sources.BROKEN_LINK, sources.NOT_UTF8):
+            findings.append(Finding("error", "unreadable", f"{len(paths)} files: {reason}", "mend or remove it", paths))
+        else:
+            message = f"{len(paths)} left out: {reason}"
+            findings.append(
+                Finding("warning", "left out", message, "remove them, or move images into a class folder", paths)
+            )
+    return findings
+
+
+def _mode_findings(source: Source, images: Sequence[_Image]) -> list[Finding]:
+    findings = []
+    usual = {"grey", "colour", "BMP", "TIFF", "palette"}
+    for mode in dict.fromkeys(image.mode for image in images if image.mode and image.mode not in usual):
+        paths = tuple(item.id for item, image in zip(source.items, images, strict=True) if image.mode == mode)
+        effect = "CMYK is converted" if mode == "CMYK" else "alpha is dropped and 16 bits are cut to 8"
+        message = f"{len(paths)} images are {mode}"
+        findings.append(
+            Finding("warning", "odd mode", message, f"{effect}; convert them yourself for another result", paths)
+        )
+    grey = tuple(i.id for i, image in zip(source.items, images, strict=True) if image.mode.endswith("grey"))
+    colour = sum(image.mode == "colour" for image in images)
+    if grey and colour:
+        rare = min(len(grey), colour) / (len(grey) + colour)
+        message = f"{len(grey)} grey images among {colour} colour ones ({rare:.1%} are the rarer sort)"
+        remedy = "nothing to do unless colour tells the classes apart by accident"
+        findings.append(Finding("warning", "mixed modes", message, remedy, grey))
+    lying = tuple(
+        item.id
+        for item, image in zip(source.items, images, strict=True)
+        if image.format and item.path.suffix.lower() not in SUFFIXES[image.format]
+    )
+    if lying:
+        message = f"{len(lying)} files are of another format than their name says"
+        findings.append(
+            Finding("warning", "wrong extension", message, "they are read all the same; rename them", lying)
+        )
+    return findings
+
+
+def _size_findings(source: Source, images: Sequence[_Image]) -> list[Finding]:
+    sizes = np.asarray([image.size if image.problem is None else (0, 0) for image in images]).reshape(-1, 2)
+    known = sizes[:, 0] > 0
+    if not known.any():
+        return []
+    short, long = sizes.min(axis=1), np.maximum(sizes.max(axis=1), 1)
+    median = float(np.median(np.sqrt(sizes[known].prod(axis=1).astype(float))))
+    scale = np.sqrt(sizes.prod(axis=1).astype(float)) / median
+    kinds = (
+        (known & (short < SMALL_SIDE_PX) & (median >= SMALL_SIDE_PX), f"have a side shorter than {SMALL_SIDE_PX} px",
+         "look whether they are thumbnails or broken downloads"),
+        (known & (long > LONG_ASPECT * short), f"are more than {LONG_ASPECT:g} times as long as wide",
+         "crop them: squashed to the network's input they look unlike the others"),
+        (known & ((scale > ODD_SIZE_RATIO) | (scale < 1 / ODD_SIZE_RATIO)),
+         f"are over {ODD_SIZE_RATIO:g} times larger or smaller than the median ({median:.0f} px)",
+         "look whether they belong here"),
+    )  # fmt: skip
+    return [
+        Finding("warning", "odd size", f"{mask.sum()} images {what}", remedy, _ids(source, np.flatnonzero(mask)))
+        for mask, what, remedy in kinds
+        if mask.any()
+    ]
+
+
+def _ids(source: Source, rows: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:
+    return tuple(source.items[row].id for row in rows)
+
+
+def _copies(
+    source: Source, digests: npt.NDArray[np.bytes_], labels: npt.NDArray[np.int64], good: npt.NDArray[np.bool_]
+) -> list[Finding]:
+    """Byte-equal files: with different labels an error, else a warning."""
+    usable = np.flatnonzero(good)
+    pairs = usable[duplicates.same_value_pairs(digests[usable])]
+    conflict = labels[pairs[:, 0]] != labels[pairs[:, 1]]
+    findings = []
+    if conflict.any():
+        one, other = pairs[conflict][0]
+        message = f"{source.items[one].label} and {source.items[other].label} hold the same image byte for byte"
+        rows = np.unique(pairs[conflict])
+        findings.append(
+            Finding("error", "conflicting labels", message, "keep the right one, remove the other", _ids(source, rows))
+        )
+    if (~conflict).any():
+        rows = np.unique(pairs[~conflict])
+        message = f"{len(rows)} images are byte-equal copies of one another; each set stays in one split and fold"
+        findings.append(Finding("warning", "copies", message, "remove all but one of each", _ids(source, rows)))
+    return findings
+
+
+def _near_duplicates(
+    source: Source,
+    digests: npt.NDArray[np.bytes_],
+    good: npt.NDArray[np.bool_],
+    hashes: duplicates.Hashes,
+    thumbnails: duplicates.Thumbnails,
+) -> tuple[duplicates.Pairs, list[Finding]]:
+    if not len(hashes):
+        message = f"near-duplicates are not looked for among more than {duplicates.MAX_IMAGES} images"
+        return duplicates.NO_PAIRS, [Finding("warning", "near-duplicates", message, "give groups in a CSV file")]
+    rows = np.unique(digests, return_index=True)[1]
+    rows = np.sort(rows[good[rows]])
+    pairs = duplicates.near_duplicate_pairs(hashes[rows], thumbnails[rows])
+    if pairs is None:
+        return duplicates.NO_PAIRS, [Finding("warning", "near-duplicates", duplicates.TOO_MANY_PAIRS, "remove copies")]
+    pairs = rows[pairs]
+    if not len(pairs):
+        return pairs, []
+    label = np.asarray([item.label for item in source.items])
+    conflict = pairs[label[pairs[:, 0]] != label[pairs[:, 1]]]
+    members = np.unique(pairs)
+    groups = len(np.unique(duplicates.components(len(digests), pairs)[members]))
+    message = (
+        f"{len(members)} images look the same as another, in {groups} groups; each group stays in one split and fold"
+    )
+    remedy = "nothing to do; remove bursts to save time"
+    findings = [Finding("warning", "near-duplicates", message, remedy, _ids(source, members))]
+    if len(conflict):
+        message = f"{len(conflict)} pairs of images look the same and have different labels"
+        rows = conflict.ravel()
+        findings.append(
+            Finding("warning", "doubtful labels", message, "look at each pair and mend the labels", _ids(source, rows))
+        )
+    return pairs, findings
+
+
+def _imbalance(source: Source, labels: npt.NDArray[np.int64]) -> list[Finding]:
+    counts = np.bincount(labels, minlength=len(source.class_names))
+    most, least = int(counts.argmax()), int(counts.argmin())
+    if counts[most] < IMBALANCE_RATIO * counts[least]:
+        return []
+    names = source.class_names
+    message = f"{names[most]!r} has {counts[most]} images, {names[least]!r} {counts[least]}"
+    return [
+        Finding(
+            "warning", "class imbalance", message, "balanced sampling is the default; judge by macro-F1, not accuracy"
+        )
+    ]
+
+
+def _trial(
+    source: Source,
+    digests: npt.NDArray[np.bytes_],
+    near: duplicates.Pairs,
+    good: npt.NDArray[np.bool_],
+    settings: SplitSettings,
+) -> list[Finding]:
+    """Whether the images that can be read can be dealt to splits and folds; what the deal will not enforce."""
+    keep = np.flatnonzero(good)
+    place = np.cumsum(good) - 1
+    rest = Source(source.name, source.root, tuple(source.items[row] for row in keep))
+    gone = sorted(set(source.class_names) - set(rest.class_names))
+    if gone or not len(keep):
+        return [
+            Finding(
+                "error", "missing class", f"no image of class {gone[0]!r} can be read", "add images or remove the class"
+            )
+        ]
+    try:
+        plan = make_plan(rest, digests[keep], place[near])
+    except DataError as error:
+        if "different labels" in str(error):
+            return []  # found above, with all its files
+        return [Finding("error", "splits", str(error), "see the message")]
+    remarks = [Finding("warning", "near-duplicates", remark, "look at them") for remark in plan.remarks()]
+    try:
+        deal_splits(plan.table, settings, rest.class_names)
+    except DataError as error:
+        message, _, remedy = str(error).partition("; ")
+        return [Finding("error", "class too small", message, remedy), *remarks]
+    return remarks
+
+
+# ---- the picture ----
+
+
+def plot_data(report: DataReport, path: Path) -> Path:
+    """A PNG with the images of each class and their sizes. Returns ``path``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = min(len(report.class_names), 30)
+    figure = Figure(figsize=(12, max(4.2, 1.2 + 0.32 * shown)), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    bars, scatter = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    _plot_classes(report, bars, shown)
+    _plot_sizes(report, scatter)
+    title = f"{report.name}: {len(report.labels):,} images, {len(report.class_names)} classes"
+    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
+    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+        figure.savefig(file, format="png")
+    return Path(path)
+
+
+INK, BLUE, ORANGE, GRID = "#222b38", "#2f6db5", "#d97a2b", "#e3e7ec"
+
+
+def _plain_axes(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0, colors=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _plot_classes(report: DataReport, axes: Any, shown: int) -> None:
+    ordered = sorted(report.class_counts.items(), key=lambda pair: -pair[1])
+    names = [name if len(name) <= 24 else name[:23] + "…" for name, _ in ordered[:shown]]
+    counts = [count for _, count in ordered[:shown]]
+    colors = [ORANGE if count * IMBALANCE_RATIO <= counts[0] else BLUE for count in counts]
+    drawn = axes.barh(range(shown), counts, color=colors, height=0.72)
+    axes.bar_label(drawn, labels=[f"{count:,}" for count in counts], padding=4, fontsize=9, color=INK)
+    axes.set_yticks(range(shown), names)
+    axes.set_ylim(shown - 0.4, -0.6)
+    axes.set_xlim(0, max(counts) * 1.14)
+    more = f" (the {shown} largest of {len(ordered)})" if len(ordered) > shown else ""
+    _plain_axes(axes, f"Images of each class{more}")
+    axes.grid(visible=False, axis="y")
+
+
+def _plot_sizes(report: DataReport, axes: Any) -> None:
+    """A dot for each size that occurs, its area by how often; logarithmic where sizes differ much."""
+    known = report.sizes[(report.sizes > 0).all(axis=1)]
+    _plain_axes(axes, "Image sizes (dot area: number of images)")
+    axes.set_xlabel("width, px", color=INK)
+    axes.set_ylabel("height, px", color=INK)
+    if not len(known):
+        return
+    sizes, counts = np.unique(known, axis=0, return_counts=True)
+    area = 18 + 700 * counts / counts.max() if len(sizes) < 50 else 10 + 200 * np.sqrt(counts / counts.max())
+    axes.scatter(sizes[:, 1], sizes[:, 0], s=area, color=BLUE, alpha=0.45, linewidth=0.6, edgecolor="white")
+    low, high = float(sizes.min()), float(sizes.max())
+    if high > 6 * low:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        limits = (low / 1.4, high * 1.4)
+    else:
+        limits = (max(0.0, low - 0.2 * high), 1.2 * high)
+    axes.plot(limits, limits, color=GRID, linewidth=1.5, zorder=0)
+    axes.set_xlim(limits)
+    axes.set_ylim(limits)
+    if len(sizes) <= 6:
+        for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
+            axes.annotate(
+                f"{width}x{height}: {count:,}",
+                (width, height),
+                xytext=(20, 10),
+                textcoords="offset points",
+                fontsize=9,
+                color=INK,
+            )

@@ -1,0 +1,480 @@
+"""The frozen split: test is cut first, then val, then K folds over what is left for training.
+
+Stratified by class (and by the source's stratum); images of one group - the user's, byte-equal copies, near-duplicates -
+never cross a split or a fold. scikit-learn deals the folds where it is fast enough; the cuts, whose shares are unequal,
+and folds of very many groups are dealt here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from edgedistill import console
+from edgedistill.data import duplicates
+from edgedistill.data.manifest import Dataset, hash_files
+from edgedistill.data.sources import Source
+from edgedistill.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from edgedistill.data.checks import DataReport
+
+MIN_VAL_FRACTION, MAX_VAL_FRACTION, ENOUGH_VAL_IMAGES = 0.1, 0.2, 300
+# A chain longer than this share of its class is no burst of photographs: reported, not enforced. Ten images are always
+# allowed, or in a class of less than 200 images a single pair would be 'longer than 1%'.
+MAX_CHAIN_FRACTION, MIN_CHAIN_LIMIT = 0.01, 10
+# StratifiedGroupKFold costs about 0.3 ms for each group and takes minutes where there are hundreds of thousands.
+MAX_SKLEARN_GROUPS = 5_000
+
+Codes = npt.NDArray[np.int64]
+GIVEN = {"": 0, "train": 0, "val": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """``test_fraction`` and ``val_fraction`` count only where the data give no such split; ``val_fraction`` None:
+    max(10%, min(300 images, 20%)) of what the test split left. Raises UsageError out of range."""
+
+    folds: int = 5
+    test_fraction: float = 0.2
+    val_fraction: float | None = None
+    seed: int = 0
+    near_duplicates: bool = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 2 <= self.folds <= 100:
+            problems.append(f"folds {self.folds}, expected 2 to 100")
+        if not 0 < self.test_fraction <= 0.5:
+            problems.append(f"test fraction {self.test_fraction}, expected above 0, at most 0.5")
+        if self.val_fraction is not None and not 0 < self.val_fraction <= 0.5:
+            problems.append(f"val fraction {self.val_fraction}, expected above 0, at most 0.5")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed {self.seed}, expected 0 to {2**32 - 1}")
+        if problems:
+            raise UsageError("splits: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the deal looks at, all int64 [N]: ``classes`` 0..C-1, ``strata`` 0..S-1, ``groups`` (rows of one number stay
+    together), and ``given``: 0 for rows to deal, 1 for the data's own val, 2 for the data's own test."""
+
+    classes: Codes
+    strata: Codes
+    groups: Codes
+    given: Codes
+
+    def take(self, rows: Codes) -> Table:
+        return Table(self.classes[rows], self.strata[rows], self.groups[rows], self.given[rows])
+
+
+def freeze_dataset(source: Source, settings: SplitSettings, *, checks: DataReport | None = None) -> Dataset:
+    """The manifest of ``source`` with its splits and folds, proven by ``verify_folds``.
+
+    ``checks``: the report of ``check_data`` on the same source, so that nothing is hashed or decoded twice.
+    Raises DataError (class too small, group or byte-equal copy across given splits, one image with two labels,
+    unreadable file) and ImageError; each names the file or class and the remedy.
+    """
+    if checks is not None and checks.errors:
+        raise DataError(f"{source.root}: {checks.summary()}; 'edgedistill check-data' lists them all with the remedy")
+    paths = [item.path for item in source.items]
+    digests = hash_files(paths) if checks is None else checks.sha256
+    near = _near_pairs(source, digests, checks) if settings.near_duplicates else duplicates.NO_PAIRS
+    plan = make_plan(source, digests, near)
+    if checks is None:
+        for message in plan.remarks():
+            console.warn(message)
+    splits, folds = deal_splits(plan.table, settings, source.class_names)
+    absolute = np.asarray([os.path.abspath(path) for path in paths])  # noqa: PTH100 (symbolic links stay as they are)
+    labels = plan.table.classes.astype(np.int32)
+    dataset = Dataset(plan.ids, absolute, digests, labels, plan.groups, splits, folds, source.class_names)
+    verify_folds(dataset)
+    return dataset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before the deal. ``groups``: str [N], '' where an image stands alone; ``across``: near-duplicate
+    pairs that the data's own splits part; ``chains``: rows of near-duplicates too many to be kept together."""
+
+    ids: npt.NDArray[np.str_]
+    table: Table
+    groups: npt.NDArray[np.str_]
+    across: duplicates.Pairs
+    chains: list[Codes]
+
+    def remarks(self) -> list[str]:
+        """What the deal does not enforce, in words."""
+        remarks = []
+        if len(self.across):
+            one, other = self.ids[self.across[0]]
+            remarks.append(
+                f"{len(self.across)} near-duplicate pairs lie across the data's own splits and stay there, "
+                f"first {one} and {other}"
+            )
+        if self.chains:
+            remarks.append(
+                f"{len(self.chains)} chains of near-duplicates are longer than 1% of their class and are not kept together: "
+                f"{max(map(len, self.chains))} images in the longest, first {self.ids[self.chains[0][0]]}"
+            )
+        return remarks
+
+
+def make_plan(source: Source, digests: npt.NDArray[np.bytes_], near: duplicates.Pairs) -> Plan:
+    """Codes and groups of the source's rows; ``near``: near-duplicate row pairs int64 [M, 2].
+
+    Raises DataError for byte-equal files with different labels, and groups or copies across the data's own splits.
+    """
+    code = {name: number for number, name in enumerate(source.class_names)}
+    ids = np.asarray([item.id for item in source.items])
+    classes = np.fromiter((code[item.label] for item in source.items), np.int64, len(ids))
+    given = np.fromiter((GIVEN[item.split] for item in source.items), np.int64, len(ids))
+    strata = np.unique([item.stratum for item in source.items], return_inverse=True)[1].astype(np.int64)
+    check_conflicts(ids, classes, digests, source.class_names)
+    inside = given[near[:, 0]] == given[near[:, 1]]
+    chains = long_chains(near[inside], classes)
+    chained = np.isin(near[:, 0], np.concatenate(chains)) if chains else np.zeros(len(near), bool)
+    user_groups = np.asarray([item.group for item in source.items])
+    groups = _join_groups(ids, user_groups, digests, near[inside & ~chained], given)
+    table = Table(classes, strata, group_codes(groups), given)
+    return Plan(ids, table, groups, near[~inside], chains)
+
+
+def group_codes(groups: npt.NDArray[np.str_]) -> Codes:
+    """Group numbers int64 [N]; rows with the empty name get numbers of their own."""
+    names, codes = np.unique(groups, return_inverse=True)
+    codes = codes.astype(np.int64)
+    empty = np.flatnonzero(groups == "")
+    codes[empty] = len(names) + np.arange(len(empty))
+    return codes
+
+
+def check_conflicts(ids: npt.NDArray[np.str_], classes: Codes, digests: npt.NDArray[Any], names: Sequence[str]) -> None:
+    """Raises DataError for the first two byte-equal files whose labels differ."""
+    pairs = duplicates.same_value_pairs(digests)
+    wrong = pairs[classes[pairs[:, 0]] != classes[pairs[:, 1]]]
+    if len(wrong):
+        one, other = wrong[0]
+        raise DataError(
+            f"{ids[one]} ({names[classes[one]]}) and {ids[other]} ({names[classes[other]]}): the same bytes with different "
+            "labels; keep the right one and remove the other"
+        )
+
+
+# ---- groups ----
+
+
+def _near_pairs(source: Source, digests: npt.NDArray[np.bytes_], checks: DataReport | None) -> duplicates.Pairs:
+    """Near-duplicate row pairs; of byte-equal files only one is looked at."""
+    if checks is not None and checks.near_pairs is not None:
+        return checks.near_pairs
+    if len(source.items) > duplicates.MAX_IMAGES:
+        console.note(f"near-duplicates are not looked for among more than {duplicates.MAX_IMAGES} images")
+        return duplicates.NO_PAIRS
+    rows = np.sort(np.unique(digests, return_index=True)[1])
+    pairs = duplicates.near_duplicate_pairs(*duplicates.fingerprint_files([source.items[row].path for row in rows]))
+    if pairs is None:
+        console.warn(duplicates.TOO_MANY_PAIRS)
+        return duplicates.NO_PAIRS
+    return rows[pairs]
+
+
+def long_chains(pairs: duplicates.Pairs, classes: Codes) -> list[Codes]:
+    """Rows of each chain of near-duplicates that is longer than max(10, 1% of its smallest class)."""
+    if not len(pairs):
+        return []
+    rows = np.unique(pairs)
+    chain = duplicates.components(len(classes), pairs)[rows]
+    limits = np.maximum(MIN_CHAIN_LIMIT, np.bincount(classes) * MAX_CHAIN_FRACTION)
+    order = np.argsort(chain, kind="stable")
+    parts = np.split(rows[order], np.flatnonzero(np.diff(chain[order])) + 1)
+    return [part for part in parts if len(part) > limits[classes[part]].min()]
+
+
+def _join_groups(
+    ids: npt.NDArray[np.str_],
+    user_groups: npt.NDArray[np.str_],
+    digests: npt.NDArray[np.bytes_],
+    near: duplicates.Pairs,
+    given: Codes,
+) -> npt.NDArray[np.str_]:
+    """One group name per row, '' where the image stands alone: user's groups, copies and near-duplicates joined."""
+    named = np.flatnonzero(user_groups != "")
+    by_user = named[duplicates.same_value_pairs(user_groups[named])]
+    copies = duplicates.same_value_pairs(digests)
+    for pairs, what in ((by_user, "one group"), (copies, "the same bytes")):
+        across = pairs[given[pairs[:, 0]] != given[pairs[:, 1]]]
+        if len(across):
+            one, other = across[0]
+            raise DataError(
+                f"{ids[one]} and {ids[other]}: {what}, but in different splits of the data, so one would be learned and the "
+                "other tested; move or remove one of them"
+            )
+    component = duplicates.components(len(ids), np.concatenate([by_user, copies, near]))
+    alone = np.bincount(component)[component] == 1
+    names = [""] * len(ids)
+    order = np.argsort(component, kind="stable")
+    for part in np.split(order, np.flatnonzero(np.diff(component[order])) + 1):
+        if not (alone[part[0]] and not user_groups[part[0]]):
+            name = _group_name(user_groups[part], ids[part])
+            for row in part:
+                names[row] = name
+    return np.asarray(names)
+
+
+def _group_name(user_groups: npt.NDArray[np.str_], ids: npt.NDArray[np.str_]) -> str:
+    """The user's own name; where copies joined several, all of them up to three; else the first image's id."""
+    users = sorted(set(user_groups.tolist()) - {""})
+    if not users:
+        return f"like {min(ids.tolist())}"
+    return "+".join(users) if len(users) <= 3 else f"{users[0]}+{len(users) - 1} more"
+
+
+# ---- the deal ----
+
+
+def deal_splits(
+    table: Table, settings: SplitSettings, class_names: Sequence[str]
+) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int16]]:
+    """(splits str [N], folds int16 [N]); the same for the same table and seed.
+
+    Raises DataError for a class with fewer images, or fewer groups, than folds + 2 among the rows to deal.
+    """
+    rng = np.random.default_rng(settings.seed)
+    splits = np.choose(table.given, ["train", "val", "test"])
+    cut_val, cut_test = not (table.given == 1).any(), not (table.given == 2).any()
+    pool = np.flatnonzero(table.given == 0)
+    _check_class_sizes(table.take(pool), settings.folds, class_names)
+    if cut_test:
+        pool, test = _cut(table, pool, settings.test_fraction, settings.folds + cut_val, rng)
+        splits[test] = "test"
+    if cut_val:
+        pool, val = _cut(table, pool, val_fraction(len(pool), settings), settings.folds, rng)
+        splits[val] = "val"
+    folds = np.full(len(splits), -1, np.int16)
+    folds[pool] = _deal_folds(table.take(pool), settings, rng, class_names)
+    return splits, folds
+
+
+def _cut(table: Table, pool: Codes, share: float, reserve: int, rng: np.random.Generator) -> tuple[Codes, Codes]:
+    """(rows left, rows cut): ``share`` of each class, at least one image, and leaving ``reserve`` for what follows."""
+    rows = table.take(pool)
+    sizes = np.bincount(rows.classes).astype(np.float64)
+    wanted = np.minimum(np.maximum(np.minimum(share * sizes, sizes - reserve), 1.0), sizes)
+    taken = deal(rows, np.stack([wanted, sizes - wanted]), rng) == 0
+    return pool[~taken], pool[taken]
+
+
+def val_fraction(count: int, settings: SplitSettings) -> float:
+    """The share of ``count`` images that val takes."""
+    if settings.val_fraction is not None:
+        return settings.val_fraction
+    return max(MIN_VAL_FRACTION, min(ENOUGH_VAL_IMAGES / max(count, 1), MAX_VAL_FRACTION))
+
+
+def _check_class_sizes(pool: Table, folds: int, class_names: Sequence[str]) -> None:
+    images = np.bincount(pool.classes, minlength=len(class_names))
+    pairs = np.unique(np.stack([pool.classes, pool.groups]), axis=1) if _is_grouped(pool) else None
+    groups = images if pairs is None else np.bincount(pairs[0], minlength=len(class_names))
+    small = int(np.argmin(groups))
+    if groups[small] < folds + 2:
+        what = f"{images[small]} images"
+        if groups[small] < images[small]:
+            what += f" in {groups[small]} groups (of one person, session or scene, or copies of one image)"
+        raise DataError(
+            f"class {class_names[small]!r}: {what}, expected at least {folds + 2} for {folds} folds, val and test; "
+            "add images, merge it with another class or remove it, or use fewer --folds"
+        )
+
+
+def _is_grouped(table: Table) -> bool:
+    return len(table.groups) > 0 and len(np.unique(table.groups)) < len(table.groups)
+
+
+def _deal_folds(pool: Table, settings: SplitSettings, rng: np.random.Generator, names: Sequence[str]) -> npt.NDArray:
+    """Fold int16 of each row; every class in every fold."""
+    sizes = np.bincount(pool.classes)
+    quotas = np.tile(sizes / settings.folds, (settings.folds, 1))
+    if not _is_grouped(pool):
+        folds = _sklearn_folds(pool, settings, StratifiedKFold)
+    elif len(np.unique(pool.groups)) <= MAX_SKLEARN_GROUPS and sizes.max() >= settings.folds:
+        folds = _sklearn_folds(pool, settings, StratifiedGroupKFold)
+        if _missing(folds, pool.classes, settings.folds) is not None:
+            folds = deal(pool, quotas, rng)
+    else:
+        folds = deal(pool, quotas, rng)
+    missing = _missing(folds, pool.classes, settings.folds)
+    if missing is not None:
+        raise DataError(
+            f"class {names[missing[1]]!r} is missing in fold {missing[0]}: its groups cannot be dealt to {settings.folds} "
+            "folds; use fewer --folds or add groups that have it"
+        )
+    return folds
+
+
+def _sklearn_folds(pool: Table, settings: SplitSettings, splitter: type) -> npt.NDArray[np.int16]:
+    # Rows in order of class, then stratum: scikit-learn numbers strata as they appear and deals neighbours to different
+    # folds, so a class that is spread thinly over strata still reaches every fold.
+    order = np.lexsort((pool.strata, pool.classes))
+    both = np.unique(pool.classes * (pool.strata.max() + 1) + pool.strata, return_inverse=True)[1]
+    stratified = both if np.bincount(both).max() >= settings.folds else pool.classes
+    folds = np.empty(len(order), np.int16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # strata smaller than the number of folds are fine here
+        split = splitter(settings.folds, shuffle=True, random_state=settings.seed)
+        for fold, (_, held_out) in enumerate(split.split(order, stratified[order], pool.groups[order])):
+            folds[order[held_out]] = fold
+    return folds
+
+
+def _missing(folds: npt.NDArray, classes: Codes, count: int) -> tuple[int, int] | None:
+    """(fold, class) that do not meet, or None."""
+    class_count = int(classes.max(initial=0)) + 1
+    table = np.bincount(folds.astype(np.int64) * class_count + classes, minlength=count * class_count)
+    absent = np.flatnonzero(table == 0)
+    return (int(absent[0]) // class_count, int(absent[0]) % class_count) if len(absent) else None
+
+
+def deal(table: Table, quotas: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.int16]:
+    """Bin int16 [N] of each row so that bins get their quotas, float [bins, C] images, of each class and the same share
+    of each of its strata; groups stay whole.
+
+    Groups of several images are dealt first, the largest first, each to the bin that ends nearest to its target (least
+    sum of (filled - target)^2 / target, which is Webster's rule and favours no size of bin); single images then fill
+    every bin up.
+    """
+    strata = int(table.strata.max(initial=0)) + 1
+    values, cells = np.unique(table.classes * strata + table.strata, return_inverse=True)
+    class_of_cell = values // strata
+    share_of_class = np.bincount(cells) / np.bincount(table.classes)[class_of_cell]
+    targets = np.maximum(quotas[:, class_of_cell] * share_of_class, 1e-9)
+    bins = np.full(len(cells), -1, np.int16)
+    _, group = np.unique(table.groups, return_inverse=True)
+    joined = np.bincount(group)[group] > 1
+    _deal_groups(bins, np.flatnonzero(joined), group, cells, targets, rng)
+    filled = np.zeros_like(targets)
+    np.add.at(filled, (bins[joined], cells[joined]), 1)
+    _deal_singles(bins, np.flatnonzero(~joined), cells, class_of_cell, targets - filled, rng)
+    return bins
+
+
+def _deal_groups(
+    bins: npt.NDArray[np.int16],
+    rows: Codes,
+    group: Codes,
+    cells: Codes,
+    targets: npt.NDArray[np.float64],
+    rng: np.random.Generator,
+) -> None:
+    """Fills ``bins`` for the rows of groups with several images. Plain lists: a numpy call per group costs ten times more."""
+    sizes = np.bincount(group)
+    key = rng.permutation(len(sizes))
+    rows = rows[np.lexsort((key[group[rows]], -sizes[group[rows]]))]
+    bounds = np.flatnonzero(np.diff(group[rows], prepend=-1, append=-1)).tolist()
+    ordered = cells[rows].tolist()
+    weight = (1.0 / targets).T.tolist()
+    room = targets.T.tolist()
+    chosen = np.empty(len(rows), np.int16)
+    for start, stop in itertools.pairwise(bounds):
+        counts: dict[int, int] = {}
+        for cell in ordered[start:stop]:
+            counts[cell] = counts.get(cell, 0) + 1
+        costs = [0.0] * len(targets)
+        for cell, count in counts.items():
+            for b, (left, w) in enumerate(zip(room[cell], weight[cell], strict=True)):
+                costs[b] += count * (count - 2 * left) * w
+        best = costs.index(min(costs))
+        for cell, count in counts.items():
+            room[cell][best] -= count
+        chosen[start:stop] = best
+    bins[rows] = chosen
+
+
+def _deal_singles(
+    bins: npt.NDArray[np.int16],
+    rows: Codes,
+    cells: Codes,
+    class_of_cell: Codes,
+    room: npt.NDArray[np.float64],
+    rng: np.random.Generator,
+) -> None:
+    """Fills ``bins`` for images that stand alone: each class by quota, its strata as evenly as whole numbers allow."""
+    rows = rows[np.lexsort((rng.random(len(rows)), cells[rows]))]
+    counts = np.bincount(cells[rows], minlength=room.shape[1])
+    stops = np.cumsum(counts)
+    firsts = np.flatnonzero(np.diff(class_of_cell, prepend=-1, append=-2))
+    for first, end in itertools.pairwise(firsts.tolist()):
+        of_cell = np.stack([_quotas(room[:, cell], int(counts[cell])) for cell in range(first, end)], axis=1)
+        of_class = _quotas(room[:, first:end].sum(axis=1), int(counts[first:end].sum()))
+        _mend(of_cell, of_class, room[:, first:end])
+        for cell in range(first, end):
+            part = rows[stops[cell] - counts[cell] : stops[cell]]
+            bins[part] = np.repeat(np.arange(len(of_cell)), of_cell[:, cell - first])
+
+
+def _mend(of_cell: Codes, of_class: Codes, room: npt.NDArray[np.float64]) -> None:
+    """Moves single images between bins, where it hurts the strata least, until the bins hold the class's quota: rounding
+    each stratum by itself can take two images of a class of six for a test split of one."""
+    while (excess := of_cell.sum(axis=1) - of_class).any():
+        giver, taker = int(excess.argmax()), int(excess.argmin())
+        surplus = np.where(of_cell[giver] > 0, of_cell[giver] - room[giver] + room[taker] - of_cell[taker], -np.inf)
+        cell = int(surplus.argmax())
+        of_cell[giver, cell] -= 1
+        of_cell[taker, cell] += 1
+
+
+def _quotas(room: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """Whole numbers that add up to ``count``, in proportion to the room left (largest remainder)."""
+    room = np.maximum(room, 0.0)
+    exact = room * (count / room.sum()) if room.sum() > 0 else np.full(len(room), count / len(room))
+    quota = np.floor(exact + 1e-9).astype(np.int64)
+    rest = np.argsort(quota - exact, kind="stable")[: count - int(quota.sum())]
+    quota[rest] += 1
+    return quota
+
+
+# ---- the proof ----
+
+
+def verify_folds(dataset: Dataset) -> None:
+    """Proof, from the manifest alone, that nothing leaks: each training image is held out in exactly one fold, no other
+    image is in a fold, every fold lacks no class, no group and no byte-equal copy crosses a split or a fold.
+
+    Called when the data set is frozen and again before soft labels are written. Raises DataError that names the image.
+    """
+    train = dataset.splits == "train"
+    wrong = np.flatnonzero(train != (dataset.folds >= 0))
+    if len(wrong):
+        row = wrong[0]
+        raise DataError(
+            f"{dataset.ids[row]}: split {dataset.splits[row]} and fold {dataset.folds[row]}; train images have a fold, others none"
+        )
+    if not train.any():
+        raise DataError("no image is in split train; freeze the data set again")
+    order = np.sort(dataset.ids)
+    if (order[1:] == order[:-1]).any():
+        raise DataError(f"{order[:-1][order[1:] == order[:-1]][0]}: the id stands twice; freeze the data set again")
+    missing = _missing(dataset.folds[train], dataset.labels[train].astype(np.int64), dataset.fold_count)
+    if missing is not None:
+        raise DataError(f"class {dataset.class_names[missing[1]]!r} is missing in fold {missing[0]}; use fewer --folds")
+    places = np.unique(dataset.splits, return_inverse=True)[1] * 1000 + dataset.folds
+    grouped = np.flatnonzero(dataset.groups != "")
+    _prove_together(dataset, places, grouped[duplicates.same_value_pairs(dataset.groups[grouped])], "the same group")
+    _prove_together(dataset, places, duplicates.same_value_pairs(dataset.sha256), "the same bytes")
+
+
+def _prove_together(dataset: Dataset, places: Codes, pairs: duplicates.Pairs, what: str) -> None:
+    apart = pairs[places[pairs[:, 0]] != places[pairs[:, 1]]]
+    if len(apart):
+        one, other = apart[0]
+        where = [f"{dataset.ids[row]} ({dataset.splits[row]}, fold {dataset.folds[row]})" for row in (one, other)]
+        raise DataError(f"{where[0]} and {where[1]}: {what} in different splits or folds; freeze the data set again")

@@ -1,0 +1,222 @@
+"""Metrics of a classifier and how sure they are. Needs numpy only.
+
+Everywhere: ``probabilities`` float [N, C], rows that add up to 1; ``labels`` int [N] in 0..C-1; the answer is the class of
+the largest probability, the first of equal ones. All functions raise DataError when the shapes or ranges do not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.errors import DataError
+
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.integer[Any]]
+MetricName = Literal["accuracy", "macro_f1", "log_loss"]
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+# Numbers drawn at once by the bootstrap: 32 MB.
+BLOCK = 4_000_000
+TEMPERATURE_BOUNDS = (0.05, 20.0)
+
+
+def accuracy(probabilities: Floats, labels: Ints) -> float:
+    """Share of images whose answer is the label (top-1)."""
+    _check(probabilities, labels)
+    return float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def macro_f1(probabilities: Floats, labels: Ints) -> float:
+    """Mean F1 over the classes that occur among labels or answers, 0 where a class is never hit.
+
+    Equals ``sklearn.metrics.f1_score(labels, answers, average="macro", zero_division=0)``.
+    """
+    _check(probabilities, labels)
+    answers = probabilities.argmax(axis=1)
+    return float(_macro_f1(answers[None], labels[None].astype(np.int64), probabilities.shape[1])[0])
+
+
+def log_loss(probabilities: Floats, labels: Ints) -> float:
+    """Mean of -log p(label), in nats; p is clipped at the dtype's smallest step as scikit-learn does."""
+    _check(probabilities, labels)
+    return float(_row_log_loss(probabilities, labels).mean())
+
+
+def expected_calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins of confidence (Guo et al., 1706.04599)."""
+    _check(probabilities, labels)
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    hit = (probabilities.argmax(axis=1) == labels).astype(np.float64)
+    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(bin_of, weights=hit - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def confusion_matrix(probabilities: Floats, labels: Ints) -> npt.NDArray[np.int64]:
+    """Counts int64 [C, C]: row = label, column = answer."""
+    _check(probabilities, labels)
+    classes = probabilities.shape[1]
+    cells = labels.astype(np.int64) * classes + probabilities.argmax(axis=1)
+    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+
+
+# ---- how sure ----
+
+
+def bootstrap_interval(
+    metric: MetricName, probabilities: Floats, labels: Ints, *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (2.5% to 97.5%) of a metric over images; the same for the same seed."""
+    _check(probabilities, labels)
+    values = _resampled(_statistic(metric, probabilities, labels), len(labels), resamples, seed)
+    return _interval(values)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Metric of a minus metric of b on the same images. ``p_value``: exact McNemar, for accuracy only."""
+
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float | None
+
+
+def paired_bootstrap_difference(
+    metric: MetricName, a: Floats, b: Floats, labels: Ints, *, resamples: int = RESAMPLES, seed: int = 0
+) -> PairedDifference:
+    """How much better a is than b, both judged on the same resampled images. ``a``, ``b``: float [N, C] probabilities."""
+    _check(a, labels)
+    _check(b, labels)
+    of_a, of_b = _statistic(metric, a, labels), _statistic(metric, b, labels)
+    values = _resampled(lambda rows: of_a(rows) - of_b(rows), len(labels), resamples, seed)
+    everything = np.arange(len(labels))[None]
+    p_value = mcnemar_exact(a, b, labels) if metric == "accuracy" else None
+    return PairedDifference(float((of_a(everything) - of_b(everything))[0]), _interval(values), p_value)
+
+
+def mcnemar_exact(a: Floats, b: Floats, labels: Ints) -> float:
+    """Two-sided exact McNemar p-value that a and b are right equally often (binomial test on the images where exactly one
+    of them is right); 1 where they never differ."""
+    _check(a, labels)
+    _check(b, labels)
+    right_a, right_b = a.argmax(axis=1) == labels, b.argmax(axis=1) == labels
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    return _two_sided_binomial(min(only_a, only_b), only_a + only_b)
+
+
+def _two_sided_binomial(k: int, n: int) -> float:
+    """min(1, 2 P(X <= k)) for X ~ Binomial(n, 1/2), k <= n/2; summed in log space, where 2^-n would underflow."""
+    if 2 * k >= n:
+        return 1.0
+    terms = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+    largest = max(terms)
+    total = largest + math.log(math.fsum(math.exp(term - largest) for term in terms))
+    return min(1.0, math.exp(math.log(2.0) + total - n * math.log(2.0)))
+
+
+def _statistic(metric: MetricName, probabilities: Floats, labels: Ints) -> Callable[[Ints], npt.NDArray[np.float64]]:
+    """A function from row numbers [R, N] to the metric of each resample, float64 [R]."""
+    answers, truth = probabilities.argmax(axis=1), labels.astype(np.int64)
+    classes = probabilities.shape[1]
+    if metric == "accuracy":
+        hit = (answers == truth).astype(np.float64)
+        return lambda rows: hit[rows].mean(axis=1)
+    if metric == "log_loss":
+        loss = _row_log_loss(probabilities, labels)
+        return lambda rows: loss[rows].mean(axis=1)
+    if metric == "macro_f1":
+        return lambda rows: _macro_f1(answers[rows], truth[rows], classes)
+    raise DataError(f"metric {metric!r}, expected accuracy, macro_f1 or log_loss")
+
+
+def _resampled(
+    statistic: Callable[[Ints], npt.NDArray[np.float64]], count: int, resamples: int, seed: int
+) -> npt.NDArray[np.float64]:
+    rng = np.random.default_rng(seed)
+    block = max(1, BLOCK // count)
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    return np.concatenate([statistic(rng.integers(0, count, size=(size, count))) for size in sizes])
+
+
+def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _macro_f1(answers: Ints, labels: Ints, classes: int) -> npt.NDArray[np.float64]:
+    """answers, labels: int [R, N] -> float64 [R]. F1 of a class = 2 hits / (labels + answers)."""
+    rows = len(labels)
+    offset = np.arange(rows)[:, None] * classes
+
+    def count(values: Ints, keep: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.int64]:
+        cells = values + offset
+        cells = cells.ravel() if keep is None else cells[keep]
+        return np.bincount(cells, minlength=rows * classes).reshape(rows, classes)
+
+    hits, both = count(labels, labels == answers), count(labels) + count(answers)
+    f1 = 2.0 * hits / np.maximum(both, 1)
+    return f1.sum(axis=1) / (both > 0).sum(axis=1)
+
+
+def _row_log_loss(probabilities: Floats, labels: Ints) -> npt.NDArray[np.float64]:
+    chosen = probabilities[np.arange(len(labels)), labels]
+    step = np.finfo(chosen.dtype).eps
+    return -np.log(np.clip(chosen, step, 1 - step).astype(np.float64))
+
+
+# ---- temperature ----
+
+
+def softmax(logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:
+    """softmax(logits / temperature) over the last axis, float64."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return exponents / exponents.sum(axis=-1, keepdims=True)
+
+
+def fit_temperature(logits: Floats, labels: Ints) -> float:
+    """The temperature in [0.05, 20] that minimises the log-loss of softmax(logits / T) (Guo et al., 1706.04599).
+
+    ``logits``: float [N, C]. Golden-section search over log T: the loss is convex in 1/T, so it has one minimum.
+    """
+    _check(logits, labels)
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    chosen = shifted[np.arange(len(labels)), labels]
+
+    def loss(log_t: float) -> float:
+        scale = math.exp(-log_t)
+        return float((np.log(np.exp(shifted * scale).sum(axis=1)) - chosen * scale).mean())
+
+    low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    loss_left, loss_right = loss(left), loss(right)
+    while high - low > 1e-6:
+        if loss_left <= loss_right:
+            high, right, loss_right = right, left, loss_left
+            left = high - ratio * (high - low)
+            loss_left = loss(left)
+        else:
+            low, left, loss_left = left, right, loss_right
+            right = low + ratio * (high - low)
+            loss_right = loss(right)
+    return math.exp((low + high) / 2)
+
+
+def _check(scores: Floats, labels: Ints) -> None:
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
+        raise DataError(f"scores {scores.shape} and labels {labels.shape}, expected [N, C] and [N] with N above 0")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= scores.shape[1]:
+        raise DataError(
+            f"labels {labels.dtype} {labels.min()}..{labels.max()}, expected integers 0..{scores.shape[1] - 1}"
+        )
+    if not np.isfinite(scores).all():
+        bad = int(np.argmax(~np.isfinite(scores).all(axis=1)))
+        raise DataError(f"scores of row {bad} are not finite; the model that made them diverged")

@@ -1,0 +1,247 @@
+"""Everything a run has written so far, read once. A missing file is None; a damaged one is None and a named problem."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.artifacts import RunDir, read_array, read_json, read_jsonl
+from edgedistill.data.manifest import Dataset, read_dataset
+from edgedistill.errors import ArtifactError, EdgedistillError
+
+T = TypeVar("T")
+Rows = tuple[dict[str, Any], ...]
+CHUNK_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class SoftLabelKeys:
+    """ids: str [N]; folds: integer [N], the held-out fold whose teacher wrote each image's soft label."""
+
+    ids: npt.NDArray[np.str_]
+    folds: npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One model on the test split: probs is a memory-mapped float32 [N, C], predicted int [N], confidence float32 [N]."""
+
+    probs: npt.NDArray[np.float32]
+    predicted: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student' and 'student-hard-labels' to epoch rows."""
+
+    run: RunDir
+    config: dict[str, Any]
+    dataset: Dataset | None
+    data_report: dict[str, Any] | None
+    metrics: dict[str, Rows]
+    oof: dict[str, Any] | None
+    soft_labels: SoftLabelKeys | None
+    evaluation: dict[str, Any] | None
+    test_ids: npt.NDArray[np.str_] | None
+    test_labels: npt.NDArray[np.integer] | None
+    predictions: dict[str, Predictions]
+    deploy: dict[str, Any] | None
+    certificates: tuple[tuple[str, dict[str, Any]], ...]
+    benches: tuple[tuple[str, dict[str, Any]], ...]
+    problems: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        if self.dataset is not None:
+            return self.dataset.class_names
+        return tuple(str(name) for name in (self.evaluation or {}).get("classes", ()))
+
+    @property
+    def main_model(self) -> str:
+        """The network that model.pt holds: the distilled student, or the hard-label one of a run without distillation."""
+        models = (self.evaluation or {}).get("models", {})
+        return "hard_label_student" if "student" not in models and "hard_label_student" in models else "student"
+
+    def command(self, stage: str) -> str:
+        """The command line that makes a missing part of this run."""
+        root = str(self.run.root)
+        data = data_name(self.config) or "DATA"
+        lines = {
+            "distill": ["distill", "--data", data, "--out", root, "--resume"],
+            "check-data": ["edgedistill", "check-data", "--data", data, "--out", root],
+            "export": ["export-openvino", str(self.run.model)],
+            "bench": ["bench-fps", str(self.run.openvino)],
+        }
+        return shlex.join(lines[stage])
+
+
+def setting(config: dict[str, Any], *path: str) -> Any:
+    """A resolved setting, e.g. ``setting(config, 'student', 'model')``; None where the run did not record it."""
+    for root in (config.get("settings"), config):
+        value: Any = root
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+
+def data_name(config: dict[str, Any]) -> str:
+    """What --data was, or '' where the run did not record it."""
+    return next(
+        (value for path in (("data", "data"), ("data",)) if isinstance(value := setting(config, *path), str)), ""
+    )
+
+
+def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:
+    """Raises ArtifactError when there is no such folder, when it is not a run, or when ``bench`` does not exist."""
+    _check_is_run(run)
+    if bench is not None and not bench.is_file():
+        raise ArtifactError(f"{bench}: no such benchmark; make it with 'bench-fps {run.openvino} --out {bench}'")
+    problems: list[str] = []
+    optional = _optional(problems)
+    evaluation = optional(run.evaluation / "evaluation.json", _read_evaluation)
+    test_ids = optional(run.evaluation / "test_ids.npy", read_array)
+    test_labels = optional(run.evaluation / "test_labels.npy", read_array)
+    return RunRecord(
+        run=run,
+        config=optional(run.config, _read_object) or {},
+        dataset=optional(run.dataset, read_dataset),
+        data_report=optional(run.root / "data_report.json", _read_object),
+        metrics=_read_metrics(run, optional),
+        oof=optional(run.root / "teacher" / "oof.json", lambda path: read_json(path, format="edgedistill-oof")),
+        soft_labels=_read_soft_label_keys(run, optional),
+        evaluation=evaluation,
+        test_ids=test_ids,
+        test_labels=test_labels,
+        predictions=_read_predictions(run, optional, evaluation, test_labels),
+        deploy=optional(run.openvino / "deploy.json", _read_object),
+        certificates=tuple(
+            (_stage_name(path), values)
+            for path, values in _read_all(_certificate_paths(run), optional, "edgedistill-certificate")
+        ),
+        benches=tuple(
+            (path.name, values)
+            for path, values in _read_all(
+                [bench] if bench is not None else sorted(run.openvino.glob("bench*.json")),
+                optional,
+                "edgedistill-bench",
+            )
+        ),
+        problems=tuple(problems),
+    )
+
+
+Optional = Callable[[Path, Callable[[Path], T]], T | None]
+
+
+def _optional(problems: list[str]) -> Any:
+    def read(path: Path, reader: Callable[[Path], T]) -> T | None:
+        if not path.exists():
+            return None
+        try:
+            return reader(path)
+        except (EdgedistillError, OSError, UnicodeDecodeError) as error:
+            problems.append(str(error))
+            return None
+
+    return read
+
+
+def _check_is_run(run: RunDir) -> None:
+    if not run.root.is_dir():
+        raise ArtifactError(f"{run.root}: no such run folder; make one with 'distill --data DATA --out {run.root}'")
+    if not any(path.exists() for path in (run.config, run.dataset, run.model)):
+        raise ArtifactError(
+            f"{run.root}: not a run (no config.json, dataset.csv or model.pt); "
+            f"give the folder that was --out of 'distill'"
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not valid JSON ({error}); run the command that made it again") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{path}: a JSON {type(values).__name__}, expected an object; make it again")
+    return values
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    values = read_json(path, format="edgedistill-evaluation")
+    kinds = {"classes": list, "models": dict, "n": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]
+    if wrong:
+        raise ArtifactError(
+            f"{path}: {', '.join(wrong)} missing or of another type; run 'distill --resume' to evaluate again"
+        )
+    return values
+
+
+def _certificate_paths(run: RunDir) -> list[Path]:
+    """Each stage's certificate, then the one of the final evaluation on test where there is one."""
+    return sorted(run.openvino.glob("stages/*/certificate*.json"), key=lambda path: (path.parent, len(path.name)))
+
+
+def _stage_name(path: Path) -> str:
+    return path.parent.name + (", on the test split" if path.name == "certificate-test.json" else "")
+
+
+def _read_all(paths: list[Path], optional: Any, format: str) -> list[tuple[Path, dict[str, Any]]]:
+    found = [(path, optional(path, lambda file: read_json(file, format=format))) for path in paths]
+    return [(path, values) for path, values in found if values is not None]
+
+
+def _read_metrics(run: RunDir, optional: Any) -> dict[str, Rows]:
+    """The epochs that are done, also while training still runs; an epoch logged again after a resume counts once."""
+    folders = sorted((run.root / "teacher").glob("fold-*"), key=lambda path: (len(path.name), path.name))
+    metrics = {}
+    for folder in (*folders, run.student, run.hard_label_student):
+        rows = optional(folder / "metrics.jsonl", read_jsonl) or []
+        unique = {(str(row.get("phase", "")), row.get("epoch")): row for row in rows if isinstance(row, dict)}
+        if unique:
+            metrics[folder.name] = tuple(unique.values())
+    return metrics
+
+
+def _read_soft_label_keys(run: RunDir, optional: Any) -> SoftLabelKeys | None:
+    ids = optional(run.soft_labels / "ids.npy", read_array)
+    folds = optional(run.soft_labels / "fold.npy", read_array)
+    if ids is None or folds is None or ids.shape != folds.shape or ids.ndim != 1:
+        return None
+    return SoftLabelKeys(ids, folds)
+
+
+def _read_predictions(
+    run: RunDir, optional: Any, evaluation: dict[str, Any] | None, labels: npt.NDArray[Any] | None
+) -> dict[str, Predictions]:
+    if evaluation is None or labels is None:
+        return {}
+    expected = (len(labels), len(evaluation.get("classes", ())))
+
+    def read(path: Path) -> Predictions:
+        probs = read_array(path, mmap=True)
+        if probs.shape != expected:
+            raise ArtifactError(
+                f"{path}: shape {list(probs.shape)}, expected {list(expected)}; run 'distill --resume' to evaluate again"
+            )
+        chunks = [probs[start : start + CHUNK_ROWS] for start in range(0, len(probs), CHUNK_ROWS)]
+        predicted = np.concatenate([chunk.argmax(axis=1) for chunk in chunks] or [np.empty(0, np.int64)])
+        confidence = np.concatenate([chunk.max(axis=1) for chunk in chunks] or [np.empty(0, np.float32)])
+        return Predictions(probs, predicted, confidence)
+
+    found = {}
+    for name in evaluation.get("models", {}):
+        values = optional(run.evaluation / f"{Path(str(name)).name}.probs.npy", read)
+        if values is not None:
+            found[str(name)] = values
+    return found

@@ -1,0 +1,143 @@
+"""The one reading of the test split: majority baseline, students and teachers, with intervals and paired tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill import console
+from edgedistill.artifacts import RunDir, write_array, write_json
+from edgedistill.data.manifest import Dataset
+from edgedistill.errors import ArtifactError, DataError
+from edgedistill.metrics import (
+    MetricName,
+    accuracy,
+    bootstrap_interval,
+    confusion_matrix,
+    expected_calibration_error,
+    log_loss,
+    macro_f1,
+    paired_bootstrap_difference,
+    softmax,
+)
+from edgedistill.training.checkpoints import read_model
+from edgedistill.training.predict import predict_logits
+from edgedistill.training.settings import choose_device
+
+EVALUATION_FORMAT = "edgedistill-evaluation"
+MAJORITY = "majority"
+PAIRS = (("student", MAJORITY), ("student", "hard_label_student"), ("teacher", "student"))
+PAIRED_METRICS: tuple[MetricName, ...] = ("accuracy", "macro_f1")
+
+Probabilities = npt.NDArray[np.float32]
+
+
+def evaluate_test(
+    run: RunDir, dataset: Dataset, models: dict[str, list[Path]], *, device: str = "auto", batch_size: int = 64
+) -> Path:
+    """Write evaluation/evaluation.json, test_ids.npy, test_labels.npy and NAME.probs.npy (float32 [N, C]) per model.
+
+    ``models``: 'student', 'hard_label_student', 'teacher' ... to their model.pt files; several files are an ensemble
+    whose probabilities are averaged. The majority baseline comes from the training labels. Raises DataError without a
+    test split and ArtifactError for a model of other classes or another data set.
+    """
+    rows = dataset.rows("test")
+    if not len(rows):
+        raise DataError("the data set has no test split, so nothing can be evaluated; freeze it again with --test 0.2")
+    labels = dataset.labels[rows]
+    probabilities = {MAJORITY: _majority(dataset, len(rows))}
+    for name, paths in models.items():
+        members = [
+            _probabilities(path, dataset, rows, name=name, device=device, batch_size=batch_size) for path in paths
+        ]
+        probabilities[name] = np.stack(members).mean(axis=0, dtype=np.float64).astype(np.float32)
+    for name, values in probabilities.items():
+        write_array(run.evaluation / f"{name}.probs.npy", values)
+    write_array(run.evaluation / "test_ids.npy", dataset.ids[rows].astype(str))
+    write_array(run.evaluation / "test_labels.npy", labels.astype(np.int32))
+    result = {
+        "split": "test",
+        "n": len(rows),
+        "classes": list(dataset.class_names),
+        "models": {name: _row(values, labels) for name, values in probabilities.items()},
+        "paired": [
+            _pair(a, b, metric, probabilities, labels)
+            for a, b in PAIRS
+            if a in probabilities and b in probabilities
+            for metric in PAIRED_METRICS
+        ],
+    }
+    write_json(run.evaluation / "evaluation.json", result, format=EVALUATION_FORMAT)
+    return run.evaluation / "evaluation.json"
+
+
+def _majority(dataset: Dataset, count: int) -> Probabilities:
+    """The class shares of the training images, for every image: the best answer that looks at none."""
+    counts = np.bincount(dataset.labels[dataset.rows("train")], minlength=len(dataset.class_names))
+    return np.tile((counts / max(1, counts.sum())).astype(np.float32), (count, 1))
+
+
+def _probabilities(
+    path: Path, dataset: Dataset, rows: npt.NDArray[np.int64], *, name: str, device: str, batch_size: int
+) -> Probabilities:
+    loaded = read_model(path)
+    if loaded.classes != dataset.class_names or loaded.dataset_hash != dataset.hash:
+        raise ArtifactError(
+            f"{path}: trained on other classes or another data set than dataset.csv; evaluate it in its own run"
+        )
+    logits = predict_logits(
+        loaded.model.to(choose_device(device)),
+        dataset.paths[rows],
+        loaded.input_spec,
+        batch_size=batch_size,
+        title=f"test images, {name.replace('_', '-')}",
+    )
+    return softmax(logits, loaded.temperature).astype(np.float32)
+
+
+def _row(probabilities: Probabilities, labels: npt.NDArray[np.int32]) -> dict[str, Any]:
+    return {
+        "accuracy": accuracy(probabilities, labels),
+        "accuracy_ci95": list(bootstrap_interval("accuracy", probabilities, labels)),
+        "macro_f1": macro_f1(probabilities, labels),
+        "macro_f1_ci95": list(bootstrap_interval("macro_f1", probabilities, labels)),
+        "log_loss": log_loss(probabilities, labels),
+        "ece": expected_calibration_error(probabilities, labels),
+        "confusion": confusion_matrix(probabilities, labels).tolist(),
+    }
+
+
+def _pair(
+    a: str, b: str, metric: MetricName, probabilities: dict[str, Probabilities], labels: npt.NDArray[np.int32]
+) -> dict[str, Any]:
+    """a minus b on the same images; the p-value is McNemar's exact test, which exists for accuracy alone."""
+    paired = paired_bootstrap_difference(metric, probabilities[a], probabilities[b], labels)
+    return {
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "difference": paired.difference,
+        "ci95": list(paired.ci95),
+        "p_value": paired.p_value,
+    }
+
+
+def comparison_table(evaluation: dict[str, Any]) -> Any:
+    """evaluation.json as a table for ``console.out.print``."""
+    rows = [
+        [
+            name.replace("_", "-"),
+            *(
+                f"{values[metric]:.3f} [{values[metric + '_ci95'][0]:.3f}, {values[metric + '_ci95'][1]:.3f}]"
+                for metric in ("accuracy", "macro_f1")
+            ),
+            f"{values['log_loss']:.3f}",
+            f"{values['ece']:.3f}",
+        ]
+        for name, values in evaluation["models"].items()
+    ]
+    columns = ("model", "accuracy [95%]", "macro-F1 [95%]", "log-loss", "ECE")
+    return console.table(f"test split, {evaluation['n']} images", columns, rows)

@@ -1,0 +1,263 @@
+"""Batches of augmented images that keep the device busy.
+
+Images are decoded once, by the deployable transform at 8/7 of the network's size, and kept in memory that the loader
+processes share; a worker augments a whole batch straight into a shared ring, so that nothing but a slot number travels
+between processes (and Docker's 64 MB /dev/shm is not needed). What a batch holds depends on (seed, epoch, step) alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from edgedistill import console
+from edgedistill.errors import ImageError
+from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
+from edgedistill.training.seeds import generator
+
+Augmentation = Callable[[ImageU8, int], ImageU8]
+IMAGES_AHEAD = 2  # batches that each worker prepares ahead
+FREE_MEMORY_SHARE = 0.5
+
+
+def prepared_spec(spec: InputSpec) -> InputSpec:
+    """Where training images wait for augmentation: the deployable transform at 256/224 of the network's size."""
+    return spec.resized(round(spec.height * 256 / 224), round(spec.width * 256 / 224))
+
+
+def core_count() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def free_memory_bytes() -> int:
+    """What this process may still take: the machine's available memory, less if its container has a limit."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(0, free)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStore:
+    """Prepared images of N files, uint8 [H, W, 3] BGR, decoded both ways where the two ways differ.
+
+    ``pixels``: None, or {'full': [N, H, W, 3], 'reduced': [M, H, W, 3]}; ``reduced_row``: int64 [N], -1 where decoding
+    in the DCT changes nothing (not a JPEG, or too small to be reduced).
+    """
+
+    paths: npt.NDArray[np.str_]
+    spec: InputSpec
+    pixels: dict[str, ImageU8] | None = None
+    reduced_row: npt.NDArray[np.int64] | None = None
+
+    def image(self, row: int, decode: DecodeMode) -> ImageU8:
+        """Raises ImageError that names a damaged file."""
+        if self.pixels is None or self.reduced_row is None:
+            return load_image(str(self.paths[row]), self.spec, decode=decode)
+        if decode == "reduced" and self.reduced_row[row] >= 0:
+            return self.pixels["reduced"][self.reduced_row[row]]
+        return self.pixels["full"][row]
+
+
+def open_store(paths: npt.NDArray[np.str_], spec: InputSpec, *, cache_gib: float | None) -> ImageStore:
+    """Decode all images into shared memory if they fit into the budget, else leave them to be decoded when needed.
+
+    ``spec``: of the prepared images. ``cache_gib``: the budget; None is half of the free memory.
+    Raises ImageError that names the first damaged file.
+    """
+    jpeg = np.array([Path(path).suffix.lower() in (".jpg", ".jpeg") for path in paths], dtype=bool)
+    image_bytes = spec.height * spec.width * 3
+    needed = (len(paths) + int(jpeg.sum())) * image_bytes
+    free = free_memory_bytes() * FREE_MEMORY_SHARE
+    budget = free if cache_gib is None else cache_gib * 2**30
+    if needed > budget:
+        console.note(
+            f"{len(paths)} prepared images take {needed / 2**30:.1f} GiB and {budget / 2**30:.1f} are granted: "
+            "decoding anew each epoch (--cache-gib grants more)"
+        )
+        return ImageStore(paths, spec)
+    reduced_row = np.where(jpeg, np.cumsum(jpeg) - 1, -1).astype(np.int64)
+    pixels = {"full": shared_images(len(paths), spec), "reduced": shared_images(int(jpeg.sum()), spec)}
+
+    def decode(row: int) -> None:
+        pixels["full"][row] = load_image(str(paths[row]), spec, decode="full")
+        if reduced_row[row] >= 0:
+            pixels["reduced"][reduced_row[row]] = load_image(str(paths[row]), spec, decode="reduced")
+
+    with console.progress("reading images", len(paths)) as bar, ThreadPoolExecutor(core_count()) as pool:
+        for _ in pool.map(decode, range(len(paths))):  # the first damaged image stops the job here, by its name
+            bar.update(bar.task_ids[0], advance=1)
+    return ImageStore(paths, spec, pixels, reduced_row)
+
+
+def shared_images(count: int, spec: InputSpec) -> ImageU8:
+    """uint8 [count, H, W, 3] in anonymous memory that forked workers share."""
+    shape = (count, spec.height, spec.width, 3)
+    buffer = mmap.mmap(-1, max(1, int(np.prod(shape))))
+    return np.frombuffer(buffer, np.uint8, count=int(np.prod(shape))).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Which images the epochs of one phase see, and in which order.
+
+    ``rows``: int64 [N], rows of the store; ``labels``: int [N]. With ``balanced`` each class gives the same number of
+    images per epoch, each image as often as any other of its class over the epochs.
+    """
+
+    rows: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int32]
+    batch_size: int
+    balanced: bool
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Whole batches per epoch; the images left over differ from epoch to epoch."""
+        return max(1, len(self.rows) // self.batch_size)
+
+    def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        """int64 [steps, batch_size]: rows of the store for each step."""
+        count = self.steps * self.batch_size
+        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
+        if not self.balanced:
+            classes = [np.arange(len(self.rows))]
+        share = -(-count // len(classes))
+        drawn = [
+            members[_cycled(len(members), epoch * share, share, self.seed, number)]
+            for number, members in enumerate(classes)
+        ]
+        order = generator(self.seed, "order", epoch).permutation(np.concatenate(drawn))[:count]
+        return self.rows[order].reshape(self.steps, self.batch_size)
+
+
+def _cycled(length: int, start: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
+    """``count`` entries, from ``start`` on, of endless shuffles of range(length) laid end to end."""
+    cycles = range(start // length, (start + count - 1) // length + 1)
+    laid = np.concatenate([generator(seed, "cycle", number, cycle).permutation(length) for cycle in cycles])
+    offset = start - cycles[0] * length
+    return laid[offset : offset + count].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``images``: uint8 [B, H, W, 3] RGB, valid until the next batch is asked for. ``rows``: int64 [B]."""
+
+    images: torch.Tensor
+    rows: npt.NDArray[np.int64]
+    waited_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The place of one batch: running number (it picks the slot in the ring), epoch, step; ``rows``: int64 [B]."""
+
+    number: int
+    epoch: int
+    step: int
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """All steps from (epoch, step) to the end; ``draws`` has one entry per epoch. Iterates anew each time."""
+
+    draws: Sequence[Draw]
+    epoch: int = 0
+    step: int = 0
+
+    def __len__(self) -> int:
+        return sum(draw.steps for draw in self.draws[self.epoch :]) - self.step
+
+    def __iter__(self) -> Iterator[Step]:
+        number = 0
+        for epoch in range(self.epoch, len(self.draws)):
+            rows = self.draws[epoch].epoch(epoch)
+            for step in range(self.step if epoch == self.epoch else 0, len(rows)):
+                yield Step(number, epoch, step, rows[step])
+                number += 1
+
+
+class _BatchMaker(Dataset[tuple[int, str]]):
+    """Augments one batch into its slot of the ring; runs in the workers."""
+
+    def __init__(self, store: ImageStore, augment: Augmentation, *, ring: ImageU8, seed: int) -> None:
+        self.store, self.augment, self.ring, self.seed = store, augment, ring, seed
+
+    def __getitem__(self, step: Step) -> tuple[int, str]:  # type: ignore[override]
+        slot = step.number % len(self.ring)
+        draws = generator(self.seed, "images", step.epoch, step.step)
+        seeds = draws.integers(2**31, size=len(step.rows))
+        reduced = draws.random(len(step.rows)) < 0.5
+        try:
+            for place, row in enumerate(step.rows):
+                image = self.store.image(row, "reduced" if reduced[place] else "full")
+                cv2.cvtColor(self.augment(image, int(seeds[place])), cv2.COLOR_BGR2RGB, dst=self.ring[slot, place])
+        except ImageError as error:
+            return slot, str(error)  # as a value: torch would bury the message in a worker's traceback
+        return slot, ""
+
+
+def batches(
+    store: ImageStore,
+    schedule: Schedule,
+    augment: Augmentation,
+    *,
+    spec: InputSpec,
+    seed: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """The batches of ``schedule`` in order, prepared ahead by ``workers`` processes (0: in this one).
+
+    Raises ImageError that names the damaged file.
+    """
+    if not len(schedule):
+        return
+    size = max(draw.batch_size for draw in schedule.draws)
+    # The loader hands out at most IMAGES_AHEAD * workers batches beyond the one in use: no slot is written while read.
+    slots = IMAGES_AHEAD * workers + 2
+    ring = shared_images(slots * size, spec).reshape(slots, size, spec.height, spec.width, 3)
+    loader = DataLoader(
+        _BatchMaker(store, augment, ring=ring, seed=seed),
+        batch_size=None,
+        sampler=schedule,  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=IMAGES_AHEAD if workers else None,
+        collate_fn=_unchanged,
+        worker_init_fn=_worker_start,
+        multiprocessing_context="fork" if workers else None,
+    )
+    answers = iter(loader)
+    for step in schedule:
+        start = time.perf_counter()
+        slot, error = next(answers)
+        waited = time.perf_counter() - start
+        if error:
+            raise ImageError(error)
+        yield Batch(torch.from_numpy(ring[slot, : len(step.rows)]), step.rows, waited)
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
+
+
+def _worker_start(worker: int) -> None:
+    cv2.setNumThreads(0)  # OpenCV's own threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer, which ends its workers

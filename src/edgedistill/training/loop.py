@@ -1,0 +1,370 @@
+"""The training loop that teacher and student share: epochs, batches, loss, step, log.
+
+They differ in data, targets and loss, which arrive in a ``Job``. The loop can be killed at any moment: it goes on from
+the last checkpoint and ends with the weights of an unbroken run, bit for bit on the same machine with the same
+threads, because every draw derives from (seed, epoch, step) and the checkpoint holds all the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import Progress
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from edgedistill import console
+from edgedistill.artifacts import append_jsonl, read_jsonl, write_text
+from edgedistill.errors import ModelError, UsageError
+from edgedistill.images import ImageU8, InputSpec
+from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
+from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
+from edgedistill.training.loader import Augmentation, Batch, Draw, ImageStore, Schedule, batches, core_count
+from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of
+from edgedistill.training.models import to_channels_last
+from edgedistill.training.predict import device_of, network_input, predict_pixels
+from edgedistill.training.seeds import derive
+from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
+
+LOSS_CHECK_STEPS = 50  # reading the loss makes a GPU wait, so it is read this often
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """Some epochs over one set of rows. The rate falls from ``lr`` to ``final_lr`` on a cosine per step.
+
+    ``average``: the weights at the end of these epochs are averaged.
+    """
+
+    name: str
+    epochs: int
+    draw: Draw
+    lr: float
+    final_lr: float
+    warmup_epochs: float = 0.0
+    average: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """Images that nobody trains on; their metrics are logged after each epoch and decide nothing.
+
+    ``pixels``: uint8 [N, H, W, 3] BGR; ``labels``: int32 [N].
+    """
+
+    pixels: ImageU8
+    labels: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """All that one training needs. ``identity``: plain values on which a resumed run must agree.
+
+    ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``.
+    """
+
+    title: str
+    folder: Path
+    settings: TrainSettings
+    identity: Mapping[str, Any]
+    store: ImageStore
+    targets: Targets
+    phases: tuple[Phase, ...]
+    loss: LossSettings
+    spec: InputSpec
+    augment: Augmentation
+    validation: Validation | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def epochs(self) -> list[tuple[Phase, int]]:
+        """(phase, epoch within the phase) of every epoch."""
+        return [(phase, epoch) for phase in self.phases for epoch in range(phase.epochs)]
+
+
+@dataclass
+class Tally:
+    """Sums of the epoch under way; part of the checkpoint, so that a resumed epoch logs the whole of itself."""
+
+    loss: float = 0.0
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass
+class State:
+    """Where the training stands: what the next step needs and what a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    epoch: int = 0
+    step: int = 0
+    tally: Tally = field(default_factory=Tally)
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
+    """Train ``model`` through all phases; returns it on its device, with averaged weights if a phase averages.
+
+    Raises UsageError if the folder holds work and ``resume`` is False, ArtifactError if that work was made with other
+    settings, ImageError for a damaged image, ModelError when the loss stops being a finite number.
+    """
+    settings, epochs = job.settings, job.epochs
+    device = choose_device(settings.device)
+    configure_torch(device, deterministic=settings.deterministic)
+    model = to_channels_last(model, device)
+    averaged = any(phase.average for phase in job.phases)
+    state = State(model, make_optimizer(model, settings), AveragedModel(model) if averaged else None)
+    restore(job, state, resume=resume)
+    schedule = Schedule([phase.draw for phase, _ in epochs], state.epoch, state.step)
+    forward = torch.compile(model) if settings.compile else model
+    workers = worker_count(settings.workers, device)
+    stream = batches(job.store, schedule, job.augment, spec=job.spec, seed=settings.seed, workers=workers)
+    total = sum(phase.draw.steps for phase, _ in epochs)
+    with console.progress(job.title, total) as bar, tensorboard(job, state) as board:
+        bar.update(bar.task_ids[0], completed=total - len(schedule))
+        for phase, phase_epoch in epochs[state.epoch :]:
+            train_epoch(job, state, phase, phase_epoch, forward=forward, stream=stream, bar=bar)
+            row = finish_epoch(job, state, phase)
+            if board is not None:
+                write_scalars(board, row)
+    return model if state.average is None else state.average.module
+
+
+def train_epoch(
+    job: Job, state: State, phase: Phase, phase_epoch: int, *, forward: Any, stream: Iterator[Batch], bar: Progress
+) -> None:
+    """The steps of one epoch that are still to do, with a checkpoint whenever the last one is old enough."""
+    settings, steps = job.settings, phase.draw.steps
+    device = device_of(state.model)
+    loss_sum = torch.tensor(state.tally.loss, dtype=torch.float64, device=device)
+    state.model.train()
+    mark = time.perf_counter()
+    while state.step < steps:
+        batch = next(stream)
+        set_learning_rate(state.optimizer, learning_rate(phase, phase_epoch, state.step))
+        torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step))
+        loss_sum += train_step(job, state, forward, batch)
+        state.step += 1
+        mark = count(state.tally, batch, mark, device=device)
+        show(bar, job, state)
+        due = time.monotonic() - state.saved_at >= 60 * settings.checkpoint_minutes
+        if due or state.step % LOSS_CHECK_STEPS == 0 or state.step == steps:
+            state.tally.loss = finite(loss_sum.item(), job, state)
+        if due and state.step < steps:
+            save(job, state)
+
+
+def train_step(job: Job, state: State, forward: Any, batch: Batch) -> torch.Tensor:
+    """One batch through the network and one step of the optimiser; returns the detached loss."""
+    settings = job.settings
+    device = device_of(state.model)
+    images = batch.images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.images
+    targets = job.targets.take(batch.rows, device)
+    images, targets = cutmix(
+        images,
+        targets,
+        alpha=settings.cutmix_alpha,
+        probability=settings.cutmix_probability,
+        seed=settings.seed,
+        epoch=state.epoch,
+        step=state.step,
+    )
+    half = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+        logits = forward(network_input(images, job.spec))
+    loss = loss_of(logits, targets, job.loss)
+    loss.backward()
+    if settings.grad_clip is not None:
+        nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def configure_torch(device: torch.device, *, deterministic: bool) -> None:
+    """On a GPU, reproducible kernels cost a few per cent and make resumption exact; a CPU's always are."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.deterministic = deterministic
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Weight decay falls on matrices and kernels alone, not on biases and norms."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    # foreach: one kernel over many tensors; on a CPU torch would otherwise loop over each of a network's ~200 tensors.
+    if settings.optimizer == "radam":
+        return torch.optim.RAdam(groups, lr=settings.lr, decoupled_weight_decay=True, foreach=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, foreach=True)
+
+
+def learning_rate(phase: Phase, epoch: int, step: int) -> float:
+    """Linear warm-up, then half a cosine from ``lr`` to ``final_lr`` over the phase; ``epoch`` counts within it."""
+    done = epoch * phase.draw.steps + step
+    total = phase.epochs * phase.draw.steps
+    warmup = round(phase.warmup_epochs * phase.draw.steps)
+    if done < warmup:
+        return phase.lr * (done + 1) / (warmup + 1)
+    share = (done - warmup) / max(1, total - warmup)
+    return phase.final_lr + (phase.lr - phase.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def worker_count(wanted: int | None, device: torch.device) -> int:
+    """Loader processes: enough to feed a GPU; on a CPU one, since it shares the cores with the network."""
+    if wanted is not None:
+        return wanted
+    return min(16, core_count()) if device.type == "cuda" else 1
+
+
+def count(tally: Tally, batch: Batch, mark: float, *, device: torch.device) -> float:
+    """Add one step to the tally; returns the new time mark.
+
+    Waiting for the loader counts only if the device had nothing left to do meanwhile.
+    """
+    busy = device.type == "cuda" and not torch.cuda.current_stream(device).query()
+    now = time.perf_counter()
+    tally.steps += 1
+    tally.images += len(batch.rows)
+    tally.seconds += now - mark
+    tally.waited_s += 0.0 if busy else batch.waited_s
+    return now
+
+
+def show(bar: Progress, job: Job, state: State) -> None:
+    rate = state.tally.images / max(state.tally.seconds, 1e-9)
+    info = f"epoch {state.epoch + 1}/{len(job.epochs)}, {rate:.0f} images/s"
+    bar.update(bar.task_ids[0], advance=1, info=info)
+
+
+def finite(loss_sum: float, job: Job, state: State) -> float:
+    if not math.isfinite(loss_sum):
+        raise ModelError(
+            f"{job.title}: the loss is no longer a finite number in epoch {state.epoch + 1}, step {state.step}; "
+            f"lower --lr (now {job.settings.lr:g}), set --grad-clip 1 or --warmup-epochs 1, and start anew"
+        )
+    return loss_sum
+
+
+def finish_epoch(job: Job, state: State, phase: Phase) -> dict[str, Any]:
+    """Average, validate, log, and write the checkpoint from which the next epoch starts; returns the logged row."""
+    tally = state.tally
+    if phase.average and state.average is not None:
+        state.average.update_parameters(state.model)
+    row: dict[str, Any] = {
+        "epoch": state.epoch + 1,
+        "phase": phase.name,
+        "train_loss": tally.loss / max(1, tally.steps),
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "images_per_s": tally.images / max(tally.seconds, 1e-9),
+        "wait_fraction": tally.waited_s / max(tally.seconds, 1e-9),
+        "seconds": tally.seconds,
+    }
+    row |= validate(state.model, job.validation, job)
+    state.epoch, state.step, state.tally = state.epoch + 1, 0, Tally()
+    append_jsonl(job.metrics, row)
+    save(job, state)
+    if not console.err.is_terminal:
+        console.note(describe(job, row))
+    return row
+
+
+def validate(model: nn.Module, validation: Validation | None, job: Job) -> dict[str, float]:
+    if validation is None or not len(validation.labels):
+        return {}
+    logits = predict_pixels(model, validation.pixels, job.spec, batch_size=job.settings.batch_size)
+    probabilities = softmax(logits)
+    return {
+        "val_accuracy": accuracy(probabilities, validation.labels),
+        "val_macro_f1": macro_f1(probabilities, validation.labels),
+        "val_log_loss": log_loss(probabilities, validation.labels),
+    }
+
+
+def describe(job: Job, row: Mapping[str, Any]) -> str:
+    """The line per epoch for logs without a terminal."""
+    text = f"{job.title}: epoch {row['epoch']}/{len(job.epochs)}, loss {row['train_loss']:.4f}"
+    if "val_accuracy" in row:
+        text += f", val accuracy {row['val_accuracy']:.3f}"
+    return text + f", {row['images_per_s']:.0f} images/s, {row['seconds']:.1f} s"
+
+
+@contextmanager
+def tensorboard(job: Job, state: State) -> Iterator[Any]:
+    """A writer for folder/tensorboard that forgets what a killed run wrote beyond its checkpoint; None if not wanted."""
+    if not job.settings.tensorboard:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(job.folder / "tensorboard"), purge_step=state.epoch + 1) as writer:
+        yield writer
+
+
+def write_scalars(board: Any, row: Mapping[str, Any]) -> None:
+    for key, value in row.items():
+        if isinstance(value, float):
+            board.add_scalar(key, value, row["epoch"])
+
+
+def save(job: Job, state: State) -> None:
+    values = {
+        "identity": dict(job.identity),
+        "epoch": state.epoch,
+        "step": state.step,
+        "tally": vars(state.tally),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "average": state.average.state_dict() if state.average is not None else {},
+    }
+    save_tensors(job.checkpoint, values, format=CHECKPOINT_FORMAT)
+    state.saved_at = time.monotonic()
+
+
+def restore(job: Job, state: State, *, resume: bool) -> None:
+    """Put the checkpoint's values into ``state`` and drop the metrics of what it does not know of."""
+    if not job.checkpoint.exists():
+        write_text(job.metrics, "")
+        return
+    if not resume:
+        raise UsageError(f"{job.folder}: holds work already; go on with --resume, or choose another --out")
+    values = load_tensors(job.checkpoint, format=CHECKPOINT_FORMAT)
+    refuse_other_settings(job.checkpoint, values["identity"], dict(job.identity))
+    state.model.load_state_dict(values["model"])
+    state.optimizer.load_state_dict(values["optimizer"])
+    if state.average is not None:
+        state.average.load_state_dict(values["average"])
+    state.epoch, state.step, state.tally = values["epoch"], values["step"], Tally(**values["tally"])
+    rows = [row for row in read_jsonl(job.metrics) if row["epoch"] <= state.epoch]
+    write_text(job.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    console.note(f"{job.title}: going on from epoch {state.epoch + 1}, step {state.step}")

@@ -1,0 +1,310 @@
+"""bundle.py: what is read from deploy.json and IR files holds together, or one error names the file and the remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import pytest
+
+from edgedistill.errors import ArtifactError, ModelError
+from edgedistill.images import InputSpec
+from edgedistill.runtime.bundle import (
+    MAX_METADATA_CHARACTERS,
+    Bundle,
+    DeployConfig,
+    LatencySettings,
+    ScoreSettings,
+    Stage,
+    ThroughputSettings,
+    describe_stage,
+    read_deploy,
+    read_metadata,
+    write_deploy,
+)
+
+
+def test_a_folder_a_run_a_deploy_json_and_an_ir_all_load(make: Any) -> None:
+    root = make.deployable()
+    ir = root / "stages" / "tiny" / "model.xml"
+    for path in (root, root.parent, root / "deploy.json", ir, ir.parent, str(root)):
+        bundle = Bundle.load(path)
+        assert bundle.labels == make.labels
+        assert bundle.config.stages[0].temperature == 1.5
+        assert bundle.metadata[0].architecture == "tiny" and bundle.metadata[0].own
+
+
+def test_deploy_json_survives_a_round_trip(make: Any) -> None:
+    spec = InputSpec(height=48, width=64, resize="center-crop", crop_fraction=0.875)
+    config = DeployConfig(
+        stages=(Stage("a/model.xml", "0" * 64, spec, 1.25, 0.9, "f" * 64), Stage("b.xml", "1" * 64, spec)),
+        latency=LatencySettings("int8", 2),
+        throughput=ThroughputSettings("bf16", streams=4, threads=4, batch=2, pinning=False),
+        decode="full",
+        reject_below=0.3,
+        score=ScoreSettings(0.5, "macro-f1", "frames", 200.0),
+        cpu="a processor",
+        versions={"openvino": "1"},
+    )
+    write_deploy(make.folder / "deploy.json", config)
+    assert read_deploy(make.folder / "deploy.json") == config
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "edgedistill-deploy", "version": 1}', b"\xff"])
+def test_a_broken_deploy_json_is_named(make: Any, content: bytes) -> None:
+    root = make.deployable()
+    (root / "deploy.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"deploy\.json"):
+        Bundle.load(root)
+
+
+STAGE_CHANGES: list[dict[str, Any]] = [
+    {"model": "../outside/model.xml"},
+    {"model": "/etc/model.xml"},
+    {"model": "stages\\tiny\\model.xml"},
+    {"model": "stages/tiny/model.pt"},
+    {"model": 7},
+    {"model": "stages/other/model.xml"},
+    {"sha256": "0" * 64},
+    {"sha256": None},
+    {"sha256": "xyz"},
+    {"int8_sha256": "0" * 64},
+    {"temperature": 0},
+    {"temperature": "hot"},
+    {"temperature": float("nan")},
+    {"exit_threshold": 1.5},
+    {"exit_threshold": "0.5"},
+    {"input_spec": None},
+    {"input_spec": {"height": 32}},
+    {"surprise": 1},
+]
+
+
+@pytest.mark.parametrize("change", STAGE_CHANGES, ids=str)
+def test_hostile_stages_are_refused(make: Any, change: dict[str, Any]) -> None:
+    root = make.deployable()
+    values = json.loads((root / "deploy.json").read_text())
+    values["stages"][0].update(change)
+    (root / "deploy.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError):
+        Bundle.load(root)
+
+
+DEPLOY_CHANGES: list[dict[str, Any]] = [
+    {"stages": []},
+    {"stages": "all"},
+    {"stages": [1]},
+    {"latency": {"precision": "fp32", "threads": None}},
+    {"latency": {"precision": "f32", "threads": 0}},
+    {"latency": {"precision": "f32", "threads": 1e9}},
+    {"latency": []},
+    {"throughput": {"batch": 0}},
+    {"throughput": {"batch": True}},
+    {"throughput": {"pinning": "yes"}},
+    {"decode": "sideways"},
+    {"reject_below": -1},
+    {"score": {"w": 2}},
+    {"score": {"metric": "speed"}},
+    {"score": {"scope": "all"}},
+    {"score": {"fps_target": 0}},
+    {"version": 2},
+    {"format": "other"},
+    {"extra": 1},
+]
+
+
+@pytest.mark.parametrize("change", DEPLOY_CHANGES, ids=str)
+def test_hostile_settings_are_refused(make: Any, change: dict[str, Any]) -> None:
+    root = make.deployable()
+    values = json.loads((root / "deploy.json").read_text()) | change
+    (root / "deploy.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match=r"deploy\.json"):
+        Bundle.load(root)
+
+
+def test_changed_weights_are_noticed(make: Any) -> None:
+    root = make.deployable()
+    weights = root / "stages" / "tiny" / "model.bin"
+    data = bytearray(weights.read_bytes())
+    data[0] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model\.xml: sha256 .* deploy\.json says .* export the model again"):
+        Bundle.load(root)
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"model\.bin: cannot be read"):
+        Bundle.load(root)
+
+
+def test_a_link_that_leads_outside_is_refused(make: Any) -> None:
+    root = make.deployable()
+    (root / "stages").rename(make.folder / "elsewhere")
+    (root / "stages").symlink_to(make.folder / "elsewhere")
+    with pytest.raises(ArtifactError, match="leads outside"):
+        Bundle.load(root)
+
+
+def test_paths_that_hold_no_deployable_say_what_is_expected(make: Any) -> None:
+    (make.folder / "empty").mkdir()
+    (make.folder / "model.pt").write_bytes(b"x")
+    for name in ("empty", "missing", "model.pt"):
+        with pytest.raises(ArtifactError, match=name):
+            Bundle.load(make.folder / name)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut xml", "cut bin", "html"])
+def test_a_damaged_ir_is_a_model_error(make: Any, damage: str) -> None:
+    path = make.ir(make.folder / "model.xml")
+    if damage == "cut bin":
+        path.with_suffix(".bin").write_bytes(b"")
+    else:
+        content = path.read_bytes()
+        path.write_bytes({"text": b"hello", "html": b"<html></html>"}.get(damage, content[: len(content) // 2]))
+    with pytest.raises(ModelError, match=r"model\.xml: not a readable OpenVINO IR"):
+        Bundle.load(path)
+
+
+METADATA_CHANGES = {
+    "two labels": {"labels": '["a", "b"]'},
+    "not JSON": {"labels": "a b c"},
+    "numbers": {"labels": "[1, 2, 3]"},
+    "an object": {"labels": '{"a": 1}'},
+    "deep": {"labels": "[" * 100_000},
+    "same twice": {"labels": '["a", "a", "b"]'},
+    "empty name": {"labels": '["a", "", "b"]'},
+    "terminal escapes": {"labels": json.dumps(["a", "b\x1b[2J", "c"])},
+    "endless name": {"labels": json.dumps(["a", "b" * 2000, "c"])},
+    "cold": {"temperature": "0"},
+    "not a number": {"temperature": "nan"},
+    "a word": {"temperature": "warm"},
+    "two temperatures": {"temperature": "1 2"},
+    "future": {"format_version": "2"},
+    "other task": {"task": "multi-label"},
+    "no spec": {"input_spec": "null"},
+    "spec of another size": {"input_spec": json.dumps(InputSpec().to_dict())},
+    "infinite spec": {"input_spec": json.dumps(InputSpec().to_dict()).replace("224", "1e999")},
+}
+
+
+@pytest.mark.parametrize("change", METADATA_CHANGES)
+def test_hostile_metadata_are_refused(make: Any, change: str) -> None:
+    path = make.ir(make.folder / "model.xml", changes=METADATA_CHANGES[change])
+    with pytest.raises(ArtifactError, match=r"model\.xml"):
+        Bundle.load(path)
+
+
+def test_a_giant_metadata_string_is_refused(make: Any) -> None:
+    values = make.own_metadata(InputSpec(height=32, width=32), architecture="x" * (MAX_METADATA_CHARACTERS + 1))
+    with pytest.raises(ArtifactError, match="longer than"):
+        read_metadata(make.describe(make.model(), "edgedistill", values), "m.xml")
+
+
+def test_missing_metadata_are_named(make: Any) -> None:
+    values = make.own_metadata(InputSpec(height=32, width=32))
+    del values["temperature"]
+    with pytest.raises(ArtifactError, match=r"edgedistill\.temperature is missing"):
+        read_metadata(make.describe(make.model(), "edgedistill", values), "m.xml")
+    with pytest.raises(ModelError, match="says nothing about its labels"):
+        read_metadata(make.model(), "m.xml")
+
+
+MODEL_API = {
+    "model_type": "Classification",
+    "labels": "red green very_blue",
+    "mean_values": "123.675 116.28 103.53",
+    "scale_values": [58.395, 57.12, 57.375],
+    "resize_type": "standard",
+    "reverse_input_channels": "True",
+}
+
+
+def test_a_foreign_ir_describes_itself_through_model_api(make: Any) -> None:
+    model = make.describe(make.model(), "model_info", MODEL_API | {"resize_type": "crop"})
+    metadata = read_metadata(model, "m.xml")
+    assert metadata.labels == ("red", "green", "very_blue") and not metadata.own and not metadata.bgr
+    assert metadata.input_spec == InputSpec(height=32, width=32, resize="center-crop")
+    bare = make.describe(
+        make.model(bgr=True), "model_info", {"labels": "a b c", "mean_values": "[1, 2, 3]", "scale_values": "2"}
+    )
+    metadata = read_metadata(bare, "m.xml")
+    assert metadata.bgr and metadata.input_spec.mean == (3.0, 2.0, 1.0) and metadata.input_spec.std == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": "one two"},
+        {"resize_type": "fit_to_window"},
+        {"embedded_processing": "True"},
+        {"multilabel": "True"},
+        {"mean_values": "a b c"},
+        {"mean_values": "1 2"},
+        {"scale_values": "0 0 0"},
+        {"scale_values": "inf inf inf"},
+    ],
+    ids=str,
+)
+def test_foreign_metadata_that_do_not_fit_are_refused(make: Any, change: dict[str, str]) -> None:
+    with pytest.raises(ArtifactError):
+        read_metadata(make.describe(make.model(), "model_info", MODEL_API | change), "m.xml")
+
+
+def test_networks_that_are_no_image_classifiers_are_refused(make: Any) -> None:
+    dynamic = make.model()
+    dynamic.reshape([-1, 3, 32, 32])
+    two_outputs = make.model()
+    two_outputs.add_outputs([two_outputs.inputs[0].get_node().output(0)])
+    flat = make.model()
+    flat.reshape([2, 3, 32, 32])
+    embedded = make.describe(make.model(), "edgedistill", {"preprocessing_embedded": "True"})
+    for model, what in ((dynamic, "static"), (two_outputs, "shapes"), (flat, "input"), (embedded, "embedded")):
+        with pytest.raises(ModelError, match=what):
+            read_metadata(model, "m.xml")
+
+
+def test_a_cascade_needs_thresholds_and_one_set_of_labels(make: Any) -> None:
+    root = make.cascade(exit_threshold=0.5)
+    config = read_deploy(root / "deploy.json")
+    with pytest.raises(ArtifactError, match="exit_threshold"):
+        DeployConfig(stages=config.stages[::-1])
+    spec = config.stages[1].input_spec
+    make.ir(root / "slow.xml", spec=spec, changes={"labels": '["x", "y", "z"]'})
+    stages = (config.stages[0], describe_stage(root, "slow.xml", input_spec=spec, temperature=1.0))
+    write_deploy(root / "deploy.json", DeployConfig(stages=stages))
+    with pytest.raises(ArtifactError, match="stage 1 has other labels"):
+        Bundle.load(root)
+
+
+def test_deploy_json_may_change_the_resolution_and_nothing_else(make: Any) -> None:
+    root = make.deployable()
+    stage = read_deploy(root / "deploy.json").stages[0]
+    for spec, fine in (
+        (stage.input_spec.resized(48, 40), True),
+        (InputSpec(height=32, width=32, mean=(0, 0, 0)), False),
+    ):
+        changed = Stage(stage.model, stage.sha256, spec, stage.temperature)
+        write_deploy(root / "deploy.json", DeployConfig(stages=(changed,)))
+        if fine:
+            assert list(Bundle.load(root).read_model(0, "f32").inputs[0].shape) == [1, 3, 48, 40]
+        else:
+            with pytest.raises(ArtifactError, match="differ in more than the resolution"):
+                Bundle.load(root)
+
+
+def test_a_resolution_that_the_network_cannot_take_is_a_model_error(make: Any) -> None:
+    from openvino import opset13 as ops
+
+    model = make.model()
+    fixed = ops.reshape(model.inputs[0].get_node(), [1, 3, 32, 32], False)
+    head = ops.reduce_mean(fixed, [2, 3], False)
+    spec = InputSpec(height=32, width=32)
+    stiff = make.describe(
+        ov.Model([head], [model.inputs[0].get_node()], "stiff"), "edgedistill", make.own_metadata(spec)
+    )
+    path: Path = make.folder / "model.xml"
+    ov.save_model(stiff, path, compress_to_fp16=False)
+    stage = describe_stage(make.folder, "model.xml", input_spec=spec.resized(64), temperature=1.5)
+    write_deploy(make.folder / "deploy.json", DeployConfig(stages=(stage,)))
+    with pytest.raises(ModelError, match="cannot run at 64x64"):
+        Bundle.load(make.folder / "deploy.json").read_model(0, "f32")

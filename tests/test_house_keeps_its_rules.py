@@ -1,0 +1,73 @@
+"""The promises of the layout: imports go one way, the package list is whole, one OpenCV, nothing heavy at start."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+STAGES = ("teacher", "student", "export", "runtime", "benchmarks")
+
+
+def test_imports_go_one_way() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_package_list_is_complete() -> None:
+    folders = {path.parent for path in (ROOT / "src" / "edgedistill").rglob("__init__.py")}
+    found = {".".join(folder.relative_to(ROOT / "src").parts) for folder in folders}
+    for stage in STAGES:
+        for path in (ROOT / stage).rglob("__init__.py"):
+            found.add(".".join(("edgedistill", *path.parent.relative_to(ROOT).parts)))
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_a_folder_that_type_checkers_see(stage: str) -> None:
+    link = ROOT / "src" / "edgedistill" / stage
+    assert link.is_symlink() and link.resolve() == ROOT / stage
+    assert PYPROJECT["tool"]["setuptools"]["package-dir"][f"edgedistill.{stage}"] == stage
+
+
+def test_both_opencv_wheels_are_one_version() -> None:
+    versions = {name: importlib.metadata.version(name) for name in ("opencv-python", "opencv-python-headless")}
+    assert len(set(versions.values())) == 1, f"{versions} share the folder cv2; install one version of both"
+
+
+def test_command_line_starts_without_heavy_imports() -> None:
+    code = (
+        "import sys, edgedistill.cli; heavy = {'torch', 'timm', 'cv2', 'openvino', 'onnx', 'nncf', 'sklearn',"
+        " 'matplotlib', 'albumentations', 'numpy'} & set(sys.modules); print(sorted(heavy))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_runtime_needs_neither_torch_nor_the_training_extras() -> None:
+    code = (
+        "import sys\n"
+        "blocked = ('torch', 'timm', 'onnx', 'onnxruntime', 'nncf', 'sklearn', 'albumentations', 'matplotlib', 'scipy')\n"
+        "for name in blocked: sys.modules[name] = None\n"
+        "import edgedistill.runtime, edgedistill.benchmarks.bench_fps\n"
+        "print('ok')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "ok", result.stderr
+
+
+def test_nothing_committed_is_a_weight_or_a_data_set() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    wrong = [path for path in files if path.suffix in {".pt", ".pth", ".onnx", ".bin", ".pkl", ".npz", ".safetensors"}]
+    large = [path for path in files if path.is_file() and path.stat().st_size > 3_000_000]
+    assert not wrong and not large

@@ -8,7 +8,6 @@ One process serves all scopes, modes and inputs of its candidate, so that no two
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -40,20 +39,14 @@ class Ours:
     def __init__(self, request: dict[str, Any]) -> None:
         self.path = request["deployable"]
         self.precision = request["precision"]
-        # For the measure of what the machine can do: one process held to one core, nothing in parallel inside it.
-        core = request.get("core")
-        self.threads = None if core is None else 1
-        if core is not None:
-            os.sched_setaffinity(0, {core})
-            cv2.setNumThreads(1)
 
     @cached_property
     def classifier(self) -> Classifier:
-        return Classifier(self.path, precision=self.precision, threads=self.threads)
+        return Classifier(self.path, precision=self.precision)
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.path, precision=self.precision, threads=self.threads)
+        return Engine(self.path, precision=self.precision)
 
     def prepare(self, request: dict[str, Any], images: Sequence[Path], spec: InputSpec) -> Case:
         latency = request["mode"] == "latency"

@@ -97,7 +97,7 @@ def _engine_rate(engine: Engine, paths: list[str], seconds: float) -> float:
     while (now := time.perf_counter()) - start < seconds:
         _checked(next(predictions))
         count += 1
-    predictions.close()  # type: ignore[attr-defined]
+    predictions.close()
     return count / (now - start)
 
 

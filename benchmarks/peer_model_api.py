@@ -70,9 +70,7 @@ class ModelApi:
 
         compiled = model.inference_adapter.compiled_model
         common = {
-            "precision": {"float32": "f32", "bfloat16": "bf16"}.get(
-                compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), request["precision"]
-            ),
+            "precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
             "settings": {
                 "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
                 "streams": int(compiled.get_property("NUM_STREAMS")),

@@ -4,9 +4,9 @@
 
 - scope files, FP32, against the naive program: at least 1.8x on a 640x427 JPEG and 3x on a 1920x1281 one;
 - scope model, FP32, within 5% of benchmark_app on the same IR with the same streams, threads and requests;
-- the engine at 0.9 or more of the machine's limit, the sum of one single-threaded process per core, all at once;
-- memory flat over 50,000 images; `edgedistill --help` in under half a second.
+- `edgedistill --help` in under half a second.
 
+The engine against the machine's limit and its memory have programs of their own, ``engine_limit`` and ``memory_flat``.
 The rounds interleave everything that is compared. Exit code 0 when every figure is reached, else 1.
 """
 
@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
-import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +34,13 @@ from edgedistill.benchmarks.inputs import InputSet, input_sets, write_jpeg
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
 from edgedistill.benchmarks.plan import BenchSettings, Entry, Workers, plan_entries
 from edgedistill.benchmarks.target import BASE, OWN, Target
-from edgedistill.benchmarks.timing import Runner, Slice, Spread, Worker, WorkerCase, ratios
+from edgedistill.benchmarks.timing import Slice, Spread, ratios
 from edgedistill.errors import EdgedistillError, UsageError
-from edgedistill.runtime import Engine
 
 FORMAT = "edgedistill-python-runtime"
-LIMIT = "process-per-core"
-SMALL, LARGE = (640, 427), (1920, 1281)
-TARGET_SMALL, TARGET_LARGE, TARGET_BENCHMARK_APP, TARGET_LIMIT = 1.8, 3.0, 0.95, 0.9
-TARGET_HELP_S, TARGET_GROWTH_MIB = 0.5, 8.0
+LARGE = (1920, 1281)
+TARGET_SMALL, TARGET_LARGE, TARGET_BENCHMARK_APP = 1.8, 3.0, 0.95
+TARGET_HELP_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,18 +65,6 @@ class Figure:
         }
 
 
-@dataclass(frozen=True)
-class SideBySide:
-    """Several single-threaded processes at the same time, as one runner: images add up, the slowest ends the time."""
-
-    cases: tuple[WorkerCase, ...]
-
-    def run(self, seconds: float) -> Slice:
-        with ThreadPoolExecutor(len(self.cases)) as pool:
-            parts = list(pool.map(lambda case: case.run(seconds), self.cases))
-        return Slice(sum(part.count for part in parts), max(part.seconds for part in parts))
-
-
 def photographs(images: Sequence[str], scratch: Path) -> tuple[list[InputSet], str]:
     """(a 640x427 and a 1920x1281 JPEG, where they come from): given ones, scikit-learn's photograph, or generated."""
     if images:
@@ -102,18 +85,8 @@ def speed_entries(settings: BenchSettings, sets: Sequence[InputSet]) -> list[Ent
     """Everything that is compared in FPS, measured."""
     target = Target.open(settings.path)
     with ExitStack() as stack:
-        workers = Workers(stack, settings, target, sets)
-        entries = workers.prepare(plan_entries(settings, target, sets))
-        for one in sets:
-            planned = Entry(LIMIT, "files", "throughput", one.name, "f32")
-            cases = []
-            for core in sorted(os.sched_getaffinity(0)):
-                worker = stack.enter_context(Worker(workers.command(OWN)))
-                request = workers.request(planned) | {"candidate": OWN, "mode": "latency", "core": core}
-                cases.append(WorkerCase.prepare(worker, one.name, request))
-            runner: Runner = SideBySide(tuple(cases))
-            entries.append(Entry(LIMIT, "files", "throughput", one.name, "f32", runner=runner))
-        return measure_entries(entries, rounds=settings.rounds, seconds=settings.seconds)
+        prepared = Workers(stack, settings, target, sets).prepare(plan_entries(settings, target, sets))
+        return measure_entries(prepared, rounds=settings.rounds, seconds=settings.seconds)
 
 
 def speed_figures(entries: Sequence[Entry], sets: Sequence[InputSet]) -> list[Figure]:
@@ -123,9 +96,7 @@ def speed_figures(entries: Sequence[Entry], sets: Sequence[InputSet]) -> list[Fi
     for one, target in zip(sets, (TARGET_SMALL, TARGET_LARGE), strict=True):
         engine = _slices(entries, OWN, "throughput", "files", one.name)
         naive = _slices(entries, BASE, "latency", "files", one.name)
-        limit = _slices(entries, LIMIT, "throughput", "files", one.name)
         figures.append(Figure(f"files, {one.name}: Engine / naive f32", ratios(engine, naive), target))
-        figures.append(Figure(f"files, {one.name}: Engine / process per core", ratios(engine, limit), TARGET_LIMIT))
     for mode in ("latency", "throughput"):
         own, app = (_slices(entries, name, mode, "model", tensor) for name in (OWN, "benchmark_app"))
         figures.append(Figure(f"model, {mode}: ours / benchmark_app", ratios(own, app), TARGET_BENCHMARK_APP))
@@ -151,27 +122,6 @@ def help_figure(runs: int = 9) -> Figure:
     return Figure("edgedistill --help", Spread.of(seconds[1:]), TARGET_HELP_S, unit="s", at_most=True)
 
 
-def memory_figure(path: Path, image: Path, count: int) -> Figure:
-    """Growth of resident memory, MiB, while the engine answers ``count`` images, after the first tenth has warmed it."""
-    data = image.read_bytes()
-    start_mib, grown_mib = None, [0.0]
-    with Engine(path, precision="f32") as engine, console.progress("memory", count) as bar:
-        for number, prediction in enumerate(engine.map(itertools.repeat(data, count)), 1):
-            if prediction.error is not None:
-                raise EdgedistillError(prediction.error)
-            if number >= count // 10 and number % max(1, count // 50) == 0:
-                bar.update(0, completed=number)  # type: ignore[arg-type]
-                start_mib = resident_mib() if start_mib is None else start_mib
-                grown_mib.append(resident_mib() - start_mib)
-    growth = Spread(grown_mib[-1], min(grown_mib), max(grown_mib))
-    return Figure(f"memory growth over {count} images", growth, TARGET_GROWTH_MIB, unit="MiB", at_most=True)
-
-
-def resident_mib() -> float:
-    """This process's resident memory (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def main() -> int:
     options = _parsed()
     machine = machine_record()
@@ -187,8 +137,6 @@ def main() -> int:
         )
         entries = speed_entries(settings, sets)
         figures = speed_figures(entries, sets)
-        if options.memory_images:
-            figures.append(memory_figure(options.bundle, sets[0].paths[0], options.memory_images))
     figures.append(help_figure())
     record = {
         "machine": machine,
@@ -221,7 +169,6 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=2.0, help="per candidate and round")
-    parser.add_argument("--memory-images", type=int, default=50_000, help="0 leaves that figure out")
     return parser.parse_args()
 
 

@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import os
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import nncf
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
@@ -22,9 +19,13 @@ import openvino as ov
 from edgedistill.console import note
 from edgedistill.errors import ModelError
 from edgedistill.export.inference import Logits, compile_ir, ir_logits, speed_ratio
+from edgedistill.export.quiet import quiet_nncf
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import ImageU8, InputSpec, normalize
 from edgedistill.metrics import accuracy, softmax
+
+os.environ.setdefault("NNCF_CI", "1")  # or it sends usage statistics; read once, when it is imported
+import nncf
 
 Int8Mode = Literal["auto", "on", "off"]
 QUANTIZABLE = ("Convolution", "GroupConvolution", "MatMul")
@@ -219,8 +220,7 @@ def quantize(
     names = list(ignored)
     dataset = nncf.Dataset(range(len(pixels)), lambda row: normalize(pixels[row : row + 1], spec))
     try:
-        # NNCF draws its progress on standard output, which belongs to the one answer.
-        with contextlib.redirect_stdout(sys.stderr), _quiet_nncf():
+        with quiet_nncf():
             return nncf.quantize(
                 model,
                 dataset,
@@ -233,17 +233,6 @@ def quantize(
             )
     except (RuntimeError, nncf.ValidationError, nncf.InternalError, nncf.UnsupportedModelError) as error:
         raise ModelError(f"NNCF cannot quantise the network: {error}; export with --int8 off") from error
-
-
-@contextlib.contextmanager
-def _quiet_nncf():  # type: ignore[no-untyped-def]
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def ready_candidates(model: ov.Model) -> list[str]:

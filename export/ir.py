@@ -16,7 +16,7 @@ from torch import nn
 
 from edgedistill.errors import ArtifactError, ModelError
 from edgedistill.export.network import Network, model_api_labels
-from edgedistill.export.onnx_file import quiet
+from edgedistill.export.quiet import quiet
 from edgedistill.images import InputSpec
 from edgedistill.runtime.normalisation import embed_normalisation
 

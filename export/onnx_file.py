@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from pathlib import Path
 
 import onnx
@@ -13,6 +9,7 @@ import torch
 from torch import nn
 
 from edgedistill.errors import ArtifactError, ModelError
+from edgedistill.export.quiet import quiet
 from edgedistill.images import InputSpec
 
 OPSET = 17
@@ -43,16 +40,3 @@ def write_onnx(module: nn.Module, path: Path, spec: InputSpec) -> None:
         raise ArtifactError(f"{path}: cannot be written ({error.strerror or error})") from error
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, onnx.checker.ValidationError) as error:
         raise ModelError(f"{type(module).__name__} cannot be written as ONNX opset {OPSET}: {error}") from error
-
-
-@contextlib.contextmanager
-def quiet():  # type: ignore[no-untyped-def]
-    """Keep the exporters' warnings and progress off standard output, which belongs to the one answer."""
-    level = logging.getLogger().manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -32,6 +32,7 @@ from edgedistill.training.predict import load_pixels, predict_pixels, reestimate
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
+    choose_device,
     identity,
     refuse_other_settings,
     refuse_several_processes,
@@ -85,6 +86,7 @@ def train_student(
     ImageError for a damaged image.
     """
     refuse_several_processes()
+    choose_device(settings.device)
     folder = run.student if settings.distillation else run.hard_label_student
     soft = _soft_labels(settings, dataset, soft_labels)
     wanted = _identity(settings, dataset, soft)

@@ -36,6 +36,7 @@ from edgedistill.training.predict import load_pixels, predict_logits
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
+    choose_device,
     identity,
     refuse_other_settings,
     refuse_several_processes,
@@ -137,6 +138,7 @@ def _is_done(settings: TeacherSettings, dataset: Dataset, run: RunDir, fold: int
 
 
 def _prepare(settings: TeacherSettings, dataset: Dataset) -> _Shared:
+    choose_device(settings.device)  # a device that is not there is told before images are read
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
     weights = locate_weights(settings.name, settings.weights, flag="--teacher-weights")
     rows, val = dataset.rows("train"), dataset.rows("val")

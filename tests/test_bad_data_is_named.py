@@ -167,7 +167,10 @@ def test_a_class_whose_images_are_all_bad_is_missing(photos):
 
 
 def test_groups_and_copies_across_given_splits_are_errors(tmp_path, photos):
-    rows = [f"photos/{('cat', 'dog')[n % 2]}/{n:02d}.jpg,{('cat', 'dog')[n % 2]},g{n // 2},{'test' if n in (1, 5) else ''}" for n in range(20)]
+    rows = [
+        f"photos/{('cat', 'dog')[n % 2]}/{n:02d}.jpg,{('cat', 'dog')[n % 2]},g{n // 2},{'test' if n in (1, 5) else ''}"
+        for n in range(20)
+    ]
     (tmp_path / "list.csv").write_text("path,label,group,split\n" + "\n".join(rows))
     assert "one group" in found(check_data(open_source(str(tmp_path / "list.csv"))), "splits").message
 
@@ -219,8 +222,12 @@ def test_the_report_is_plain_json_and_a_table(photos):
 def test_the_picture_is_drawn_for_few_and_for_many_classes_and_for_no_readable_image(photos, tmp_path):
     cv2.imwrite(str(photos / "cat" / "large.png"), picture(105, 600, 900))
     for number in range(40):
-        (photos / f"a class with a rather long name {number}").mkdir()
-        cv2.imwrite(str(photos / f"a class with a rather long name {number}" / "1.png"), picture(300 + number, 50 + number, 70))
+        folder = (
+            photos
+            / (f"a class with a rather long name {number}", f"赤い {number}", rf"$\frac{{{number}}}$ price")[number % 3]
+        )
+        folder.mkdir()
+        cv2.imwrite(str(folder / "1.png"), picture(300 + number, 50 + number, 70))
     target = plot_data(report_on(photos), tmp_path / "plots" / "data.png")
     image = cv2.imread(str(target))
     assert image.shape[1] >= 1200

@@ -1,5 +1,6 @@
 """Every form in which photographs may come is read as the same labelled items."""
 
+import errno
 import gzip
 import os
 import subprocess
@@ -210,7 +211,7 @@ def test_what_does_not_exist_is_wrong_usage_and_names_the_built_in_sets(tmp_path
     with pytest.raises(UsageError, match="fashion-mnist"):
         open_source(str(tmp_path / "nothing"))
     (tmp_path / "data.zip").write_bytes(b"x")
-    with pytest.raises(DataError, match="neither a folder nor a .csv file"):
+    with pytest.raises(DataError, match=r"neither a folder nor a \.csv file"):
         open_source(str(tmp_path / "data.zip"))
 
 
@@ -325,7 +326,7 @@ def test_damaged_compression_and_missing_idx_files_are_named(tmp_path, idx):
     folder = idx()
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz: damaged"):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: damaged"):
         open_source(f"fashion-mnist:{folder}", cache=tmp_path / "cache")
     path.unlink()
     with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
@@ -336,3 +337,21 @@ def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, idx):
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="EDGEDISTILL_CACHE"):
         open_source(f"fashion-mnist:{idx()}", cache=tmp_path / "file" / "cache")
+
+
+def test_a_full_disk_leaves_no_half_written_cache(tmp_path, idx, monkeypatch):
+    folder, cache, written = idx(), tmp_path / "cache", []
+
+    def write_bytes(self, data):
+        written.append(self)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with self.open("wb") as file:
+            return file.write(data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(DataError, match="the disk is full"):
+        open_source(f"fashion-mnist:{folder}", cache=cache)
+    assert list(cache.iterdir()) == []
+    monkeypatch.undo()
+    assert len(open_source(f"fashion-mnist:{folder}", cache=cache).items) == 30

@@ -46,7 +46,11 @@ def table(classes, groups=None, strata=None, given=None) -> Table:
 
 def test_every_image_has_one_place_and_every_class_its_share(source):
     dataset = freeze_dataset(source({"a": 300, "b": 50, "c": 10}), NO_NEAR)
-    assert {split: len(dataset.rows(split)) for split in ("train", "val", "test")} == {"train": 230, "val": 58, "test": 72}
+    assert {split: len(dataset.rows(split)) for split in ("train", "val", "test")} == {
+        "train": 230,
+        "val": 58,
+        "test": 72,
+    }
     for label, count in enumerate((300, 50, 10)):
         of_class = dataset.labels == label
         assert (of_class & (dataset.splits == "test")).sum() == pytest.approx(0.2 * count, abs=1)
@@ -231,7 +235,9 @@ def test_a_chain_too_long_is_reported_and_not_enforced(photographs, capsys):
 
 def test_near_duplicates_across_the_datas_own_splits_are_reported(photographs, capsys):
     made = photographs(count=14, burst={("a", 5): 2})
-    items = [dataclasses.replace(item, split="test" if item.id in ("a/02.jpg", "b/03.jpg") else "") for item in made.items]
+    items = [
+        dataclasses.replace(item, split="test" if item.id in ("a/02.jpg", "b/03.jpg") else "") for item in made.items
+    ]
     dataset = freeze_dataset(dataclasses.replace(made, items=tuple(items)), SplitSettings())
     assert dataset.splits[2] == "test"
     assert dataset.splits[5] != "test"
@@ -248,7 +254,9 @@ def test_a_damaged_image_is_named_when_near_duplicates_are_looked_for(photograph
 def test_close_hashes_are_exactly_those_that_comparing_all_with_all_finds(monkeypatch):
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2**64, 300, dtype=np.uint64)
-    flips = [np.uint64(sum(1 << int(bit) for bit in rng.choice(64, size, replace=False))) for size in rng.integers(0, 8, 900)]
+    flips = [
+        np.uint64(sum(1 << int(bit) for bit in rng.choice(64, size, replace=False))) for size in rng.integers(0, 8, 900)
+    ]
     hashes = np.concatenate([base, base[rng.integers(0, 300, 900)] ^ np.array(flips)])
     distance = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
     one, other = np.nonzero(np.triu(distance <= duplicates.MAX_HASH_DISTANCE, 1))
@@ -297,7 +305,10 @@ def test_the_proof_passes_on_what_was_frozen_and_names_what_was_tampered_with(fr
         (tampered("sha256", train[-1], frozen.sha256[test[-1]]), "the same bytes in different splits or folds"),
         (tampered("ids", train[0], frozen.ids[train[1]]), "the id stands twice"),
         (tampered("folds", frozen.folds == 3, 2), "is missing in fold 3"),
-        (dataclasses.replace(frozen, splits=np.full(120, "test"), folds=np.full(120, -1)), "no image is in split train"),
+        (
+            dataclasses.replace(frozen, splits=np.full(120, "test"), folds=np.full(120, -1)),
+            "no image is in split train",
+        ),
     ]
     for dataset, message in cases:
         with pytest.raises(DataError, match=message):

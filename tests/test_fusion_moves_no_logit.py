@@ -157,7 +157,7 @@ def test_what_may_not_be_folded_is_left_with_a_reason(
     body: nn.ModuleDict, forward: Callable[..., torch.Tensor], reason: str
 ) -> None:
     model = with_random_norms(Classifier(body, forward))
-    fused, report = fuse(model, images(size=16), image_kind="random")
+    _, report = fuse(model, images(size=16), image_kind="random")
     assert report.folded == 0 and [name for name, _ in report.kept] == ["body.n"]
     assert reason in report.kept[0][1]
     assert report.max_logit_difference == 0

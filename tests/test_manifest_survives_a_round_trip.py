@@ -171,7 +171,7 @@ def test_files_are_hashed_in_order_and_a_missing_one_is_named(tmp_path):
     expected = [hashlib.sha256(b"x" * number).hexdigest().encode() for number in range(150)]
     assert hash_files(paths).tolist() == expected
     paths[77].unlink()
-    with pytest.raises(DataError, match="77.bin: cannot be read"):
+    with pytest.raises(DataError, match=r"77\.bin: cannot be read"):
         hash_files(paths)
 
 

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from edgedistill.errors import ArtifactError
 FORMAT_VERSION = 1
 REFUSALS = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 FULL_DISK_BYTES = 1 << 20
+OWNER = platform.node() or "localhost"  # in the names of temporary files, with the process, so that others keep theirs
 
 
 @contextlib.contextmanager
@@ -36,7 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{OWNER}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -56,6 +58,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove the temporary files that killed processes of this machine left below ``root``."""
+    for path in root.rglob(f".*.{OWNER}.*.tmp"):
+        process = path.name.split(f".{OWNER}.", 1)[1].split(".", 1)[0]
+        if process.isdecimal() and not Path("/proc", process).exists():
+            path.unlink(missing_ok=True)
 
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:

@@ -37,6 +37,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TrainPrecision = Annotated[str, typer.Option(help="Training in auto, f32 or bf16.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the networks.")]
 Workers = Annotated[int | None, typer.Option(help="Loader processes (default: chosen for the device).")]
+CheckpointMinutes = Annotated[float, typer.Option(help="The most work that a kill may cost.")]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
 
@@ -117,6 +118,7 @@ def teach(
     precision: TrainPrecision = "auto",
     compile: Compile = False,
     workers: Workers = None,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = 100_000_000,
     resume: Resume = False,
     as_json: Json = False,
@@ -138,6 +140,7 @@ def teach(
             precision=precision,  # type: ignore[arg-type]
             compile=compile,
             workers=workers,
+            checkpoint_minutes=checkpoint_minutes,
             resize=resize,  # type: ignore[arg-type]
             augment=augment,  # type: ignore[arg-type]
             any_way_up=any_way_up,
@@ -178,6 +181,7 @@ def distill(
         int | None, typer.Option(help="Last epochs, whose weights are averaged (default: 4).")
     ] = None,
     final_data: Annotated[str | None, typer.Option(help="Last epochs on: train (default), or train+val.")] = None,
+    balanced: Annotated[bool, typer.Option(help="Draw every class equally often for the student.")] = True,
     augment: AugmentStrength = "light",
     any_way_up: AnyWayUp = False,
     resize: Resize = "squash",
@@ -192,6 +196,7 @@ def distill(
     precision: TrainPrecision = "auto",
     compile: Compile = False,
     workers: Workers = None,
+    checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = 100_000_000,
     resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
@@ -202,12 +207,13 @@ def distill(
     from edgedistill.student import StudentSettings
     from edgedistill.teacher import TeacherSettings
 
-    shared = {
+    shared: dict[str, Any] = {
         "seed": seed,
         "device": device,
         "precision": precision,
         "compile": compile,
         "workers": workers,
+        "checkpoint_minutes": checkpoint_minutes,
         "resize": resize,
         "augment": augment,
         "any_way_up": any_way_up,
@@ -227,6 +233,7 @@ def distill(
             weights=student_weights,
             image_size=image_size,
             distillation=not no_distillation,
+            balanced_sampling=balanced,
             **_given(
                 epochs=epochs,
                 batch_size=batch_size,
@@ -303,8 +310,9 @@ def export_openvino(
     as_json: Json = False,
 ) -> None:
     """Fuse, export to ONNX and OpenVINO IR, quantise where it pays, and certify the result."""
-    from edgedistill.export.certificate import certificate_tables, read_certificates
-    from edgedistill.export.export import ExportSettings
+    from edgedistill import console
+    from edgedistill.export.certificate import table_rows
+    from edgedistill.export.export import ExportSettings, read_certificates
     from edgedistill.export.export import export_openvino as export
 
     settings = ExportSettings(
@@ -325,7 +333,11 @@ def export_openvino(
     )
     path = export(settings)
     certificates = read_certificates(path)
-    _answer({"path": str(path), "certificates": certificates}, as_json, *certificate_tables(certificates), str(path))
+    tables = [
+        console.table(f"{name}: certificate {values['verdict']}, {values['n']} images", *table_rows(values))
+        for name, values in certificates.items()
+    ]
+    _answer({"path": str(path), "certificates": certificates}, as_json, *tables, str(path))
 
 
 def bench_fps(
@@ -420,17 +432,18 @@ def report(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    network: Annotated[bool, typer.Option(help="Also ask whether pretrained weights can be downloaded.")] = True,
+    as_json: Json = False,
+) -> None:
     """Check this machine: versions, OpenCV wheels, processor, memory, disk, network."""
-    from dataclasses import asdict
-
     from edgedistill import console
     from edgedistill.doctor import run_doctor
 
-    checks = run_doctor()
+    checks = run_doctor(network=network)
     rows = [[check.check, check.status, check.detail, check.remedy] for check in checks]
     shown = console.table("doctor", ("check", "status", "found", "remedy"), rows)
-    _answer({"checks": [asdict(check) for check in checks]}, as_json, shown)
+    _answer({"checks": [check._asdict() for check in checks]}, as_json, shown)
     if any(check.status == "error" for check in checks):
         raise typer.Exit(1)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgedistill import __version__, console
-from edgedistill.artifacts import RunDir, read_json, settings_dict, write_json
+from edgedistill.artifacts import RunDir, read_json, settings_dict, sweep, write_json
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
@@ -88,13 +89,14 @@ def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
 
     Raises DataError when check-data finds errors, UsageError when the folder holds another run's work.
     """
+    sweep(run.root)
     if run.dataset.exists():
         if not resume:
             raise UsageError(f"{run.root}: holds a run already; go on with --resume, or choose another --out")
         root = Path(settings.data)
         return read_dataset(run.dataset, data_root=root if root.is_dir() else None)
     source = open_source(settings.data)
-    report = check_data(source, folds=settings.split.folds, max_pixels=settings.max_pixels)
+    report = check_data(source, settings=settings.split, max_pixels=settings.max_pixels)
     if report.errors:
         raise DataError(f"{settings.data}: {report.summary()}; see 'edgedistill check-data {settings.data}'")
     for severity, kind, message, *_ in report.rows():
@@ -110,7 +112,7 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
 
     Raises ArtifactError when a resumed run was made from another data set. (Each stage refuses other settings itself.)
     """
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     if run.config.exists() and resume:
         saved = read_json(run.config, format=CONFIG_FORMAT)
         if saved["dataset_hash"] != dataset.hash:

@@ -80,7 +80,7 @@ class _Cost:
 def make_plan(settings: DistillSettings) -> Plan:
     """Reads and splits the data as the run would; raises what the run would raise at once."""
     source = open_source(settings.data.data)
-    report = check_data(source, folds=settings.data.split.folds, max_pixels=settings.data.max_pixels)
+    report = check_data(source, settings=settings.data.split, max_pixels=settings.data.max_pixels)
     dataset = freeze_dataset(source, settings.data.split, checks=report)
     counts = {split: len(dataset.rows(split)) for split in ("train", "val", "test")}
     classes = len(dataset.class_names)

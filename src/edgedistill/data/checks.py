@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -450,10 +451,11 @@ def plot_data(report: DataReport, path: Path) -> Path:
     bars, scatter = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _plot_classes(report, bars, shown)
     _plot_sizes(report, scatter)
-    title = f"{report.name}: {len(report.labels):,} images, {len(report.class_names)} classes"
+    title = f"{_plain(report.name)}: {len(report.labels):,} images, {len(report.class_names)} classes"
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-        figure.savefig(file, format="png")
+    with atomic_path(Path(path)) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a script that matplotlib's font lacks shows as boxes
+        figure.savefig(temporary, format="png")
     return Path(path)
 
 
@@ -469,9 +471,14 @@ def _plain_axes(axes: Any, title: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _plain(name: str) -> str:
+    """A name that matplotlib does not take for a formula."""
+    return name.replace("$", r"\$")
+
+
 def _plot_classes(report: DataReport, axes: Any, shown: int) -> None:
     ordered = sorted(report.class_counts.items(), key=lambda pair: -pair[1])
-    names = [name if len(name) <= 24 else name[:23] + "…" for name, _ in ordered[:shown]]
+    names = [_plain(name if len(name) <= 24 else name[:23] + "…") for name, _ in ordered[:shown]]
     counts = [count for _, count in ordered[:shown]]
     colors = [ORANGE if count * IMBALANCE_RATIO <= counts[0] else BLUE for count in counts]
     drawn = axes.barh(range(shown), counts, color=colors, height=0.72)
@@ -482,6 +489,18 @@ def _plot_classes(report: DataReport, axes: Any, shown: int) -> None:
     more = f" (the {shown} largest of {len(ordered)})" if len(ordered) > shown else ""
     _plain_axes(axes, f"Images of each class{more}")
     axes.grid(visible=False, axis="y")
+
+
+def _logarithmic(axes: Any) -> None:
+    """Both axes, with ticks a person reads: 20, 50, 100, 200."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
 
 
 def _plot_sizes(report: DataReport, axes: Any) -> None:
@@ -497,8 +516,7 @@ def _plot_sizes(report: DataReport, axes: Any) -> None:
     axes.scatter(sizes[:, 1], sizes[:, 0], s=area, color=BLUE, alpha=0.45, linewidth=0.6, edgecolor="white")
     low, high = float(sizes.min()), float(sizes.max())
     if high > 6 * low:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _logarithmic(axes)
         limits = (low / 1.4, high * 1.4)
     else:
         limits = (max(0.0, low - 0.2 * high), 1.2 * high)

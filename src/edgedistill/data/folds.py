@@ -144,7 +144,7 @@ def make_plan(source: Source, digests: npt.NDArray[np.bytes_], near: duplicates.
     chains = long_chains(near[inside], classes)
     chained = np.isin(near[:, 0], np.concatenate(chains)) if chains else np.zeros(len(near), bool)
     user_groups = np.asarray([item.group for item in source.items])
-    groups = _join_groups(ids, user_groups, digests, near[inside & ~chained], given)
+    groups = _join_groups(ids, user_groups, digests, near=near[inside & ~chained], given=given)
     table = Table(classes, strata, group_codes(groups), given)
     return Plan(ids, table, groups, near[~inside], chains)
 
@@ -204,6 +204,7 @@ def _join_groups(
     ids: npt.NDArray[np.str_],
     user_groups: npt.NDArray[np.str_],
     digests: npt.NDArray[np.bytes_],
+    *,
     near: duplicates.Pairs,
     given: Codes,
 ) -> npt.NDArray[np.str_]:
@@ -220,14 +221,13 @@ def _join_groups(
                 "other tested; move or remove one of them"
             )
     component = duplicates.components(len(ids), np.concatenate([by_user, copies, near]))
-    alone = np.bincount(component)[component] == 1
+    rows = np.flatnonzero((np.bincount(component)[component] > 1) | (user_groups != ""))
+    rows = rows[np.argsort(component[rows], kind="stable")]
     names = [""] * len(ids)
-    order = np.argsort(component, kind="stable")
-    for part in np.split(order, np.flatnonzero(np.diff(component[order])) + 1):
-        if not (alone[part[0]] and not user_groups[part[0]]):
-            name = _group_name(user_groups[part], ids[part])
-            for row in part:
-                names[row] = name
+    for part in np.split(rows, np.flatnonzero(np.diff(component[rows])) + 1):
+        name = _group_name(user_groups[part], ids[part]) if len(part) else ""
+        for row in part:
+            names[row] = name
     return np.asarray(names)
 
 
@@ -360,10 +360,10 @@ def deal(table: Table, quotas: npt.NDArray[np.float64], rng: np.random.Generator
     bins = np.full(len(cells), -1, np.int16)
     _, group = np.unique(table.groups, return_inverse=True)
     joined = np.bincount(group)[group] > 1
-    _deal_groups(bins, np.flatnonzero(joined), group, cells, targets, rng)
+    _deal_groups(bins, np.flatnonzero(joined), group, cells, targets=targets, rng=rng)
     filled = np.zeros_like(targets)
     np.add.at(filled, (bins[joined], cells[joined]), 1)
-    _deal_singles(bins, np.flatnonzero(~joined), cells, class_of_cell, targets - filled, rng)
+    _deal_singles(bins, np.flatnonzero(~joined), cells, class_of_cell, room=targets - filled, rng=rng)
     return bins
 
 
@@ -372,6 +372,7 @@ def _deal_groups(
     rows: Codes,
     group: Codes,
     cells: Codes,
+    *,
     targets: npt.NDArray[np.float64],
     rng: np.random.Generator,
 ) -> None:
@@ -404,6 +405,7 @@ def _deal_singles(
     rows: Codes,
     cells: Codes,
     class_of_cell: Codes,
+    *,
     room: npt.NDArray[np.float64],
     rng: np.random.Generator,
 ) -> None:

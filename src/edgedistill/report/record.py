@@ -76,7 +76,7 @@ class RunRecord:
         data = data_name(self.config) or "DATA"
         lines = {
             "distill": ["distill", "--data", data, "--out", root, "--resume"],
-            "check-data": ["edgedistill", "check-data", "--data", data, "--out", root],
+            "check-data": ["edgedistill", "check-data", data],
             "export": ["export-openvino", str(self.run.model)],
             "bench": ["bench-fps", str(self.run.openvino)],
         }

@@ -116,7 +116,8 @@ def _verdicts(record: RunRecord) -> list[Block]:
 def _judgement(pair: dict[str, Any], evaluation: dict[str, Any]) -> str:
     sentence = difference_sentence(pair, int(evaluation["n"]))
     if pair["b"] == "majority" and verdict(pair["ci95"]) != "better":
-        return f"{sentence} This student is no better than always answering the largest class: train longer or on more data."
+        unshown = "Nothing here shows that it beats always answering the largest class: train longer, or on more data."
+        return f"{sentence} {unshown}"
     return sentence
 
 

@@ -47,8 +47,7 @@ def curves_section(record: RunRecord) -> Section:
     else:
         blocks.append(Missing("No student has finished an epoch", record.command("distill")))
     if students and "student-hard-labels" not in students:
-        command = record.command("distill").replace("distill ", "distill --no-distillation ", 1)
-        blocks.append(Missing("No hard-label student to compare with", command))
+        blocks.append(Missing("No hard-label student to compare with", f"{record.command('distill')} --baseline"))
     waiting = _waiting_callout(record)
     return Section("curves", "Training curves", tuple(blocks if waiting is None else [*blocks, waiting]))
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from edgedistill import console
-from edgedistill.errors import ImageError
+from edgedistill.errors import DataError, ImageError
 from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
 from edgedistill.training.seeds import generator
 
@@ -128,6 +128,10 @@ class Draw:
     balanced: bool
     seed: int
 
+    def __post_init__(self) -> None:
+        if not self.balanced and self.batch_size > len(self.rows):
+            raise DataError(f"batches of {self.batch_size} from {len(self.rows)} images; lower --batch-size")
+
     @property
     def steps(self) -> int:
         """Whole batches per epoch; the images left over differ from epoch to epoch."""
@@ -136,9 +140,10 @@ class Draw:
     def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [steps, batch_size]: rows of the store for each step."""
         count = self.steps * self.batch_size
-        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
         if not self.balanced:
-            classes = [np.arange(len(self.rows))]
+            order = generator(self.seed, "order", epoch).permutation(len(self.rows))[:count]
+            return self.rows[order].reshape(self.steps, self.batch_size)
+        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
         share = -(-count // len(classes))
         drawn = [
             members[_cycled(len(members), epoch * share, share, self.seed, number)]

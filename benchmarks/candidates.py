@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import openvino as ov
 
-from edgedistill.benchmarks.peers import Naive, OnnxRuntime, Torch, side_by_side, softmax
+from edgedistill.benchmarks.peers import Naive, OnnxRuntime, Torch, softmax
 from edgedistill.benchmarks.serve import Case, serve
 from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.errors import ModelError
@@ -79,21 +79,28 @@ class Ours:
     def _model_case(
         self, network: Network, images: Sequence[Path], spec: InputSpec, settings: dict[str, Any], *, latency: bool
     ) -> Case:
-        """Only the network: its input is filled once. Throughput: one caller per stream, as the engine has."""
+        """Only the network, fed as benchmark_app does: inputs filled once, one request or as many as it has streams."""
         stage = network.stages[-1]
-        pixels = np.repeat(load_image(images[0], spec)[None], stage.batch, axis=0)
-        callers = 1 if latency else settings["streams"]
-        requests = [stage.compiled.create_infer_request() for _ in range(callers)]
-        for request in requests:
-            request.set_input_tensor(ov.Tensor(pixels))
-            request.infer(share_outputs=True)
-        logits = requests[0].get_output_tensor().data[:1]
-        answer = softmax(logits, stage.settings.temperature).tolist()
+        pixels = ov.Tensor(np.repeat(load_image(images[0], spec)[None], stage.batch, axis=0))
+        first = stage.compiled.create_infer_request()
+        first.set_input_tensor(pixels)
+        first.infer(share_outputs=True)
+        answer = softmax(first.get_output_tensor().data[:1], stage.settings.temperature).tolist()
         if latency:
-            first = requests[0]
             return Case(lambda: first.infer(share_outputs=True), None, network.precision, settings, answer)
-        runs = side_by_side([lambda r=r: r.infer(share_outputs=True) for r in requests])  # type: ignore[misc]
-        return Case(None, lambda seconds: runs(seconds) * stage.batch, network.precision, settings, answer)
+        queue = ov.AsyncInferQueue(stage.compiled, settings["requests"])
+        for request in queue:
+            request.set_input_tensor(pixels)
+
+        def run(seconds: float) -> int:
+            deadline, count = time.perf_counter() + seconds, 0
+            while time.perf_counter() < deadline:
+                queue.start_async()  # waits for an idle request
+                count += stage.batch
+            queue.wait_all()
+            return count
+
+        return Case(None, run, network.precision, settings, answer)
 
 
 def until(deadline: float, sources: Sequence[Any]) -> Iterator[Any]:

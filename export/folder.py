@@ -42,6 +42,13 @@ def building(out: Path) -> Iterator[Path]:
         raise ArtifactError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
     try:
         _take(lock, temporary, out)
+        yield from _locked(lock, temporary, out)
+    finally:
+        os.close(lock)
+
+
+def _locked(lock: int, temporary: Path, out: Path) -> Iterator[Path]:
+    try:
         _clear(temporary)
         yield temporary
     except OSError as error:
@@ -51,7 +58,6 @@ def building(out: Path) -> Iterator[Path]:
     finally:
         if _same_folder(lock, temporary):
             shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
 
 
 def put_in_place(temporary: Path, out: Path) -> None:

@@ -252,7 +252,7 @@ def _is_gate(operation: ov.Node) -> bool:
     if constant or any(shape.is_dynamic or len(shape) != 4 for shape in shapes):
         return False
     areas = sorted(shape[2].get_length() * shape[3].get_length() for shape in shapes)
-    return areas[0] == 1 < areas[1]
+    return areas[0] == 1
 
 
 def layer_groups(model: ov.Model) -> dict[str, list[str]]:

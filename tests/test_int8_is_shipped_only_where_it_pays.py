@@ -187,6 +187,6 @@ def test_candidates_of_a_mobilenet_are_stem_gates_and_classifier() -> None:
     assert sum("se/aten::mul" in name for name in names) == 9 and len(names) == 11
     assert any("conv_stem" in name for name in names) and any("classifier" in name for name in names)
     groups = layer_groups(converted)
-    assert list(groups)[0] == "conv_stem" and list(groups)[-1] == "classifier"
+    assert next(iter(groups)) == "conv_stem" and list(groups)[-1] == "classifier"
     assert {f"blocks.{number}" for number in range(6)} < set(groups)
     assert sum(len(layers) for layers in groups.values()) == 54

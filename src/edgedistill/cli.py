@@ -181,6 +181,7 @@ def distill(
         int | None, typer.Option(help="Last epochs, whose weights are averaged (default: 4).")
     ] = None,
     final_data: Annotated[str | None, typer.Option(help="Last epochs on: train (default), or train+val.")] = None,
+    cutmix: Annotated[float | None, typer.Option(help="Share of batches with CutMix (default: 0.5).")] = None,
     balanced: Annotated[bool, typer.Option(help="Draw every class equally often for the student.")] = True,
     augment: AugmentStrength = "light",
     any_way_up: AnyWayUp = False,
@@ -243,6 +244,7 @@ def distill(
                 soft_temperature=soft_temperature,
                 extra_epochs=extra_epochs,
                 final_data=final_data,
+                cutmix_probability=cutmix,
             ),
             **shared,
         ),

@@ -187,20 +187,22 @@ def create_model(
     if weights is not None and weights.kind == "hub":
         overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights.path)}}
     try:
-        model: nn.Module = import_timm().create_model(architecture, **options, **overlay)
+        model: Any = import_timm().create_model(architecture, **options, **overlay)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{architecture} cannot be built with {options}: {error}") from error
-    if weights is None or weights.kind != "hub" or class_count != model.pretrained_cfg["num_classes"]:
+    config: Any = model.pretrained_cfg
+    if weights is None or weights.kind != "hub" or class_count != config["num_classes"]:
         calm_classifier(model)
     if weights is not None and weights.kind != "hub":
         load_weights(model, architecture, weights)
     return to_channels_last(model)
 
 
-def calm_classifier(model: nn.Module) -> None:
+def calm_classifier(model: Any) -> None:
     """Small weights for the new last layer. timm draws those of its EfficientNets and MobileNets from +-1/sqrt(classes),
     which for two classes starts with logits of +-30 and a loss of 7."""
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    network: Any = model
+    head = network.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(head, nn.Linear):
         nn.init.normal_(head.weight, std=0.01)
         if head.bias is not None:

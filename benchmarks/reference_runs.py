@@ -1,0 +1,190 @@
+"""The reference trainings: the whole job on ELPV and Fashion-MNIST, in pieces that can be interrupted anywhere.
+
+    python -m edgedistill.benchmarks.reference_runs --protocol gpu --minutes 28    # again and again until it says done
+    python -m edgedistill.benchmarks.reference_runs --protocol cpu --only elpv
+
+``gpu`` is the full recipe: EfficientNet-B4 at 224 px in five folds, MobileNetV3-small at 224 px with the contest's settings.
+``cpu`` is the largest protocol that two cores finish in an hour or two. Each piece is `distill ... --resume`, so a kill costs
+five minutes at most. When a run is whole, its figures are appended to benchmarks/results/reference.csv, and its metrics
+and soft labels (small files) can be kept beside it with --keep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill import console
+from edgedistill.artifacts import RunDir, atomic_path, read_json
+from edgedistill.benchmarks.machine import machine_record
+from edgedistill.data.sources import open_source
+from edgedistill.errors import EdgedistillError
+
+RESULTS = Path("benchmarks/results/reference.csv")
+KEPT = ("config.json", "evaluation/evaluation.json", "teacher/oof.json", "soft_labels/meta.json")
+MODELS = ("majority", "hard_label_student", "student", "teacher")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """``options``: of `distill`. ``train_images``: so many of the data's training images, evenly by class (None: all)."""
+
+    data: str
+    options: str
+    train_images: int | None = None
+
+
+PROTOCOLS: dict[str, dict[str, Protocol]] = {
+    "gpu": {
+        "elpv": Protocol(
+            "elpv",
+            "--test-fraction 0.25 --teacher effb4 --folds 5 --teacher-image-size 256 --teacher-epochs 40"
+            " --student mbv3s --image-size 224 --epochs 60 --any-way-up",
+        ),
+        "fashion-mnist": Protocol(
+            "fashion-mnist",
+            "--teacher effb4 --folds 5 --teacher-image-size 224 --teacher-epochs 12 --teacher-batch-size 128"
+            " --student mbv3s --image-size 224 --epochs 20",
+        ),
+    },
+    "cpu": {
+        "elpv": Protocol(
+            "elpv",
+            "--test-fraction 0.25 --teacher efflite0 --teacher-weights packaged:efficientnet_lite0 --folds 5"
+            " --teacher-image-size 128 --teacher-epochs 3 --student mbv3s --image-size 128 --epochs 16"
+            " --batch-size 32 --lr 0.003 --cutmix 0 --no-balanced --any-way-up",
+        ),
+        "fashion-mnist": Protocol(
+            "fashion-mnist",
+            "--teacher effb0 --folds 2 --teacher-image-size 32 --teacher-epochs 8 --teacher-batch-size 64"
+            " --student mbv3s --image-size 32 --epochs 12 --batch-size 64 --lr 0.003 --cutmix 0 --no-balanced",
+            train_images=8_000,
+        ),
+    },
+}
+
+
+def run_piece(command: list[str], seconds: float) -> bool:
+    """True when the command is done; False when its time ran out (it goes on from its checkpoint next time)."""
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        return False
+    if code:
+        raise EdgedistillError(f"{shlex.join(command)}: exit code {code}; see above")
+    return True
+
+
+def data_argument(protocol: Protocol, folder: Path) -> str:
+    """What --data is given: the protocol's data, or a CSV that names fewer training images of it."""
+    if protocol.train_images is None:
+        return protocol.data
+    path = folder / f"{protocol.data}-{protocol.train_images}.csv"
+    if not path.exists():
+        write_subset(protocol.data, protocol.train_images, path)
+    return str(path)
+
+
+def write_subset(data: str, count: int, path: Path) -> None:
+    """The test split whole, and the first images of a seeded shuffle of each class for training."""
+    source = open_source(data)
+    train = [item for item in source.items if item.split != "test"]
+    labels = np.array([item.label for item in train])
+    order = np.random.default_rng(0).permutation(len(train))
+    per_class = count // len(source.class_names)
+    chosen = [train[row] for name in source.class_names for row in order[labels[order] == name][:per_class]]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split"])
+        for item in [*chosen, *(item for item in source.items if item.split == "test")]:
+            writer.writerow([item.path, item.label, item.split or "train"])
+
+
+def record(name: str, protocol_name: str, command: list[str], run: RunDir) -> dict[str, Any]:
+    """One row: the four models on test, the teachers out of fold, and where and how it was made."""
+    evaluation = read_json(run.evaluation / "evaluation.json", format="edgedistill-evaluation")
+    oof = read_json(run.root / "teacher" / "oof.json", format="edgedistill-oof")
+    machine = machine_record()
+    row: dict[str, Any] = {"data": name, "protocol": protocol_name, "test_images": evaluation["n"]}
+    for model in MODELS:
+        values = evaluation["models"][model]
+        row[f"{model}_accuracy"] = round(values["accuracy"], 4)
+        row[f"{model}_accuracy_ci95"] = "{:.4f}-{:.4f}".format(*values["accuracy_ci95"])
+        row[f"{model}_macro_f1"] = round(values["macro_f1"], 4)
+    for pair in evaluation["paired"]:
+        if pair["metric"] == "accuracy" and pair["a"] == "student":
+            low, high = pair["ci95"]
+            row[f"student_minus_{pair['b']}"] = f"{pair['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    row |= {"oof_accuracy": round(oof["all"]["accuracy"], 4), "cpu": machine["cpu"], "cores": machine["cores"]}
+    return row | {"versions": json.dumps(machine["versions"]), "command": shlex.join(["distill", *command[1:]])}
+
+
+def append(row: dict[str, Any], path: Path) -> None:
+    """The row of an earlier run of the same data and protocol is replaced."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [
+                old for old in csv.DictReader(file) if (old["data"], old["protocol"]) != (row["data"], row["protocol"])
+            ]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*rows, row])
+
+
+def keep(run: RunDir, folder: Path) -> None:
+    """The small files of a run: settings, metrics, soft labels."""
+    logs = [str(path.relative_to(run.root)) for path in sorted(run.root.rglob("metrics.jsonl"))]
+    for name in (*KEPT, *logs, "soft_labels/ids.npy", "soft_labels/fold.npy", "soft_labels/label.log_probs.npy"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(run.root / name, folder / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--protocol", choices=sorted(PROTOCOLS), required=True)
+    parser.add_argument("--only", choices=("elpv", "fashion-mnist"), help="one of the two data sets")
+    parser.add_argument("--minutes", type=float, default=28.0, help="of this piece; run again to go on")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs lie")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--keep", type=Path, help="copy settings, metrics and soft labels there")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + 60 * arguments.minutes
+    for name, protocol in PROTOCOLS[arguments.protocol].items():
+        if arguments.only not in (None, name):
+            continue
+        run = RunDir(arguments.runs / f"reference-{arguments.protocol}-{name}")
+        program = str(Path(sys.executable).with_name("distill"))
+        options = ["--data", data_argument(protocol, arguments.runs), *shlex.split(protocol.options)]
+        command = [program, *options, "--out", str(run.root), "--resume"]
+        if not run_piece(command, deadline - time.monotonic()):
+            console.note(f"{name}: time is up; run the same command again to go on")
+            return 3
+        append(record(name, arguments.protocol, command, run), arguments.out)
+        if arguments.keep is not None:
+            keep(run, arguments.keep / run.root.name)
+    console.note(f"done: {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except EdgedistillError as error:
+        sys.exit(f"error: {error}")

@@ -93,10 +93,11 @@ class Ours:
             request.set_input_tensor(pixels)
 
         def run(seconds: float) -> int:
-            deadline, count = time.perf_counter() + seconds, 0
-            while time.perf_counter() < deadline:
+            deadline = time.perf_counter() + seconds
+            for count in itertools.count(stage.batch, stage.batch):
                 queue.start_async()  # waits for an idle request
-                count += stage.batch
+                if time.perf_counter() >= deadline:
+                    break
             queue.wait_all()
             return count
 
@@ -104,11 +105,11 @@ class Ours:
 
 
 def until(deadline: float, sources: Sequence[Any]) -> Iterator[Any]:
-    """The sources over and over until ``time.perf_counter()`` reaches the deadline."""
+    """The sources over and over until ``time.perf_counter()`` reaches the deadline, at least one."""
     for source in itertools.cycle(sources):
+        yield source
         if time.perf_counter() >= deadline:
             return
-        yield source
 
 
 def network_settings(network: Network) -> dict[str, Any]:

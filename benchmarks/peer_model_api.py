@@ -93,10 +93,12 @@ def pipeline(model: Any, frame: Callable[[int], Any], seconds: float, *, ahead: 
     with ThreadPoolExecutor(ahead) as pool:
         numbers = itertools.count()
         decoded = [pool.submit(frame, next(numbers)) for _ in range(2 * ahead)]
-        while time.perf_counter() < deadline:
+        while True:
             image = decoded.pop(0).result()
             decoded.append(pool.submit(frame, next(numbers)))
             model.infer_async(image, 0)
+            if time.perf_counter() >= deadline:
+                break
         model.await_all()
     return next(answered)
 

@@ -80,16 +80,16 @@ def stepper(scope: str, tensor_of: Callable[[int], Tensor], infer: Infer) -> Cal
 
 
 def side_by_side(steps: Sequence[Callable[[], object]]) -> Callable[[float], int]:
-    """A thread for each step, over and over until the time is up, finishing what it began; returns the steps done."""
+    """A thread for each step, over and over until the time is up, at least once; returns the steps done."""
 
     def run(seconds: float) -> int:
         deadline = time.perf_counter() + seconds
 
         def loop(step: Callable[[], object]) -> int:
-            count = 0
-            while time.perf_counter() < deadline:
+            for count in itertools.count(1):
                 step()
-                count += 1
+                if time.perf_counter() >= deadline:
+                    break
             return count
 
         with ThreadPoolExecutor(len(steps)) as pool:
@@ -205,15 +205,15 @@ class Torch:
 
         def run(seconds: float) -> int:
             deadline = time.perf_counter() + seconds
-            count = 0
             with ThreadPoolExecutor(self.threads) as pool:
-                while time.perf_counter() < deadline:
+                for count in itertools.count(TORCH_BATCH, TORCH_BATCH):
                     if fixed is None:
                         tensors = list(pool.map(tensor_of, range(count, count + TORCH_BATCH)))
                         self.infer(np.concatenate(tensors)).argmax(axis=1)
                     else:
                         self.infer(fixed)
-                    count += TORCH_BATCH
+                    if time.perf_counter() >= deadline:
+                        break
             return count
 
         return run

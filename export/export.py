@@ -16,7 +16,7 @@ from torch import nn
 
 from edgedistill.artifacts import read_json, write_json, write_text
 from edgedistill.benchmarks.machine import machine_record, package_versions
-from edgedistill.console import note
+from edgedistill.console import note, warn
 from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.export import audit, ir
 from edgedistill.export.certificate import CERTIFICATE_FORMAT, Forms, Limits, certify, not_run
@@ -219,6 +219,11 @@ def _make_stage(export: _Export) -> tuple[dict[str, Any], Int8Result]:
     network, settings, stage = export.network, export.settings, export.stage
     proof_images, kind = _fusion_images(export)
     fused, fusion = fuse(network.module, proof_images, image_kind=kind)
+    if network.spec.crop_fraction < 1:
+        warn(
+            f"the input is cropped to {network.spec.crop_fraction:g} of the image, which Model API cannot express: given whole"
+            " images, it will answer differently than edgedistill's runtimes"
+        )
     note(f"fused {fusion.folded} norms, logits moved by {fusion.max_logit_difference:.2g}")
     write_onnx(fused, stage / "model.onnx", network.spec)
     model, converted_from = ir.convert(fused, network.spec, onnx_file=stage / "model.onnx")

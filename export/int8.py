@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from edgedistill.console import note
+from edgedistill.console import note, warn
 from edgedistill.errors import ModelError
 from edgedistill.export.inference import Logits, compile_ir, ir_logits, speed_ratio
 from edgedistill.export.quiet import quiet_nncf
@@ -114,6 +114,8 @@ def make_int8(
     if len(train) < settings.min_calibration or not len(val):
         reason = f"{len(train)} train images to calibrate on and {len(val)} to measure on are too few"
         return Int8Result(None, False, reason, settings=settings)
+    if len(train) < settings.calibration_images:
+        warn(f"INT8 calibrates on all {len(train)} train images; {settings.calibration_images} would be better")
     reference = compile_ir(model, threads=settings.threads)
     pixels = load_pixels(val.paths, spec)
     bench = _Bench(

@@ -25,10 +25,10 @@ from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
 from edgedistill.training.checkpoints import read_model, write_model
 from edgedistill.training.loader import Draw, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, Validation, train
+from edgedistill.training.loop import Job, Phase, open_validation, train
 from edgedistill.training.losses import LossName, LossSettings, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
-from edgedistill.training.predict import load_pixels, predict_pixels, reestimate_batch_norm
+from edgedistill.training.predict import predict_logits, reestimate_batch_norm
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -114,7 +114,7 @@ def train_student(
         input_spec=spec,
         dataset_hash=dataset.hash,
         settings=wanted,
-        temperature=_temperature(settings, job, model),
+        temperature=_temperature(settings, dataset, model, spec),
     )
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
     return out
@@ -151,7 +151,7 @@ def _job(
     folder: Path,
     wanted: dict[str, Any],
 ) -> Job:
-    rows, val = _final_rows(settings, dataset), dataset.rows("val")
+    rows = _final_rows(settings, dataset)
     if not len(dataset.rows("train")):
         raise DataError("the data set has no training images; freeze it again")
     labels = dataset.labels[rows]
@@ -175,7 +175,7 @@ def _job(
         ),
         spec=spec,
         augment=settings.augmentation(spec),
-        validation=Validation(load_pixels(dataset.paths[val], spec), dataset.labels[val]) if len(val) else None,
+        validation=open_validation(dataset, spec, seed=settings.seed),
     )
 
 
@@ -208,13 +208,14 @@ def _phases(
     return (first, Phase("average", settings.extra_epochs, everything, rate, rate, average=True))
 
 
-def _temperature(settings: StudentSettings, job: Job, model: nn.Module) -> float:
+def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> float:
     """Fitted on val, which must be unseen for that."""
+    val = dataset.rows("val")
     if settings.final_data == "train+val":
         console.note("temperature 1.0, not fitted: the last epochs trained on val (--final-data train+val)")
         return 1.0
-    if job.validation is None:
+    if not len(val):
         console.note("temperature 1.0, not fitted: the data set has no val split")
         return 1.0
-    logits = predict_pixels(model, job.validation.pixels, job.spec, batch_size=settings.batch_size)
-    return fit_temperature(logits, job.validation.labels)
+    logits = predict_logits(model, dataset.paths[val], spec, batch_size=settings.batch_size)
+    return fit_temperature(logits, dataset.labels[val])

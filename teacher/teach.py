@@ -22,7 +22,7 @@ from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
 from edgedistill.training.checkpoints import write_model
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, Validation, train
+from edgedistill.training.loop import Job, Phase, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
 from edgedistill.training.models import (
     Weights,
@@ -32,7 +32,7 @@ from edgedistill.training.models import (
     model_kwargs_for,
     resolve_name,
 )
-from edgedistill.training.predict import load_pixels, predict_logits
+from edgedistill.training.predict import predict_logits
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -141,10 +141,9 @@ def _prepare(settings: TeacherSettings, dataset: Dataset) -> _Shared:
     choose_device(settings.device)  # a device that is not there is told before images are read
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
     weights = locate_weights(settings.name, settings.weights, flag="--teacher-weights")
-    rows, val = dataset.rows("train"), dataset.rows("val")
+    rows = dataset.rows("train")
     store = open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib)
-    validation = Validation(load_pixels(dataset.paths[val], spec), dataset.labels[val]) if len(val) else None
-    return _Shared(dataset, rows, store, spec, weights, validation)
+    return _Shared(dataset, rows, store, spec, weights, open_validation(dataset, spec, seed=settings.seed))
 
 
 def _train_fold(settings: TeacherSettings, shared: _Shared, run: RunDir, fold: int, *, resume: bool) -> None:

@@ -22,6 +22,7 @@ from edgedistill.artifacts import RunDir, read_json
 from edgedistill.data.manifest import Dataset, hash_files, write_dataset
 from edgedistill.errors import ArtifactError, DataError, ImageError, ModelError, UsageError
 from edgedistill.export import ir
+from edgedistill.export.audit import audit
 from edgedistill.export.certificate import CERTIFICATE_FORMAT, Limits, certify
 from edgedistill.export.certify_jpeg import certify_jpeg
 from edgedistill.export.export import ExportSettings, certify_test, export_openvino, exported_forms, read_certificates
@@ -161,6 +162,15 @@ def test_executed_graph_is_clean(stage: Path) -> None:
     assert graph["convolutions_with_fused_activation"] == 42
     assert graph["fused_activations"]["HSwish"] == 19, "hard-swish fell apart"
     assert not graph["unfused_activations"] and graph["reorders"] <= 2
+
+
+def test_audit_sees_activations_that_fell_apart(stage: Path) -> None:
+    """OpenVINO's own reading of the ONNX file is the graph that the direct way from torch avoids."""
+    model = ov.convert_model(str(stage / "model.onnx"))
+    model.reshape([1, 3, 64, 64])
+    graph = audit(model, threads=1, runs=2)
+    assert graph["unfused_activations"] == {"HardSigmoid": 9} and graph["reorders"] >= 18
+    assert graph["unfused_activation_share"] > 0 and graph["overhead_share"] > graph["unfused_activation_share"]
 
 
 def test_ir_describes_itself_for_model_api_and_for_us(run: RunDir, stage: Path) -> None:

@@ -8,11 +8,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from edgedistill.benchmarks.model_api_parity import compare
+from edgedistill.benchmarks.model_api_parity import _logit_margins, compare
 from edgedistill.errors import UsageError
+from edgedistill.export.export import ExportSettings, export_openvino
+from edgedistill.images import InputSpec
+from edgedistill.metrics import softmax
+from edgedistill.runtime import Classifier
+from edgedistill.training.checkpoints import write_model
+from edgedistill.training.models import create_model
 
 PEERS_PYTHON = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of 12 convolutions with random weights, exported without proof."""
+    root = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    network = create_model("resnet10t", class_count=3).eval()
+    torch.nn.init.normal_(network.get_classifier().weight, std=0.5)
+    write_model(
+        root / "model.pt", network, architecture="resnet10t", model_kwargs={"num_classes": 3}, settings={},
+        classes=("big dog", "cat", "ox"), input_spec=InputSpec(32, 32), dataset_hash="", temperature=1.5,
+    )  # fmt: skip
+    return export_openvino(ExportSettings(model=root / "model.pt", int8="off", certificate=False, threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +43,8 @@ def images(photos: Path) -> list[tuple[str, Path]]:
 
 @pytest.mark.benchmark_env
 @pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="run `make peers` first")
-def test_model_api_gives_our_classes(tiny_run: Path, images: list[tuple[str, Path]]) -> None:
-    record = compare(tiny_run / "openvino", images, peers_python=PEERS_PYTHON, threads=1)
+def test_model_api_gives_our_classes(exported: Path, images: list[tuple[str, Path]]) -> None:
+    record = compare(exported, images, peers_python=PEERS_PYTHON, threads=1)
     assert record["verdict"] == "pass" and record["n"] == len(images)
     assert record["resized"] == {
         "disagreement": 0.0,
@@ -46,29 +67,28 @@ def stand_in(tmp_path: Path, answers: str) -> Path:
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_class_that_differs_fails_the_comparison(
-    tiny_run: Path, images: list[tuple[str, Path]], tmp_path: Path, wrong: bool
+    exported: Path, images: list[tuple[str, Path]], tmp_path: Path, wrong: bool
 ) -> None:
-    from edgedistill.runtime import Classifier
-
-    classifier = Classifier(tiny_run / "openvino", precision="f32", threads=1, cache_dir=False)
+    classifier = Classifier(exported, precision="f32", threads=1, cache_dir=False)
     ours = [classifier.classify(path).index for _, path in images]
-    given = [1 - index for index in ours] if wrong else ours
-    names = [classifier.labels[index] for index in given]
+    given = [(index + 1) % 3 for index in ours] if wrong else ours
+    names = [("big_dog", "cat", "ox")[index] for index in given]
     ones = [1.0] * len(ours)
     answers = {"index": given, "label": names, "plain_index": given, "raw_scores_sum": ones, "versions": {}}
-    record = compare(tiny_run / "openvino", images, peers_python=stand_in(tmp_path, repr(answers)), threads=1)
+    record = compare(exported, images, peers_python=stand_in(tmp_path, repr(answers)), threads=1)
     assert record["verdict"] == ("fail" if wrong else "pass")
+    assert record["resized"]["names_match"]
     assert record["resized"]["disagreement"] == record["original"]["disagreement"] == float(wrong)
     assert len(record["differing_ids"]["resized"]) == (len(images) if wrong else 0)
 
 
 def test_a_missing_or_broken_environment_is_named(
-    tiny_run: Path, images: list[tuple[str, Path]], tmp_path: Path
+    exported: Path, images: list[tuple[str, Path]], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="make peers"):
-        compare(tiny_run / "openvino", images[:1], peers_python=tmp_path / "nothing")
+        compare(exported, images[:1], peers_python=tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"model_api.*make peers"):
-        compare(tiny_run / "openvino", images[:1], peers_python=Path(sys.executable))
+        compare(exported, images[:1], peers_python=Path(sys.executable))
 
 
 def test_the_peers_half_imports_nothing_of_ours() -> None:
@@ -85,8 +105,5 @@ def test_the_peers_half_imports_nothing_of_ours() -> None:
 
 
 def test_margins_are_logit_differences() -> None:
-    from edgedistill.benchmarks.model_api_parity import _logit_margins
-    from edgedistill.metrics import softmax
-
     logits = np.array([[1.0, 3.0, 2.5], [0.0, 0.0005, -4.0]])
     assert np.allclose(_logit_margins(softmax(logits, 2.5), 2.5), [0.5, 0.0005])

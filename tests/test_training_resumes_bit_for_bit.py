@@ -105,12 +105,13 @@ def test_a_training_stopped_again_and_again_ends_with_the_same_bytes(dataset, un
         watcher = threading.Thread(target=interrupt_after, args=(checkpoint, writes, done))
         watcher.start()
         try:
-            train_student(SETTINGS, dataset, run, soft_labels=None, out=run.model, resume=True)
+            try:
+                train_student(SETTINGS, dataset, run, soft_labels=None, out=run.model, resume=True)
+            finally:
+                done.set()
+                watcher.join()
         except KeyboardInterrupt:
             stops += 1
-        finally:
-            done.set()
-            watcher.join()
         if run.model.exists():
             break
     assert stops >= 2

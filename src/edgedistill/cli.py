@@ -41,6 +41,15 @@ CheckpointMinutes = Annotated[float, typer.Option(help="The most work that a kil
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
 
+# What the base install leaves out, and the extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(
+        ("torch", "torchvision", "timm", "albumentations", "sklearn", "imagehash", "PIL", "psutil"), "train"
+    ),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "nncf"), "export"),
+    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+}
+
 app = typer.Typer(
     help="Distil large image classifiers into networks that classify hundreds of frames a second on a CPU.",
     no_args_is_help=True,
@@ -485,6 +494,12 @@ def _run(application: typer.Typer) -> None:
     except EdgedistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f'error: {error.name} is not installed; pip install "edgedistill[{extra}]"', file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; run the command again with --resume", file=sys.stderr)
         sys.exit(130)

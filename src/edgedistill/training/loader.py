@@ -21,7 +21,6 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from edgedistill import console
@@ -165,7 +164,7 @@ def _cycled(length: int, start: int, count: int, seed: int, number: int) -> npt.
 class Batch:
     """``images``: uint8 [B, H, W, 3] RGB, valid until the next batch is asked for. ``rows``: int64 [B]."""
 
-    images: torch.Tensor
+    images: ImageU8
     rows: npt.NDArray[np.int64]
     waited_s: float
 
@@ -256,7 +255,7 @@ def batches(
         waited = time.perf_counter() - start
         if error:
             raise ImageError(error)
-        yield Batch(torch.from_numpy(ring[slot, : len(step.rows)]), step.rows, waited)
+        yield Batch(ring[slot, : len(step.rows)], step.rows, waited)
 
 
 def _unchanged(answer: Any) -> Any:

@@ -25,17 +25,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from edgedistill import console
 from edgedistill.artifacts import append_jsonl, read_jsonl, write_text
-from edgedistill.errors import ModelError, UsageError
+from edgedistill.data.manifest import Dataset
+from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
 from edgedistill.training.loader import Augmentation, Batch, Draw, ImageStore, Schedule, batches, core_count
-from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of
+from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of, to_device
 from edgedistill.training.models import to_channels_last
-from edgedistill.training.predict import device_of, network_input, predict_pixels
-from edgedistill.training.seeds import derive
+from edgedistill.training.predict import device_of, load_pixels, network_input, predict_pixels
+from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
 
+VALIDATION_IMAGES = 4096  # kept decoded; their curve is for the eye, temperatures are fitted on all of val
 LOSS_CHECK_STEPS = 50  # reading the loss makes a GPU wait, so it is read this often
 
 
@@ -64,6 +66,14 @@ class Validation:
 
     pixels: ImageU8
     labels: npt.NDArray[np.int32]
+
+
+def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validation | None:
+    """The val split, or a draw of VALIDATION_IMAGES from a larger one; None without any."""
+    rows = dataset.rows("val")
+    if len(rows) > VALIDATION_IMAGES:
+        rows = np.sort(generator(seed, "validation").choice(rows, VALIDATION_IMAGES, replace=False))
+    return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows]) if len(rows) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +167,7 @@ def train_epoch(
     """The steps of one epoch that are still to do, with a checkpoint whenever the last one is old enough."""
     settings, steps = job.settings, phase.draw.steps
     device = device_of(state.model)
+    targets = job.targets.to(device)
     loss_sum = torch.tensor(state.tally.loss, dtype=torch.float64, device=device)
     state.model.train()
     mark = time.perf_counter()
@@ -164,7 +175,7 @@ def train_epoch(
         batch = next(stream)
         set_learning_rate(state.optimizer, learning_rate(phase, phase_epoch, state.step))
         torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step))
-        loss_sum += train_step(job, state, forward, batch)
+        loss_sum += train_step(job, state, batch, targets, forward=forward)
         state.step += 1
         mark = count(state.tally, batch, mark, device=device)
         show(bar, job, state)
@@ -175,15 +186,16 @@ def train_epoch(
             save(job, state)
 
 
-def train_step(job: Job, state: State, forward: Any, batch: Batch) -> torch.Tensor:
-    """One batch through the network and one step of the optimiser; returns the detached loss."""
+def train_step(job: Job, state: State, batch: Batch, targets: Targets, *, forward: Any) -> torch.Tensor:
+    """One batch through the network and one step of the optimiser; returns the detached loss.
+
+    ``targets``: of all images, on the device: nothing here makes the GPU wait.
+    """
     settings = job.settings
     device = device_of(state.model)
-    images = batch.images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.images
-    targets = job.targets.take(batch.rows, device)
     images, targets = cutmix(
-        images,
-        targets,
+        to_device(batch.images, device),
+        targets.take(batch.rows),
         alpha=settings.cutmix_alpha,
         probability=settings.cutmix_probability,
         seed=settings.seed,
@@ -300,7 +312,7 @@ def finish_epoch(job: Job, state: State, phase: Phase) -> dict[str, Any]:
 
 
 def validate(model: nn.Module, validation: Validation | None, job: Job) -> dict[str, float]:
-    if validation is None or not len(validation.labels):
+    if validation is None:
         return {}
     logits = predict_pixels(model, validation.pixels, job.spec, batch_size=job.settings.batch_size)
     probabilities = softmax(logits)
@@ -359,12 +371,15 @@ def restore(job: Job, state: State, *, resume: bool) -> None:
     if not resume:
         raise UsageError(f"{job.folder}: holds work already; go on with --resume, or choose another --out")
     values = load_tensors(job.checkpoint, format=CHECKPOINT_FORMAT)
-    refuse_other_settings(job.checkpoint, values["identity"], dict(job.identity))
-    state.model.load_state_dict(values["model"])
-    state.optimizer.load_state_dict(values["optimizer"])
-    if state.average is not None:
-        state.average.load_state_dict(values["average"])
-    state.epoch, state.step, state.tally = values["epoch"], values["step"], Tally(**values["tally"])
+    try:
+        refuse_other_settings(job.checkpoint, values["identity"], dict(job.identity))
+        state.model.load_state_dict(values["model"])
+        state.optimizer.load_state_dict(values["optimizer"])
+        if state.average is not None:
+            state.average.load_state_dict(values["average"])
+        state.epoch, state.step, state.tally = values["epoch"], values["step"], Tally(**values["tally"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{job.checkpoint}: not a checkpoint of this training; delete it to start anew") from error
     rows = [row for row in read_jsonl(job.metrics) if row["epoch"] <= state.epoch]
     write_text(job.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     console.note(f"{job.title}: going on from epoch {state.epoch + 1}, step {state.step}")

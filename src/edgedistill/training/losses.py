@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,18 @@ class Targets:
     hard: torch.Tensor
     soft: torch.Tensor
 
-    def take(self, rows: npt.NDArray[np.int64], device: torch.device) -> Targets:
-        index = torch.from_numpy(rows)
-        return Targets(self.hard[index].to(device), self.soft[index].to(device))
+    def to(self, device: torch.device) -> Targets:
+        return Targets(self.hard.to(device), self.soft.to(device))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Targets:
+        index = to_device(rows, self.hard.device)
+        return Targets(self.hard[index], self.soft[index])
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Through pinned memory to a GPU, which then need not be waited for; on a CPU the tensor shares the array."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def make_targets(
@@ -102,7 +111,7 @@ def cutmix(
     centre_y, centre_x = draw.integers(height), draw.integers(width)
     top, bottom = np.clip([centre_y - int(height * cut) // 2, centre_y + int(height * cut) // 2], 0, height)
     left, right = np.clip([centre_x - int(width * cut) // 2, centre_x + int(width * cut) // 2], 0, width)
-    partner = torch.from_numpy(draw.permutation(size)).to(images.device)
+    partner = to_device(draw.permutation(size), images.device)
     images[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
     kept = 1.0 - float((bottom - top) * (right - left)) / (height * width)
     mixed = (kept * kind + (1 - kept) * kind[partner] for kind in (targets.hard, targets.soft))

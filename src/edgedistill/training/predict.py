@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +22,16 @@ PathLike = str | Path | np.str_
 
 def network_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """uint8 [N, H, W, 3] RGB on any device -> float32 [N, 3, H, W] in channels_last layout, (x - mean) / std."""
-    mean = torch.tensor(spec.mean, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
+    mean, std = _mean_and_std(spec, images.device)
     return images.permute(0, 3, 1, 2).to(torch.float32).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=8)
+def _mean_and_std(spec: InputSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept on the device: copying them for each batch would make a GPU wait."""
+    with torch.inference_mode(False):
+        mean = torch.tensor(spec.mean, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        return mean, torch.tensor(spec.std, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def device_of(model: nn.Module) -> torch.device:

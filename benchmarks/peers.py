@@ -86,11 +86,12 @@ def side_by_side(steps: Sequence[Callable[[], object]]) -> Callable[[float], int
         deadline = time.perf_counter() + seconds
 
         def loop(step: Callable[[], object]) -> int:
-            for count in itertools.count(1):
+            count = 0
+            while True:
                 step()
+                count += 1
                 if time.perf_counter() >= deadline:
-                    break
-            return count
+                    return count
 
         with ThreadPoolExecutor(len(steps)) as pool:
             return sum(pool.map(loop, steps))

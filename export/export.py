@@ -17,7 +17,7 @@ from torch import nn
 from edgedistill.artifacts import read_json, write_json, write_text
 from edgedistill.benchmarks.machine import machine_record, package_versions
 from edgedistill.console import note, warn
-from edgedistill.errors import ArtifactError, ModelError, UsageError
+from edgedistill.errors import ArtifactError, DataError, ModelError, UsageError
 from edgedistill.export import audit, ir
 from edgedistill.export.certificate import CERTIFICATE_FORMAT, Forms, Limits, certify, not_run
 from edgedistill.export.folder import building, check_target, put_in_place
@@ -26,7 +26,7 @@ from edgedistill.export.inference import compile_ir, torch_threads
 from edgedistill.export.int8 import MIN_GAIN, Int8Mode, Int8Result, Int8Settings, make_int8
 from edgedistill.export.network import Network, load_network, load_timm_network, random_images
 from edgedistill.export.onnx_file import write_onnx
-from edgedistill.export.samples import ExportImages, find_images, load_pixels
+from edgedistill.export.samples import ExportImages, Samples, find_images, load_pixels
 from edgedistill.images import InputSpec, normalize
 from edgedistill.runtime import Bundle
 from edgedistill.runtime.bundle import (
@@ -150,7 +150,7 @@ def export_openvino(settings: ExportSettings) -> Path:
         stage.mkdir(parents=True)
         export = _Export(settings, network, images, stage)
         certificate, int8 = _make_stage(export)
-        write_text(temporary / "labels.txt", "".join(f"{name}\n" for name in network.classes))
+        write_text(temporary / "labels.txt", "".join(f"{' '.join(name.split())}\n" for name in network.classes))
         if settings.certificate and certificate["verdict"] != "pass":
             kept = out if not (out / "deploy.json").exists() else out.with_name(f"{out.name}-failed")
             put_in_place(temporary, kept)
@@ -195,11 +195,9 @@ def certify_test(model: Path, openvino: Path, *, data: str | None = None, limits
     Raises ModelError when it fails (the file is written first) and DataError when there are no test images.
     """
     network, forms = exported_forms(model, openvino)
-    images = find_images(network, manifest=model.with_name("dataset.csv"), data=data, split="test")
-    if images.missing:
-        raise ArtifactError(f"{model}: parity on test needs its images: {images.missing}")
+    samples = _test_samples(network, model, data)
     path = forms.ir.with_name("certificate-test.json")
-    certificate = certify(forms, images.certificate, limits or Limits())
+    certificate = certify(forms, samples, limits or Limits())
     write_json(path, certificate, format=CERTIFICATE_FORMAT)
     if certificate["verdict"] != "pass":
         raise ModelError(_failure(certificate, path))
@@ -225,7 +223,7 @@ def _make_stage(export: _Export) -> tuple[dict[str, Any], Int8Result]:
             " images, it will answer differently than edgedistill's runtimes"
         )
     note(f"fused {fusion.folded} norms, logits moved by {fusion.max_logit_difference:.2g}")
-    write_onnx(fused, stage / "model.onnx", network.spec)
+    write_onnx(fused, stage / "model.onnx", network)
     model, converted_from = ir.convert(fused, network.spec, onnx_file=stage / "model.onnx")
     ir.describe(model, network)
     ir.save(model, stage / "model.xml")
@@ -295,14 +293,18 @@ def _certify(export: _Export, int8: Int8Result) -> dict[str, Any]:
 def _with_test_parity(export: _Export, forms: Forms, certificate: dict[str, Any]) -> dict[str, Any]:
     """certificate-test.json; its faults fail the export as those on val do."""
     settings = export.settings
-    manifest = settings.source.with_name("dataset.csv")
-    images = find_images(export.network, manifest=manifest, data=settings.data, split="test")
-    if images.missing or images.certificate.source != "test":
-        raise UsageError(f"--test-parity: {images.missing or 'the data have no test split'}")
-    test = certify(forms, images.certificate, settings.limits, threads=settings.threads)
+    samples = _test_samples(export.network, settings.source, settings.data)
+    test = certify(forms, samples, settings.limits, threads=settings.threads)
     write_json(export.stage / "certificate-test.json", test, format=CERTIFICATE_FORMAT)
     reasons = certificate["reasons"] + [f"test: {reason}" for reason in test["reasons"]]
     return certificate | {"reasons": reasons, "verdict": "fail" if reasons else certificate["verdict"]}
+
+
+def _test_samples(network: Network, model: Path, data: str | None) -> Samples:
+    images = find_images(network, manifest=model.with_name("dataset.csv"), data=data, split="test")
+    if images.missing or images.certificate.source != "test":
+        raise DataError(f"{model}: no parity on test: {images.missing or 'the data have no test split'}")
+    return images.certificate
 
 
 def check_reshape(module: nn.Module, model: ov.Model, spec: InputSpec, *, threads: int | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ unfused with 20 Reorders in the executed graph; directly from torch there are 2.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from torch import nn
 
 from edgedistill.errors import ArtifactError, ModelError
-from edgedistill.export.network import Network, model_api_labels
+from edgedistill.export.metadata import sections
+from edgedistill.export.network import Network
 from edgedistill.export.quiet import quiet
 from edgedistill.images import InputSpec
 from edgedistill.runtime.normalisation import embed_normalisation
-
-FORMAT_VERSION = "1"
 
 
 def convert(module: nn.Module, spec: InputSpec, *, onnx_file: Path) -> tuple[ov.Model, str]:
@@ -52,40 +50,10 @@ def convert(module: nn.Module, spec: InputSpec, *, onnx_file: Path) -> tuple[ov.
 
 
 def describe(model: ov.Model, network: Network) -> None:
-    """Model API's ``model_info`` and our own ``edgedistill`` section under rt_info; every value is a string.
-
-    ``output_raw_scores`` is True: Model API then adds the softmax of all classes to its answer; its top labels and
-    their probabilities are the same with and without it (read in its ClassificationModel 0.4.7 and tried).
-    """
-    info = {
-        "model_type": "Classification",
-        "labels": " ".join(model_api_labels(network.classes)),
-        "mean_values": " ".join(repr(float(value)) for value in network.spec.mean),
-        "scale_values": " ".join(repr(float(value)) for value in network.spec.std),
-        "resize_type": "standard" if network.spec.resize == "squash" else "crop",
-        "reverse_input_channels": "True",
-        "multilabel": "False",
-        "output_raw_scores": "True",
-    }
-    for key, value in info.items():
-        model.set_rt_info(value, ["model_info", key])
-    for key, value in own_section(network).items():
-        model.set_rt_info(value, ["edgedistill", key])
-
-
-def own_section(network: Network) -> dict[str, str]:
-    """What ``edgedistill.runtime`` reads; JSON in ASCII, so that no class name can break the XML."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "input_spec": json.dumps(network.spec.to_dict()),
-        "temperature": repr(float(network.temperature)),
-        "thresholds": "null",
-        "labels": json.dumps(list(network.classes)),
-        "dataset_hash": network.dataset_hash,
-        "weights_hash": network.weights_hash,
-        "architecture": network.architecture,
-        "task": "single-label",
-    }
+    """The sections of ``metadata.sections`` under rt_info."""
+    for section, values in sections(network).items():
+        for key, value in values.items():
+            model.set_rt_info(value, [section, key])
 
 
 def save(model: ov.Model, path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a batch holds depends on (seed, epoch, step): not on workers, on the cache, or on where a run goes on."""
 
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgedistill.data.augment import Augment, AugmentSettings
-from edgedistill.errors import ImageError
+from edgedistill.errors import DataError, ImageError
 from edgedistill.images import InputSpec, load_image
 from edgedistill.training.loader import Draw, Schedule, batches, open_store, prepared_spec
 
@@ -122,3 +123,14 @@ def test_a_damaged_image_stops_the_job_by_its_name(paths, cache_gib, workers):
     with pytest.raises(ImageError, match=r"07\.jpg") as caught:
         collect(paths, cache_gib=cache_gib, workers=workers)
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_killed_loader_process_is_told_with_its_remedy(paths):
+    store = open_store(paths, prepared_spec(SPEC), cache_gib=None)
+    augment = Augment(AugmentSettings(), SPEC.height, SPEC.width)
+    stream = batches(store, Schedule([draw()] * 50), augment, spec=SPEC, seed=3, workers=1)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(DataError, match=r"a loader process ended .*go on with --resume"):
+        list(stream)

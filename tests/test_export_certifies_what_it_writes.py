@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,21 @@ def test_audit_sees_activations_that_fell_apart(stage: Path) -> None:
     model.reshape([1, 3, 64, 64])
     graph = audit(model, threads=1, runs=2)
     assert graph["unfused_activations"] == {"HardSigmoid": 9} and graph["reorders"] >= 18
-    assert graph["unfused_activation_share"] > 0 and graph["overhead_share"] > graph["unfused_activation_share"]
+    assert 0 < graph["unfused_activation_share"] <= graph["overhead_share"]
+
+
+def test_exporting_prints_nothing_and_sends_no_statistics(
+    stage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from openvino_telemetry.main import Telemetry
+
+    sent: list[Any] = []
+    monkeypatch.delenv("CI", raising=False)
+    for name in ("send_event", "start_session", "send_error"):
+        monkeypatch.setattr(Telemetry, name, lambda self, *args, **kwargs: sent.append(self.consent))
+    ir.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), SPEC, onnx_file=stage)
+    assert sent and not any(sent), "the converter believes that it may send"
+    assert capsys.readouterr().out == "" and "CI" not in os.environ
 
 
 def test_ir_describes_itself_for_model_api_and_for_us(run: RunDir, stage: Path) -> None:
@@ -227,6 +242,9 @@ def test_onnx_is_opset_17_and_takes_any_batch(run: RunDir, stage: Path) -> None:
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("HardSwish") == 19 and "BatchNormalization" not in kinds
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["model_info labels"] == "big_dog cat été_<&>"
+    assert json.loads(metadata["edgedistill labels"]) == sorted(CLASSES)
 
 
 def test_deployed_bundle_answers_like_torch(run: RunDir) -> None:

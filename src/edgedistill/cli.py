@@ -37,6 +37,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TrainPrecision = Annotated[str, typer.Option(help="Training in auto, f32 or bf16.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the networks.")]
 Workers = Annotated[int | None, typer.Option(help="Loader processes (default: chosen for the device).")]
+Optimizer = Annotated[str, typer.Option(help="radam, adamw or sgd.")]
+WarmupEpochs = Annotated[float, typer.Option(help="Epochs in which the learning rate rises.")]
+GradClip = Annotated[float | None, typer.Option(help="Largest norm of a gradient (default: no limit).")]
+CacheGib = Annotated[float | None, typer.Option(help="Memory for prepared images (default: half of what is free).")]
 CheckpointMinutes = Annotated[float, typer.Option(help="The most work that a kill may cost.")]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
@@ -123,10 +127,14 @@ def teach(
     augment: AugmentStrength = "light",
     any_way_up: AnyWayUp = False,
     resize: Resize = "squash",
+    optimizer: Optimizer = "radam",
+    warmup_epochs: WarmupEpochs = 0.0,
+    grad_clip: GradClip = None,
     device: Device = "auto",
     precision: TrainPrecision = "auto",
     compile: Compile = False,
     workers: Workers = None,
+    cache_gib: CacheGib = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = 100_000_000,
     resume: Resume = False,
@@ -149,6 +157,10 @@ def teach(
             precision=precision,  # type: ignore[arg-type]
             compile=compile,
             workers=workers,
+            optimizer=optimizer,
+            warmup_epochs=warmup_epochs,
+            grad_clip=grad_clip,
+            cache_gib=cache_gib,
             checkpoint_minutes=checkpoint_minutes,
             resize=resize,  # type: ignore[arg-type]
             augment=augment,  # type: ignore[arg-type]
@@ -202,10 +214,14 @@ def distill(
     soft_labels: Annotated[
         Path | None, typer.Option(help="Soft labels of an earlier run, in place of teachers.")
     ] = None,
+    optimizer: Optimizer = "radam",
+    warmup_epochs: WarmupEpochs = 0.0,
+    grad_clip: GradClip = None,
     device: Device = "auto",
     precision: TrainPrecision = "auto",
     compile: Compile = False,
     workers: Workers = None,
+    cache_gib: CacheGib = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = 100_000_000,
     resume: Resume = False,
@@ -223,6 +239,10 @@ def distill(
         "precision": precision,
         "compile": compile,
         "workers": workers,
+        "optimizer": optimizer,
+        "warmup_epochs": warmup_epochs,
+        "grad_clip": grad_clip,
+        "cache_gib": cache_gib,
         "checkpoint_minutes": checkpoint_minutes,
         "resize": resize,
         "augment": augment,

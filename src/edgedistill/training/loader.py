@@ -251,11 +251,22 @@ def batches(
     answers = iter(loader)
     for step in schedule:
         start = time.perf_counter()
-        slot, error = next(answers)
+        slot, error = _next_answer(answers)
         waited = time.perf_counter() - start
         if error:
             raise ImageError(error)
         yield Batch(ring[slot, : len(step.rows)], step.rows, waited)
+
+
+def _next_answer(answers: Iterator[tuple[int, str]]) -> tuple[int, str]:
+    try:
+        return next(answers)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loader process ended ({error}); if memory ran out, lower --workers, and go on with --resume"
+        ) from error
 
 
 def _unchanged(answer: Any) -> Any:

@@ -40,5 +40,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Peers that ask for other versions live in an environment of their own; bench-fps finds it by itself.
+peers: .venv-peers/.installed
+
+.venv-peers/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt openvino-model-api==0.4.7 openvino numpy opencv-python-headless
+	touch $@
+
 clean:
 	rm -rf $(VENV) .venv-peers build dist *.egg-info src/*.egg-info runs/demo runs/demo-*

@@ -113,15 +113,7 @@ def bench_fps(settings: BenchSettings) -> BenchResult:
         check_plot(settings.plot)
     target = Target.open(settings.path)
     machine = machine_record()
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgedistill-bench-")))
-        sets, origin = input_sets(settings.images, dataset=target.beside("dataset.csv"), scratch=scratch)
-        plan = plan_entries(settings, target, sets)
-        console.note(origin)
-        console.note(_estimate(plan, settings))
-        workers = Workers(stack, settings, target, sets)
-        entries = measure_entries(workers.prepare(plan), rounds=settings.rounds, seconds=settings.seconds)
-        spinning = workers.spinning()
+    entries, origin, spinning = _measured(settings, target)
     rows = result_rows(entries)
     if not any(row["candidate"] == OWN for row in rows):
         reasons = next(entry.reason for entry in entries if entry.candidate == OWN)
@@ -129,12 +121,8 @@ def bench_fps(settings: BenchSettings) -> BenchResult:
     notes = (HOW_TO_READ, *_warnings(entries, rows, spinning))
     record = {
         "machine": machine,
-        "command": settings.command or shlex.join(sys.argv),
-        "artifact": {
-            "path": str(settings.path),
-            "sha256": artifact_hash(target.files),
-            "models": target.sha256,
-        },
+        "command": settings.command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "artifact": _artifact(target),
         "settings": settings_dict(settings) | {"images_from": origin},
         "rounds": settings.rounds,
         "results": rows,
@@ -143,6 +131,23 @@ def bench_fps(settings: BenchSettings) -> BenchResult:
         "warnings": list(notes[1:]),
     }
     return _written(settings, target, BenchResult(record, notes))
+
+
+def _measured(settings: BenchSettings, target: Target) -> tuple[list[Entry], str, list[str]]:
+    """(measured entries, where the images come from, candidates that did not sleep between their turns)."""
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgedistill-bench-")))
+        sets, origin = input_sets(settings.images, dataset=target.beside("dataset.csv"), scratch=scratch)
+        plan = plan_entries(settings, target, sets)
+        console.note(origin)
+        console.note(_estimate(plan, settings))
+        workers = Workers(stack, settings, target, sets)
+        entries = measure_entries(workers.prepare(plan), rounds=settings.rounds, seconds=settings.seconds)
+        return entries, origin, workers.spinning()
+
+
+def _artifact(target: Target) -> dict[str, Any]:
+    return {"path": str(target.path), "sha256": artifact_hash(target.files), "models": target.sha256}
 
 
 def _estimate(plan: Sequence[Entry], settings: BenchSettings) -> str:

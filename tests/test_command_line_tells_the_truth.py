@@ -1,0 +1,77 @@
+"""What --help says is what happens: defaults, exit codes, one implementation under two names."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from edgedistill import cli
+from edgedistill.student import StudentSettings
+from edgedistill.teacher import TeacherSettings
+
+STUDENT = {
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "lr": "lr",
+    "soft_weight": "soft_weight",
+    "loss": "loss",
+    "soft_temperature": "soft_temperature",
+    "extra_epochs": "extra_epochs",
+    "cutmix": "cutmix_probability",
+}
+TEACHER = {"teacher_epochs": "epochs", "teacher_batch_size": "batch_size", "teacher_lr": "lr"}
+
+
+def promised_default(command: Callable[..., Any], option: str) -> str:
+    annotation = inspect.signature(command, eval_str=True).parameters[option].annotation
+    text = annotation.__metadata__[0].help
+    found = re.search(r"\(default: ([^)]*)\)", text)
+    assert found, f"--{option}: its help names no default: {text}"
+    return found.group(1)
+
+
+@pytest.mark.parametrize(("option", "field"), STUDENT.items())
+def test_the_help_names_the_students_defaults(option: str, field: str) -> None:
+    assert (
+        promised_default(cli.distill, option) == f"{getattr(StudentSettings(), field):g}" if field != "loss" else "ce"
+    )
+
+
+@pytest.mark.parametrize("command", [cli.distill, cli.teach])
+@pytest.mark.parametrize(("option", "field"), TEACHER.items())
+def test_the_help_names_the_teachers_defaults(command: Callable[..., Any], option: str, field: str) -> None:
+    assert promised_default(command, option) == f"{getattr(TeacherSettings(), field):g}"
+
+
+@pytest.mark.parametrize(
+    ("option", "settings", "field"),
+    [
+        ("balanced", StudentSettings, "balanced_sampling"),
+        ("optimizer", StudentSettings, "optimizer"),
+        ("warmup_epochs", StudentSettings, "warmup_epochs"),
+        ("checkpoint_minutes", TeacherSettings, "checkpoint_minutes"),
+        ("image_size", StudentSettings, "image_size"),
+        ("augment", StudentSettings, "augment"),
+        ("resize", StudentSettings, "resize"),
+    ],
+)
+def test_flags_and_settings_have_the_same_defaults(option: str, settings: Any, field: str) -> None:
+    assert inspect.signature(cli.distill).parameters[option].default == getattr(settings(), field)
+
+
+@pytest.mark.parametrize("name", ["distill", "export-openvino", "bench-fps"])
+def test_programs_and_sub_commands_are_one_implementation(name: str) -> None:
+    registered = {
+        command.name or command.callback.__name__: command.callback for command in cli.app.registered_commands
+    }
+    assert registered[name] is getattr(cli, name.replace("-", "_"))
+
+
+def test_every_command_has_help(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    for command in ("distill", "teach", "export-openvino", "bench-fps", "predict", "check-data", "report", "doctor"):
+        assert "--json" in cli(command, "--help").stdout

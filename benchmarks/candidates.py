@@ -7,6 +7,7 @@ One process serves all scopes, modes and inputs of its candidate, so that no two
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 import openvino as ov
 
-from edgedistill.benchmarks.peers import Naive, OnnxRuntime, Torch, softmax
+from edgedistill.benchmarks.peers import Naive, OnnxRuntime, Torch, side_by_side, softmax
 from edgedistill.benchmarks.serve import Case, serve
 from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.errors import ModelError
@@ -50,10 +51,11 @@ class Ours:
 
     def prepare(self, request: dict[str, Any], images: Sequence[Path], spec: InputSpec) -> Case:
         latency = request["mode"] == "latency"
-        network = self.classifier.network if latency else self.engine.network
-        settings = network_settings(network) | {"decode": network.decode, "opencv_threads": cv2.getNumThreads()}
+        networks = (self.classifier.network,) if latency else self.engine.networks
+        network = networks[0]
+        settings = network_settings(networks) | {"decode": network.decode, "opencv_threads": cv2.getNumThreads()}
         if request["scope"] == "model":
-            return self._model_case(network, images, spec, settings, latency=latency)
+            return self._model_case(networks, images, spec, settings)
         encoded = [path.read_bytes() for path in images]
         sources: list[Any] = encoded if request["scope"] == "files" else [decode_image(data) for data in encoded]
         answer = self.classifier.classify(sources[0]).probabilities.tolist() if latency else []
@@ -77,30 +79,22 @@ class Ours:
         return run
 
     def _model_case(
-        self, network: Network, images: Sequence[Path], spec: InputSpec, settings: dict[str, Any], *, latency: bool
+        self, networks: Sequence[Network], images: Sequence[Path], spec: InputSpec, settings: dict[str, Any]
     ) -> Case:
-        """Only the network, fed as benchmark_app does: inputs filled once, one request or as many as it has streams."""
-        stage = network.stages[-1]
-        pixels = ov.Tensor(np.repeat(load_image(images[0], spec)[None], stage.batch, axis=0))
-        first = stage.compiled.create_infer_request()
-        first.set_input_tensor(pixels)
-        first.infer(share_outputs=True)
-        answer = softmax(first.get_output_tensor().data[:1], stage.settings.temperature).tolist()
-        if latency:
-            return Case(lambda: first.infer(share_outputs=True), None, network.precision, settings, answer)
-        queue = ov.AsyncInferQueue(stage.compiled, settings["requests"])
-        for request in queue:
-            request.set_input_tensor(pixels)
-
-        def run(seconds: float) -> int:
-            deadline, count = time.perf_counter() + seconds, 0
-            while count == 0 or time.perf_counter() < deadline:
-                queue.start_async()  # waits for an idle request
-                count += stage.batch
-            queue.wait_all()
-            return count
-
-        return Case(None, run, network.precision, settings, answer)
+        """Only the networks, fed as benchmark_app does: inputs filled once, one request for each."""
+        stages = [network.stages[-1] for network in networks]
+        pixels = np.repeat(load_image(images[0], spec)[None], stages[0].batch, axis=0)
+        requests = [stage.compiled.create_infer_request() for stage in stages]
+        for request in requests:
+            request.set_input_tensor(ov.Tensor(pixels.copy()))
+            request.infer(share_outputs=True)
+        logits = requests[0].get_output_tensor().data[:1]
+        answer = softmax(logits, stages[0].settings.temperature).tolist()
+        steps = [functools.partial(request.infer, share_outputs=True) for request in requests]
+        if len(steps) == 1:
+            return Case(steps[0], None, networks[0].precision, settings, answer)
+        rounds, batch = side_by_side(steps), stages[0].batch
+        return Case(None, lambda seconds: rounds(seconds) * batch, networks[0].precision, settings, answer)
 
 
 def until(deadline: float, sources: Sequence[Any]) -> Iterator[Any]:
@@ -111,16 +105,16 @@ def until(deadline: float, sources: Sequence[Any]) -> Iterator[Any]:
             return
 
 
-def network_settings(network: Network) -> dict[str, Any]:
-    """What OpenVINO really runs with, read back from the compiled network."""
-    stage = network.stages[-1]
-    compiled = stage.compiled
-    streams = int(compiled.get_property("NUM_STREAMS"))
+def network_settings(networks: Sequence[Network]) -> dict[str, Any]:
+    """What OpenVINO really runs with, read back from the compiled networks, which work side by side."""
+    stages = [network.stages[-1] for network in networks]
+    compiled = stages[0].compiled
+    streams = sum(int(stage.compiled.get_property("NUM_STREAMS")) for stage in stages)
     return {
-        "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        "threads": sum(int(stage.compiled.get_property("INFERENCE_NUM_THREADS")) for stage in stages),
         "streams": streams,
         "requests": streams,
-        "batch": stage.batch,
+        "batch": stages[0].batch,
         "pinning": bool(compiled.get_property("ENABLE_CPU_PINNING")),
         "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
     }

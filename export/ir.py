@@ -32,7 +32,7 @@ def convert(module: nn.Module, spec: InputSpec, *, onnx_file: Path) -> tuple[ov.
         source = "torch"
     except Exception as torch_error:  # the tracer runs the network's own code, which may raise anything
         try:
-            model = ov.convert_model(str(onnx_file))
+            model = ov.Core().read_model(str(onnx_file))
         except RuntimeError as onnx_error:
             raise ModelError(
                 f"OpenVINO converts the network neither from torch ({torch_error}) nor from ONNX ({onnx_error})"

@@ -188,6 +188,24 @@ def test_exporting_prints_nothing_and_sends_no_statistics(
     assert capsys.readouterr().out == "" and "CI" not in os.environ
 
 
+class Untraceable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not for tracers")
+
+
+def test_a_network_that_cannot_be_traced_is_read_from_onnx_or_named(stage: Path, tmp_path: Path) -> None:
+    model, source = ir.convert(Untraceable(), SPEC, onnx_file=stage / "model.onnx")
+    assert (
+        source == "onnx"
+        and list(model.inputs[0].shape) == [1, 3, 64, 64]
+        and model.outputs[0].get_names() == {"logits"}
+    )
+    (tmp_path / "broken.onnx").write_bytes(b"not onnx")
+    for name in ("missing.onnx", "broken.onnx"):
+        with pytest.raises(ModelError, match="not for tracers"):
+            ir.convert(Untraceable(), SPEC, onnx_file=tmp_path / name)
+
+
 def test_ir_describes_itself_for_model_api_and_for_us(run: RunDir, stage: Path) -> None:
     for name in ("model.xml", "model-int8.xml"):
         model = ov.Core().read_model(stage / name)

@@ -483,7 +483,7 @@ PARTS: dict[str, tuple[Callable[[RunDir], Path], str]] = {
     "data": (lambda run: run.dataset, "No frozen manifest dataset.csv: distill"),
     "check-data": (
         lambda run: run.root / "data_report.json",
-        "conflicts: edgedistill check-data --data photos/animals",
+        "conflicts: edgedistill check-data photos/animals",
     ),
     "config": (lambda run: run.config, "No config.json with the settings: distill"),
 }

@@ -181,9 +181,10 @@ def test_a_forgotten_engine_ends_its_threads(make: Any, wait_for: Wait) -> None:
 
 
 SCRIPT = """
-import itertools, sys
+import itertools, signal, sys
 import numpy as np
 from edgedistill.runtime import Engine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 engine = Engine(sys.argv[1])
 frame = np.zeros((32, 32, 3), np.uint8)
 for number, answer in enumerate(engine.map(itertools.repeat(frame))):

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, comparison_table, evaluate_test
+from edgedistill.training.models import locate_weights, resolve_name
+from edgedistill.training.settings import TrainSettings
 
 __all__ = [
     "DataSettings",
@@ -84,6 +87,14 @@ class DistillResult:
     evaluation: dict[str, Any]
 
 
+def refuse_early(networks: Iterable[TrainSettings]) -> None:
+    """What can be known to fail before hours of work: networks and files of weights that do not exist. Raises UsageError."""
+    for settings in networks:
+        resolve_name(settings.name)
+        if settings.weights not in ("auto", "none"):
+            locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}")
+
+
 def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
     """dataset.csv of the run: read if it is there, else checked, split and written.
 
@@ -129,6 +140,7 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
 
 def teach(settings: TeachSettings, *, resume: bool) -> Path:
     """The first half: K teachers and their soft labels. Returns what train_teachers returns."""
+    refuse_early([settings.teacher])
     run = RunDir(settings.out)
     dataset = freeze(settings.data, run, resume=resume)
     record(settings, run, dataset, resume=resume)
@@ -137,6 +149,8 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
 
 def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     """The whole job, from photographs to model.pt and the one evaluation on the test split."""
+    needs_teachers = settings.student.distillation and settings.soft_labels is None
+    refuse_early([settings.student, *([settings.teacher] if needs_teachers else [])])
     run = RunDir(settings.out)
     dataset = freeze(settings.data, run, resume=resume)
     record(settings, run, dataset, resume=resume)

@@ -46,7 +46,9 @@ def evaluate_test(
     """
     rows = dataset.rows("test")
     if not len(rows):
-        raise DataError("the data set has no test split, so nothing can be evaluated; freeze it again with --test-fraction 0.2")
+        raise DataError(
+            "the data set has no test split, so nothing can be evaluated; freeze it again with --test-fraction 0.2"
+        )
     labels = dataset.labels[rows]
     probabilities = {MAJORITY: _majority(dataset, len(rows))}
     for name, paths in models.items():

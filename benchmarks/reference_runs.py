@@ -83,7 +83,11 @@ def run_piece(command: list[str], seconds: float) -> bool:
         code = process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # under nohup or in a background job interrupts are ignored
+            process.kill()
+            process.wait()
         return False
     if code:
         raise EdgedistillError(f"{shlex.join(command)}: exit code {code}; see above")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
+# A shell's background jobs start with interrupts ignored, and so would every child of theirs: tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small enough for seconds, large enough for two folds, a val and a test split.
 IMAGES_PER_CLASS = 30

@@ -6,9 +6,7 @@ The scopes: ``files`` starts at the encoded bytes, ``frames`` at decoded pixels,
 
 from __future__ import annotations
 
-import functools
 import itertools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ import numpy.typing as npt
 
 from edgedistill.benchmarks.serve import Case
 from edgedistill.images import ImageU8, InputSpec, crop_size, load_image, normalize
+from edgedistill.timm_import import import_timm
 
 Tensor = npt.NDArray[np.float32]
 Infer = Callable[[Tensor], Tensor]
@@ -179,7 +178,7 @@ class Torch:
         torch.set_num_threads(self.threads)
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         options = {"num_classes": len(saved["classes"])} | saved["model_kwargs"] | {"pretrained": False}
-        network = _timm().create_model(saved["architecture"], **options)
+        network = import_timm().create_model(saved["architecture"], **options)
         network.load_state_dict(saved["state_dict"])
         return network.eval().to(memory_format=torch.channels_last)
 
@@ -218,29 +217,3 @@ class Torch:
             return count
 
         return run
-
-
-def _timm() -> Any:
-    """timm; where torchvision's compiled ops cannot be loaded, the two schemas it misses are declared (nobody calls them)."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        _declare_torchvision_ops()
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-    import timm
-
-    return timm
-
-
-@functools.cache
-def _declare_torchvision_ops() -> Any:
-    """Kept alive by the cache: torch forgets the ops of a library that is collected."""
-    import torch
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library

@@ -40,14 +40,8 @@ HELD_OUT_PER_CLASS = 16
 OURS = "import sys; from edgedistill.cli import distill_main; distill_main()"
 THEIRS = """
 import runpy, sys, torch
-try:
-    import torchvision
-except RuntimeError:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
+from edgedistill.timm_import import import_timm
+import_timm()
 import timm.utils
 if not torch.cuda.is_available():
     torch.cuda.synchronize = lambda *args: None

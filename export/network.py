@@ -16,6 +16,7 @@ from edgedistill import console
 from edgedistill.artifacts import sha256_file
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.images import InputSpec
+from edgedistill.timm_import import import_timm
 from edgedistill.training import models
 from edgedistill.training.checkpoints import read_model
 
@@ -91,7 +92,7 @@ def load_timm_network(name: str, weights: Path, labels: Path, *, image_size: int
 
 def timm_input_spec(architecture: str, *, image_size: int | None) -> InputSpec:
     """timm's test-time preprocessing as an InputSpec: the shorter side to size / crop_pct, then the centre."""
-    config = models.import_timm().get_pretrained_cfg(architecture)
+    config = import_timm().get_pretrained_cfg(architecture)
     if config is None:
         raise ModelError(f"{architecture}: timm has no input configuration for it; train it with edgedistill instead")
     height, width = tuple(config.test_input_size or config.input_size)[1:]

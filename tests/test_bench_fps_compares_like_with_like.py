@@ -143,7 +143,7 @@ def timm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with model.pt, model.onnx and IR of one small timm network, made without our own export."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
-    from edgedistill.training.models import import_timm
+    from edgedistill.timm_import import import_timm
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

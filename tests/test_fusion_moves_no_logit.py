@@ -13,7 +13,7 @@ from torch import nn
 
 from edgedistill.errors import ModelError
 from edgedistill.export.fusion import fuse
-from edgedistill.training.models import import_timm
+from edgedistill.timm_import import import_timm
 
 timm = import_timm()
 from timm.layers.norm_act import BatchNormAct2d, freeze_batch_norm_2d  # noqa: E402  import_timm has to come first

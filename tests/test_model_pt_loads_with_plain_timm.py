@@ -7,9 +7,10 @@ import torch
 
 from edgedistill.errors import ArtifactError
 from edgedistill.images import InputSpec
+from edgedistill.timm_import import import_timm
 from edgedistill.training import checkpoints
 from edgedistill.training.checkpoints import load_tensors, read_model, save_tensors, write_model
-from edgedistill.training.models import create_model, import_timm
+from edgedistill.training.models import create_model
 
 timm = import_timm()  # plain timm, where PyPI's torchvision and a CPU-only torch disagree too
 

@@ -14,9 +14,10 @@ from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.images import InputSpec, load_image, normalize
 from edgedistill.metrics import accuracy, macro_f1
 from edgedistill.student import StudentSettings, train_student
+from edgedistill.timm_import import import_timm
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.evaluation import comparison_table, evaluate_test
-from edgedistill.training.models import create_model, import_timm
+from edgedistill.training.models import create_model
 from edgedistill.training.predict import network_input, predict_logits, reestimate_batch_norm
 from edgedistill.training.soft_labels import FoldResult, ids_hash, write_soft_labels
 

@@ -15,6 +15,7 @@ import typer
 
 from edgedistill import __version__
 from edgedistill.errors import EdgedistillError
+from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
@@ -136,7 +137,7 @@ def teach(
     workers: Workers = None,
     cache_gib: CacheGib = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
-    max_pixels: MaxPixels = 100_000_000,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
@@ -223,7 +224,7 @@ def distill(
     workers: Workers = None,
     cache_gib: CacheGib = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
-    max_pixels: MaxPixels = 100_000_000,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
     as_json: Json = False,
@@ -295,7 +296,7 @@ def distill(
 def check_data(
     data: Annotated[str, typer.Argument(help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")],
     folds: Folds = 5,
-    max_pixels: MaxPixels = 100_000_000,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
     as_json: Json = False,
 ) -> None:

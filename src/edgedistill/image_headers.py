@@ -16,6 +16,8 @@ from edgedistill.errors import ImageError
 
 ImageKind = Literal["jpeg", "png", "webp", "bmp", "tiff"]
 
+# Larger images are refused before they are decoded, unless somebody raises the limit.
+DEFAULT_MAX_PIXELS = 100_000_000
 # A chunk is at least 8 bytes, so a 100 MB file could hold twelve million; no real one has thousands outside PNG's IDAT.
 MAX_CHUNKS = 100_000
 # An encoder's progressive script has about ten scans; thousands make a small file decode for minutes.

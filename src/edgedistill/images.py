@@ -25,7 +25,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from edgedistill.errors import ArtifactError, ImageError
-from edgedistill.image_headers import ImageHeader, check_png, read_header
+from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, check_png, read_header
 
 ImageU8 = npt.NDArray[np.uint8]
 DecodeMode = Literal["full", "reduced"]
@@ -34,7 +34,6 @@ ResizeMode = Literal["squash", "center-crop"]
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-DEFAULT_MAX_PIXELS = 100_000_000
 REDUCTIONS = (8, 4, 2)
 
 _OPENCV_FLAGS = {

@@ -21,6 +21,7 @@ from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
+from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, comparison_table, evaluate_test
@@ -48,7 +49,7 @@ class DataSettings:
 
     data: str
     split: SplitSettings
-    max_pixels: int = 100_000_000
+    max_pixels: int = DEFAULT_MAX_PIXELS
 
 
 @dataclass(frozen=True)

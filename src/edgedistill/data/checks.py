@@ -21,8 +21,7 @@ from edgedistill.data import duplicates, sources
 from edgedistill.data.folds import SplitSettings, deal_splits, make_plan
 from edgedistill.data.sources import Source
 from edgedistill.errors import DataError, ImageError
-from edgedistill.image_headers import ImageHeader, read_header
-from edgedistill.images import DEFAULT_MAX_PIXELS
+from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, read_header
 
 IMBALANCE_RATIO = 10
 SMALL_SIDE_PX = 32

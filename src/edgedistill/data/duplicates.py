@@ -20,7 +20,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from edgedistill import console
-from edgedistill.images import DEFAULT_MAX_PIXELS, InputSpec, load_image
+from edgedistill.image_headers import DEFAULT_MAX_PIXELS
+from edgedistill.images import InputSpec, load_image
 
 MAX_HASH_DISTANCE = 4
 MIN_CORRELATION = 0.98

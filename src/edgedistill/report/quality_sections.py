@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import ImageError
-from edgedistill.images import DEFAULT_MAX_PIXELS, InputSpec, image_size, load_image, read_bytes
+from edgedistill.image_headers import DEFAULT_MAX_PIXELS
+from edgedistill.images import InputSpec, image_size, load_image, read_bytes
 from edgedistill.report.blocks import (
     Block,
     Callout,

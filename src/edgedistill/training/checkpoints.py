@@ -25,7 +25,8 @@ import edgedistill
 from edgedistill.artifacts import FORMAT_VERSION, atomic_path
 from edgedistill.errors import ArtifactError, EdgedistillError
 from edgedistill.images import InputSpec
-from edgedistill.training.models import MODEL_KWARGS, import_timm, to_channels_last
+from edgedistill.timm_import import import_timm
+from edgedistill.training.models import MODEL_KWARGS, to_channels_last
 
 MODEL_FORMAT = "edgedistill-model"
 CHECKPOINT_FORMAT = "edgedistill-checkpoint"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.util
 import os
 import socket
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import nn
 from edgedistill.console import warn
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.images import IMAGENET_MEAN, IMAGENET_STD, InputSpec, ResizeMode
+from edgedistill.timm_import import import_timm
 
 SHORT_NAMES: dict[str, str] = {
     "effb0": "efficientnet_b0",
@@ -75,35 +74,6 @@ class Weights:
 
     path: Path
     kind: Literal["file", "hub", "packaged"] = "file"
-
-
-@functools.cache
-def import_timm() -> Any:
-    """The timm module. Beside a CPU-only torch, PyPI's torchvision (which timm imports) first needs two op schemas."""
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        _declare_torchvision_ops()
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-    import timm
-
-    return timm
-
-
-@functools.cache
-def _declare_torchvision_ops() -> torch.library.Library:
-    """torchvision registers shapes for these two ops although its compiled library did not load; nothing calls them.
-
-    Cached because torch forgets the schemas when the Library object dies.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def resolve_name(name: str) -> str:

@@ -20,8 +20,8 @@ case "$which" in
       --teacher-image-size 64 --image-size 96 --epochs 10 $short" ;;
   fashion-mnist)
     out=runs/demo-fashion-mnist
-    options="--data fashion-mnist --teacher effb0 --folds 2 --teacher-epochs 3 --teacher-batch-size 128
-      --image-size 32 --epochs 4 $short --batch-size 128" ;;
+    options="--data fashion-mnist --teacher efflite0 --teacher-weights packaged:efficientnet_lite0 --folds 2
+      --teacher-epochs 2 --teacher-batch-size 128 --image-size 32 --epochs 4 $short --batch-size 128" ;;
   *) echo "usage: benchmarks/demo.sh elpv|elpv-effb4|fashion-mnist" >&2; exit 2 ;;
 esac
 

@@ -21,6 +21,7 @@ import openvino as ov
 from edgedistill.artifacts import read_json, settings_dict, write_json
 from edgedistill.errors import ArtifactError, ModelError
 from edgedistill.images import DecodeMode, InputSpec
+from edgedistill.runtime.ir_check import fault_of
 
 DEPLOY_FORMAT = "edgedistill-deploy"
 IR_FORMAT_VERSION = "1"
@@ -231,9 +232,11 @@ def model_sha256(xml: Path) -> str:
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """What an IR says about itself. ``bgr``: it wants BGR planes. ``gives_probabilities``: it ends in a softmax.
+    """What an IR says about itself. ``bgr``: it wants BGR planes. ``gives_probabilities``: it ends in a softmax (or,
+    where it is multi-label, a sigmoid).
 
     ``own``: written by edgedistill; otherwise only Model API's section was there. ``layout``: of its input.
+    ``threshold``: multi-label networks accept the classes from this probability on.
     """
 
     labels: tuple[str, ...]
@@ -246,6 +249,8 @@ class ModelMetadata:
     gives_probabilities: bool = False
     own: bool = True
     layout: str = "NCHW"
+    multi_label: bool = False
+    threshold: float = 0.5
 
 
 def read_metadata(model: ov.Model, name: str) -> ModelMetadata:
@@ -270,7 +275,10 @@ def read_metadata(model: ov.Model, name: str) -> ModelMetadata:
             f"{metadata.input_spec.height}x{metadata.input_spec.width}; export the model again"
         )
     last = model.get_results()[0].input_value(0).get_node().get_type_name()
-    return dataclasses.replace(metadata, layout=layout, gives_probabilities=last == "Softmax")
+    if metadata.multi_label and last == "Softmax":
+        raise ArtifactError(f"{name}: multi-label, but it ends in a softmax; expected logits or a sigmoid")
+    wanted = "Sigmoid" if metadata.multi_label else "Softmax"
+    return dataclasses.replace(metadata, layout=layout, gives_probabilities=last == wanted)
 
 
 def _shapes(model: ov.Model, name: str) -> tuple[str, int, int, int]:
@@ -281,7 +289,14 @@ def _shapes(model: ov.Model, name: str) -> tuple[str, int, int, int]:
         raise ModelError(f"{name}: shapes {got}; expected one static input [1, 3, H, W] and one output [1, C]")
     image, scores = (list(shape.to_shape()) for shape in shapes)
     layout = "NCHW" if len(image) == 4 and image[1] == 3 else "NHWC"
-    if len(image) != 4 or 3 not in (image[1], image[3]) or image[0] != 1 or len(scores) != 2 or scores[0] != 1:
+    if (
+        len(image) != 4
+        or 3 not in (image[1], image[3])
+        or image[0] != 1
+        or len(scores) != 2
+        or scores[0] != 1
+        or scores[1] < 1
+    ):
         raise ModelError(f"{name}: input {image} and output {scores}; expected [1, 3, H, W] and [1, C]")
     if model.inputs[0].get_element_type() == ov.Type.u8 or model.has_rt_info(["edgedistill", "preprocessing_embedded"]):
         raise ModelError(f"{name}: has its preprocessing embedded; use the plain IR, this runtime adds its own")
@@ -295,7 +310,10 @@ def _text(model: ov.Model, section: str, key: str, default: str | None = None) -
         if default is None:
             raise ArtifactError(f"metadata {section}.{key} is missing; export the model again")
         return default
-    value = model.get_rt_info([section, key]).value
+    try:
+        value = model.get_rt_info([section, key]).value
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"metadata {section}.{key}: not UTF-8; export the model again") from error
     text = " ".join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
     if isinstance(value, dict) or len(text) > MAX_METADATA_CHARACTERS:
         raise ArtifactError(f"metadata {section}.{key}: not a plain value, or longer than {MAX_METADATA_CHARACTERS}")
@@ -309,8 +327,8 @@ def _own_metadata(model: ov.Model) -> ModelMetadata:
             f"metadata format {version[:20]!r}, this runtime reads {IR_FORMAT_VERSION!r}; use the release that wrote it"
         )
     task = _text(model, "edgedistill", "task")
-    if task != "single-label":
-        raise ArtifactError(f"task {task[:40]!r}, this runtime does 'single-label'")
+    if task not in ("single-label", "multi-label"):
+        raise ArtifactError(f"task {task[:40]!r}, this runtime does 'single-label' and 'multi-label'")
     labels = _parsed(model, "labels")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ArtifactError("metadata edgedistill.labels: expected a JSON list of strings; export the model again")
@@ -324,7 +342,17 @@ def _own_metadata(model: ov.Model) -> ModelMetadata:
         architecture=_text(model, "edgedistill", "architecture", ""),
         dataset_hash=_text(model, "edgedistill", "dataset_hash", ""),
         weights_hash=_text(model, "edgedistill", "weights_hash", ""),
+        multi_label=task == "multi-label",
+        threshold=_threshold(model) if task == "multi-label" else 0.5,
     )
+
+
+def _threshold(model: ov.Model) -> float:
+    name = "model_info.confidence_threshold"
+    (threshold,) = _numbers(_text(model, "model_info", "confidence_threshold", "0.5"), name, count=1)
+    if not 0 <= threshold <= 1:
+        raise ArtifactError(f"metadata {name} {threshold}, expected a number from 0 to 1")
+    return threshold
 
 
 def _parsed(model: ov.Model, key: str) -> Any:
@@ -341,15 +369,18 @@ def _model_api_metadata(model: ov.Model, height: int, width: int) -> ModelMetada
     def value(key: str, default: str | None = None) -> str:
         return _text(model, "model_info", key, default)
 
-    for key in ("embedded_processing", "multilabel", "hierarchical"):
-        if value(key, "False").lower() in ("true", "1", "yes"):
+    def is_set(key: str) -> bool:
+        return value(key, "False").lower() in ("true", "1", "yes")
+
+    for key in ("embedded_processing", "hierarchical"):
+        if is_set(key):
             raise ArtifactError(f"metadata model_info.{key} is set, which this runtime does not do")
     resizes = {"standard": "squash", "crop": "center-crop"}
     if value("resize_type", "standard") not in resizes:
         raise ArtifactError(
             f"metadata model_info.resize_type {value('resize_type')[:40]!r}, expected {sorted(resizes)}"
         )
-    bgr = value("reverse_input_channels", "False").lower() not in ("true", "1", "yes")
+    bgr, multi_label = not is_set("reverse_input_channels"), is_set("multilabel")
     mean = _numbers(value("mean_values", "0 0 0"), "model_info.mean_values", count=3)
     std = _numbers(value("scale_values", "1 1 1"), "model_info.scale_values", count=3)
     spec = {
@@ -363,7 +394,12 @@ def _model_api_metadata(model: ov.Model, height: int, width: int) -> ModelMetada
         "std": std[::-1] if bgr else std,
     }
     return ModelMetadata(
-        labels=tuple(value("labels").split()), input_spec=InputSpec.from_dict(spec), bgr=bgr, own=False
+        labels=tuple(value("labels").split()),
+        input_spec=InputSpec.from_dict(spec),
+        bgr=bgr,
+        own=False,
+        multi_label=multi_label,
+        threshold=_threshold(model) if multi_label else 0.5,
     )
 
 
@@ -442,6 +478,10 @@ class Bundle:
     def labels(self) -> tuple[str, ...]:
         return self.metadata[0].labels
 
+    @property
+    def multi_label(self) -> bool:
+        return self.metadata[0].multi_label
+
     def read_model(self, stage: int, precision: str) -> ov.Model:
         """The IR for that precision, at the stage's resolution. Raises ModelError when there is no such form."""
         settings, metadata = self.config.stages[stage], self.metadata[stage]
@@ -473,14 +513,17 @@ def reshape_model(model: ov.Model, layout: str, spec: InputSpec, *, batch: int, 
 
 
 def read_ir(source: Path | tuple[bytes, bytes], *, name: str = "") -> ov.Model:
-    """Raises ModelError for a file that is missing, damaged or not an OpenVINO IR."""
+    """Raises ModelError for a file that is missing, damaged, not an OpenVINO IR, or one that OpenVINO cannot survive."""
     name = name or str(source)
     try:
-        if isinstance(source, Path):
-            return ov.Core().read_model(str(source))
-        return ov.Core().read_model(source[0], source[1])
-    except RuntimeError as error:
-        raise ModelError(f"{name}: not a readable OpenVINO IR ({last_line(error)}); export it again") from error
+        why = fault_of(source.read_bytes() if isinstance(source, Path) else source[0])
+        if why is None:
+            given = (str(source),) if isinstance(source, Path) else source
+            return ov.Core().read_model(*given)
+    # Its messages repeat what is in the file, which may be no UTF-8.
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
+        why = last_line(error)
+    raise ModelError(f"{name}: not a readable OpenVINO IR ({why}); export it again")
 
 
 def last_line(error: Exception) -> str:
@@ -512,3 +555,5 @@ def _check_stages_agree(path: Path, metadata: tuple[ModelMetadata, ...]) -> None
     for number, other in enumerate(metadata[1:], start=1):
         if other.labels != metadata[0].labels:
             raise ArtifactError(f"{path}: stage {number} has other labels than stage 0; export them from one data set")
+        if other.multi_label != metadata[0].multi_label:
+            raise ArtifactError(f"{path}: stage {number} has another task than stage 0; export them from one data set")

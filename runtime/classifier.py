@@ -21,6 +21,7 @@ from edgedistill.runtime.network import (
     resolve_precision,
     usable_cores,
 )
+from edgedistill.runtime.processor import settings_here
 
 
 class Classifier:
@@ -43,7 +44,7 @@ class Classifier:
         cache_dir: CacheDir = None,
     ) -> None:
         bundle = path if isinstance(path, Bundle) else Bundle.load(path)
-        tuned = bundle.config.latency
+        tuned, _ = settings_here(bundle)
         self._network = Network(
             bundle,
             precision=resolve_precision(bundle, precision, tuned.precision),
@@ -82,6 +83,10 @@ class Classifier:
     def temperature(self) -> float:
         """Of the first stage."""
         return self._network.stages[0].settings.temperature
+
+    @property
+    def multi_label(self) -> bool:
+        return self._network.bundle.multi_label
 
     @property
     def precision(self) -> str:

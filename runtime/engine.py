@@ -34,6 +34,7 @@ from edgedistill.runtime.network import (
     resolve_precision,
     usable_cores,
 )
+from edgedistill.runtime.processor import settings_here
 
 Policy = Literal["block", "drop_oldest"]
 JOIN_TIMEOUT_S = 10.0
@@ -164,7 +165,7 @@ class Engine:
         cache_dir: CacheDir = None,
     ) -> None:
         bundle = path if isinstance(path, Bundle) else Bundle.load(path)
-        tuned, cores = bundle.config.throughput, usable_cores()
+        (_, tuned), cores = settings_here(bundle), usable_cores()
         self.streams = min(tuned.streams or cores, cores) if streams is None else streams
         self.batch = tuned.batch if batch is None else batch
         self.queue_size = 4 * self.streams * self.batch + 1 if queue_size is None else queue_size
@@ -227,6 +228,10 @@ class Engine:
     def spec(self) -> InputSpec:
         """Of the first stage."""
         return self._networks[0].spec
+
+    @property
+    def multi_label(self) -> bool:
+        return self._networks[0].bundle.multi_label
 
     @property
     def precision(self) -> str:

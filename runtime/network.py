@@ -19,7 +19,7 @@ import openvino as ov
 
 from edgedistill import console
 from edgedistill.errors import ImageError, ModelError
-from edgedistill.images import DecodeBuffer, DecodeMode, ImageU8, InputSpec, load_image, prepare
+from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, ImageU8, InputSpec, prepare
 from edgedistill.runtime.bundle import Bundle, ModelMetadata, Stage, last_line, reshape_model
 from edgedistill.runtime.normalisation import embed_normalisation
 
@@ -35,6 +35,9 @@ class Prediction:
     ``index`` is -1 and ``label`` 'unknown' below the deployable's ``reject_below``. Where ``error`` is set the image
     could not be read: it says why, ``label`` is '' and ``probabilities`` empty. ``name``: path or given name.
     ``stage``: which network of a cascade answered.
+
+    Multi-label: ``probabilities`` are independent, ``index`` is the likeliest class, and ``accepted`` holds those at or
+    above the model's confidence threshold, in ascending order (none for 'unknown').
     """
 
     label: str
@@ -44,6 +47,7 @@ class Prediction:
     name: str = ""
     stage: int = 0
     error: str | None = None
+    accepted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +82,23 @@ def softmax(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[
     scaled = logits.astype(np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
     return (weights / weights.sum()).astype(np.float32)
+
+
+def sigmoid(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float32]:
+    """float32 [C] -> float32 [C]: sigmoid(logits / temperature), computed in float64 as the C++ runtime does."""
+    scaled = logits.astype(np.float64) / temperature
+    small = np.exp(-np.abs(scaled))
+    return (np.where(scaled >= 0, 1.0, small) / (1.0 + small)).astype(np.float32)
+
+
+def _logits(probabilities: npt.NDArray[np.float32], *, multi_label: bool) -> npt.NDArray[np.float32]:
+    """What a network's last layer, a softmax or sigmoid, was given (a softmax: up to a constant)."""
+    shares = np.maximum(probabilities, np.finfo(np.float32).tiny)
+    if not multi_label:
+        return np.log(shares)
+    # The smallest float64 whose nearest float32 is 1: a sigmoid that came out as 1 in float32 was at least that.
+    capped = np.minimum(shares.astype(np.float64), 1 - 2.0**-25)
+    return (np.log(capped) - np.log1p(-capped)).astype(np.float32)
 
 
 def usable_cores() -> int:
@@ -167,10 +188,11 @@ class Network:
         """float32 [C] -> the answer, or None when a later stage has to be asked."""
         settings, metadata = self.stages[stage].settings, self.stages[stage].metadata
         if metadata.gives_probabilities:
-            logits = np.log(np.maximum(logits, np.finfo(np.float32).tiny))
+            logits = _logits(logits, multi_label=metadata.multi_label)
         if not np.isfinite(logits).all():
-            return failed(name, f"{name}: the network's output is not finite (precision {self.precision})")
-        probabilities = softmax(logits, settings.temperature)
+            where = name or "image"
+            return failed(name, f"{where}: the network's output is not finite (precision {self.precision})")
+        probabilities = (sigmoid if metadata.multi_label else softmax)(logits, settings.temperature)
         # From the logits: after rounding two probabilities may be equal.
         index = int(logits.argmax())
         confidence = float(probabilities[index])
@@ -180,7 +202,10 @@ class Network:
         reject_below = self.bundle.config.reject_below
         if last and reject_below is not None and confidence < reject_below:
             return Prediction(UNKNOWN, -1, confidence, probabilities, name, stage)
-        return Prediction(metadata.labels[index], index, confidence, probabilities, name, stage)
+        accepted: tuple[int, ...] = ()
+        if metadata.multi_label:
+            accepted = tuple(np.flatnonzero(probabilities >= np.float32(metadata.threshold)).tolist())
+        return Prediction(metadata.labels[index], index, confidence, probabilities, name, stage, accepted=accepted)
 
 
 def _compile(
@@ -218,12 +243,16 @@ class _StageRunner:
 
 
 class Worker:
-    """Answers with its own infer requests and buffers: one thread at a time."""
+    """Answers with its own infer requests and buffers: one thread at a time.
+
+    The stages of a cascade share each image's bytes and, where they reduce it alike, its decoded pixels.
+    """
 
     def __init__(self, network: Network) -> None:
         self._network = network
         self._runners = tuple(_StageRunner(stage) for stage in network.stages)
-        self._buffer = DecodeBuffer()
+        # A later stage may want the pixels of any image of the batch again; a single network never does.
+        self._buffers = [DecodeBuffer() for _ in range(self.batch if len(self._runners) > 1 else 1)]
 
     @property
     def batch(self) -> int:
@@ -232,10 +261,12 @@ class Worker:
     def answer(self, frames: Sequence[Frame]) -> list[Prediction]:
         """Up to ``batch`` frames, in order. An image that cannot be read gets a Prediction whose ``error`` is set."""
         answers: list[Prediction | None] = [None] * len(frames)
+        images: list[EncodedImage | None] = [None] * len(frames)
         pixels = self._runners[0].pixels
         for number, frame in enumerate(frames):
             try:
-                self._load(frame, self._network.spec, pixels[number])
+                images[number] = self._open(frame, number)
+                _fill(frame, images[number], self._network.spec, pixels[number])
             except ImageError as error:
                 answers[number] = failed(frame.name, error)
         if all(answers):
@@ -244,10 +275,10 @@ class Worker:
         for number, frame in enumerate(frames):
             if answers[number] is None:
                 answer = self._network.answer(logits[number], 0, frame.name)
-                answers[number] = answer or self._ask_later_stages(frame, pixels[number])
+                answers[number] = answer or self._ask_later_stages(frame, images[number], pixels[number])
         return [answer for answer in answers if answer is not None]
 
-    def _ask_later_stages(self, frame: Frame, pixels: ImageU8) -> Prediction:
+    def _ask_later_stages(self, frame: Frame, image: EncodedImage | None, pixels: ImageU8) -> Prediction:
         spec = self._network.spec
         for stage in range(1, len(self._runners)):
             runner, wanted = self._runners[stage], self._network.stages[stage].settings.input_spec
@@ -255,16 +286,23 @@ class Worker:
                 np.copyto(runner.pixels[0], pixels)
             else:
                 try:
-                    self._load(frame, wanted, runner.pixels[0])
-                except ImageError as error:  # the file changed since the first stage read it
+                    _fill(frame, image, wanted, runner.pixels[0])
+                except ImageError as error:  # damage that shows at another scale only
                     return failed(frame.name, error)
                 spec, pixels = wanted, runner.pixels[0]
             if answer := self._network.answer(runner.run()[0], stage, frame.name):
                 return answer
         raise ModelError(f"{self._network.bundle.source}: no stage answered; the last one has to")
 
-    def _load(self, frame: Frame, spec: InputSpec, out: ImageU8) -> None:
+    def _open(self, frame: Frame, slot: int) -> EncodedImage | None:
+        """None for pixels that are decoded already."""
         if isinstance(frame.data, np.ndarray):
-            prepare(frame.data, spec, out=out)
-        else:
-            load_image(frame.data, spec, decode=self._network.decode, out=out, buffer=self._buffer)
+            return None
+        return EncodedImage(frame.data, decode=self._network.decode, buffer=self._buffers[slot % len(self._buffers)])
+
+
+def _fill(frame: Frame, image: EncodedImage | None, spec: InputSpec, out: ImageU8) -> None:
+    if image is not None:
+        image.pixels(spec, out=out)
+    elif isinstance(frame.data, np.ndarray):
+        prepare(frame.data, spec, out=out)

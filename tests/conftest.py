@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pytest
 
 # A shell's background jobs start with interrupts ignored, and so would every child of theirs: tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test here may depend on whether the C++ runtime happens to be built; those of tests/cpp say where it is.
+os.environ["EDGEDISTILL_CPP_BIN"] = ""
 
 # Small enough for seconds, large enough for two folds, a val and a test split.
 IMAGES_PER_CLASS = 30

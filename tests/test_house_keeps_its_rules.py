@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -71,3 +72,38 @@ def test_nothing_committed_is_a_weight_or_a_data_set() -> None:
     wrong = [path for path in files if path.suffix in {".pt", ".pth", ".onnx", ".bin", ".pkl", ".npz", ".safetensors"}]
     large = [path for path in files if path.is_file() and path.stat().st_size > 3_000_000]
     assert not wrong and not large
+
+
+def code_blocks(path: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / path).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", ["README.md", "runtime/cpp/README.md"])
+def test_the_readmes_show_the_line_that_installs_debians_packages(page: str) -> None:
+    shown = [line for block in code_blocks(page, "sh") for line in block.splitlines() if "apt-get install" in line]
+    run = subprocess.run(["make", "-n", "cpp-packages"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown == re.findall(r"apt-get install [^;\n]*", run)
+
+
+@pytest.mark.parametrize("page", ["README.md", "runtime/cpp/README.md"])
+def test_the_readmes_show_the_consumer_project_that_is_built(page: str) -> None:
+    consumer = ROOT / "runtime" / "cpp" / "tests" / "consumer"
+    assert (consumer / "main.cpp").read_text() in code_blocks(page, "cpp")
+    assert (consumer / "CMakeLists.txt").read_text() in code_blocks(page, "cmake")
+
+
+def test_cpp_and_python_have_one_version() -> None:
+    cpp = ROOT / "runtime" / "cpp"
+    header = (cpp / "include" / "edgedistill" / "version.hpp").read_text()
+    version = PYPROJECT["project"]["version"]
+    assert f'EDGEDISTILL_VERSION_STRING "{version}"' in header
+    assert re.findall(r"VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", header) == version.split(".")
+    assert f"project(edgedistill VERSION {version} " in (cpp / "CMakeLists.txt").read_text()
+
+
+def test_cmake_builds_every_source_and_every_test() -> None:
+    cpp = ROOT / "runtime" / "cpp"
+    library, tests = ((cpp / folder / "CMakeLists.txt").read_text() for folder in ("", "tests"))
+    sources = {f"src/{path.name}" for path in (cpp / "src").glob("*.cpp")}
+    assert set(re.findall(r"^  (src/\S+\.cpp)$", library, re.M)) == sources
+    assert not [path.name for path in (cpp / "tests").glob("*.c*") if path.name.split(".")[0] not in tests]

@@ -25,6 +25,7 @@ MAX_JPEG_SCANS = 500
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset(range(0xD0, 0xD9)) | {0x01}
+_ANIMATION = frozenset({b"acTL", b"fcTL", b"fdAT"})
 _LUMA_FACTORS = frozenset({0x11, 0x21, 0x22, 0x12, 0x41})
 
 
@@ -131,12 +132,15 @@ def _read_png(data: bytes) -> ImageHeader:
     return ImageHeader("png", height, width, orientation)
 
 
-def check_png(data: bytes, name: str) -> None:
-    """Raises ImageError unless every chunk up to IEND is there with its checksum.
+def check_png(data: bytes, name: str) -> bytes:
+    """The file without the chunks of an animation: its still picture, which every reader of PNG understands.
 
-    libpng versions differ in what they forgive, and OpenCV's older ones return a picture for a truncated file.
+    OpenCV composes an animation's first frame, and a hostile one writes outside its memory there. Raises ImageError
+    unless every chunk up to IEND is there with its checksum: libpng versions differ in what they forgive, and OpenCV's
+    older ones return a picture for a truncated file.
     """
-    at = 8
+    at, kept_from = 8, 0
+    still: list[bytes] = []
     for _ in range(MAX_CHUNKS):
         if at + 12 > len(data):
             break
@@ -144,10 +148,14 @@ def check_png(data: bytes, name: str) -> None:
         end = at + 8 + length
         if end + 4 > len(data):
             break
+        kind = data[at + 4 : at + 8]
         if zlib.crc32(memoryview(data)[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
-            raise _damaged(name, f"checksum of chunk {data[at + 4 : at + 8]!r}")
-        if data[at + 4 : at + 8] == b"IEND":
-            return
+            raise _damaged(name, f"checksum of chunk {kind!r}")
+        if kind in _ANIMATION:
+            still.append(data[kept_from:at])
+            kept_from = end + 4
+        if kind == b"IEND":
+            return b"".join((*still, data[kept_from:])) if still else data
         at = end + 4
     raise _damaged(name, "no end chunk")
 

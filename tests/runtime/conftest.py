@@ -29,6 +29,7 @@ def build_model(
     layout: str = "NCHW",
     bgr: bool = False,
     softmax: bool = False,
+    sigmoid: bool = False,
 ) -> ov.Model:
     """Logits = gain * mean of each normalised plane (in RGB order), through a 1 x 1 convolution."""
     shape = [1, 3, size, size] if layout == "NCHW" else [1, size, size, 3]
@@ -39,7 +40,8 @@ def build_model(
     means = ops.reduce_mean(mixed, np.array([2, 3]), False)
     weights = (gain * np.eye(3, classes)).astype(np.float32)
     scores = ops.matmul(means, weights, False, False)
-    model = ov.Model([ops.softmax(scores, 1) if softmax else scores], [image], "tiny")
+    scores = ops.softmax(scores, 1) if softmax else ops.sigmoid(scores) if sigmoid else scores
+    model = ov.Model([scores], [image], "tiny")
     model.inputs[0].get_node().set_layout(ov.Layout(layout))
     model.inputs[0].set_names({"image"})
     model.outputs[0].set_names({"logits"})

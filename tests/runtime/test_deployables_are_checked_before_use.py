@@ -180,7 +180,7 @@ METADATA_CHANGES = {
     "a word": {"temperature": "warm"},
     "two temperatures": {"temperature": "1 2"},
     "future": {"format_version": "2"},
-    "other task": {"task": "multi-label"},
+    "other task": {"task": "regression"},
     "no spec": {"input_spec": "null"},
     "spec of another size": {"input_spec": json.dumps(InputSpec().to_dict())},
     "infinite spec": {"input_spec": json.dumps(InputSpec().to_dict()).replace("224", "1e999")},
@@ -231,23 +231,38 @@ def test_a_foreign_ir_describes_itself_through_model_api(make: Any) -> None:
     assert metadata.bgr and metadata.input_spec.mean == (3.0, 2.0, 1.0) and metadata.input_spec.std == (2.0, 2.0, 2.0)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"labels": "one two"},
-        {"resize_type": "fit_to_window"},
-        {"embedded_processing": "True"},
-        {"multilabel": "True"},
-        {"mean_values": "a b c"},
-        {"mean_values": "1 2"},
-        {"scale_values": "0 0 0"},
-        {"scale_values": "inf inf inf"},
-    ],
-    ids=str,
-)
+MODEL_API_CHANGES: list[dict[str, str]] = [
+    {"labels": "one two"},
+    {"resize_type": "fit_to_window"},
+    {"embedded_processing": "True"},
+    {"hierarchical": "True"},
+    {"multilabel": "True", "confidence_threshold": "1.5"},
+    {"multilabel": "True", "confidence_threshold": "sure"},
+    {"mean_values": "a b c"},
+    {"mean_values": "1 2"},
+    {"scale_values": "0 0 0"},
+    {"scale_values": "inf inf inf"},
+]
+
+
+@pytest.mark.parametrize("change", MODEL_API_CHANGES, ids=str)
 def test_foreign_metadata_that_do_not_fit_are_refused(make: Any, change: dict[str, str]) -> None:
     with pytest.raises(ArtifactError):
         read_metadata(make.describe(make.model(), "model_info", MODEL_API | change), "m.xml")
+
+
+def test_several_labels_at_once_are_told_from_one(make: Any) -> None:
+    values = make.own_metadata(InputSpec(height=32, width=32), task="multi-label")
+    metadata = read_metadata(make.describe(make.model(), "edgedistill", values), "m.xml")
+    assert metadata.multi_label and metadata.threshold == 0.5 and not metadata.gives_probabilities
+    both = make.describe(make.model(sigmoid=True), "edgedistill", values)
+    metadata = read_metadata(make.describe(both, "model_info", {"confidence_threshold": "0.7"}), "m.xml")
+    assert metadata.threshold == 0.7 and metadata.gives_probabilities
+    foreign = MODEL_API | {"multilabel": "True", "confidence_threshold": "0.25"}
+    metadata = read_metadata(make.describe(make.model(), "model_info", foreign), "m.xml")
+    assert metadata.multi_label and metadata.threshold == 0.25
+    with pytest.raises(ArtifactError, match="ends in a softmax"):
+        read_metadata(make.describe(make.model(softmax=True), "edgedistill", values), "m.xml")
 
 
 def test_networks_that_are_no_image_classifiers_are_refused(make: Any) -> None:
@@ -273,6 +288,11 @@ def test_a_cascade_needs_thresholds_and_one_set_of_labels(make: Any) -> None:
     stages = (config.stages[0], describe_stage(root, "slow.xml", input_spec=spec, temperature=1.0))
     write_deploy(root / "deploy.json", DeployConfig(stages=stages))
     with pytest.raises(ArtifactError, match="stage 1 has other labels"):
+        Bundle.load(root)
+    make.ir(root / "slow.xml", spec=spec, changes={"task": "multi-label"})
+    stages = (config.stages[0], describe_stage(root, "slow.xml", input_spec=spec, temperature=1.0))
+    write_deploy(root / "deploy.json", DeployConfig(stages=stages))
+    with pytest.raises(ArtifactError, match="stage 1 has another task"):
         Bundle.load(root)
 
 

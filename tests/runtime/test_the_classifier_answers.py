@@ -15,7 +15,7 @@ import pytest
 from edgedistill.errors import ImageError, ModelError
 from edgedistill.images import InputSpec, load_image, normalize, prepare
 from edgedistill.runtime import Bundle, Classifier, Frame
-from edgedistill.runtime.network import Network, cache_folder, softmax
+from edgedistill.runtime.network import Network, cache_folder, sigmoid, softmax
 
 
 def reference(pixels: np.ndarray, spec: InputSpec, *, gain: float = 2.0, temperature: float = 1.5) -> np.ndarray:
@@ -183,6 +183,27 @@ def test_a_network_that_gives_no_number_is_an_error(make: Any) -> None:
     path = make.ir(make.folder / "model.xml", gain=float("nan"))
     answer = Classifier(path).classify([make.picture("red")])[0]
     assert "not finite" in str(answer.error)
+
+
+@pytest.mark.parametrize("ends_in_sigmoid", [False, True])
+def test_several_labels_at_once_are_accepted(make: Any, ends_in_sigmoid: bool) -> None:
+    spec = InputSpec(height=32, width=32)
+    changes = {"task": "multi-label", "temperature": "1" if ends_in_sigmoid else "1.5"}
+    path = make.ir(make.folder / "model.xml", spec=spec, changes=changes, sigmoid=ends_in_sigmoid)
+    classifier = Classifier(path)
+    yellow = np.maximum(make.picture("red"), make.picture("green"))
+    for frame, accepted in ((yellow, (0, 1)), (make.picture("very blue"), (2,)), (np.zeros_like(yellow), ())):
+        scores = 2.0 * normalize(prepare(frame, spec)[None], spec)[0].mean(axis=(1, 2), dtype=np.float64)
+        expected = 1 / (1 + np.exp(-scores / classifier.temperature))
+        answer = classifier.classify(frame)
+        np.testing.assert_allclose(answer.probabilities, expected, atol=1e-5)
+        assert answer.accepted == accepted and answer.index == expected.argmax() and classifier.multi_label
+        assert answer.probability == answer.probabilities.max()
+    assert Classifier(make.deployable()).classify(yellow).accepted == ()
+
+
+def test_sigmoid_survives_extremes() -> None:
+    np.testing.assert_allclose(sigmoid(np.array([3e38, -3e38, 0], np.float32), 0.01), [1, 0, 0.5])
 
 
 def test_softmax_survives_extremes() -> None:

@@ -1,0 +1,58 @@
+// One image at a time, as fast as one can be answered.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <edgedistill/error.hpp>
+#include <edgedistill/export.hpp>
+#include <edgedistill/image.hpp>
+#include <edgedistill/options.hpp>
+#include <edgedistill/prediction.hpp>
+
+namespace edgedistill {
+
+// Answers for single images in OpenVINO's latency mode: every core works on the one image. For throughput use Engine.
+//
+// Threads: any number may call classify on one Classifier; they are answered one after the other. Construction,
+// moving and destruction belong to one thread, when nobody is inside a call.
+//
+// Memory: the overloads with `out` reuse what `out` holds; after the first images of the largest size nothing is
+// allocated any more outside OpenVINO's own infer call.
+class EDGEDISTILL_API Classifier {
+public:
+    // `model`: an openvino/ folder, the run's folder above it, a deploy.json or a model.xml.
+    // Throws Error (artifact, model, usage).
+    explicit Classifier(const std::filesystem::path& model, const Options& options = {});
+    // The bytes of model.xml and model.bin; they are copied. For INT8 give those of model-int8.xml and leave precision.
+    static Classifier from_memory(Bytes xml, Bytes weights, const Options& options = {});
+    ~Classifier();
+    Classifier(Classifier&&) noexcept;
+    Classifier& operator=(Classifier&&) noexcept;
+    Classifier(const Classifier&) = delete;
+    Classifier& operator=(const Classifier&) = delete;
+
+    // Throws Error (image) when the picture cannot be read.
+    Prediction classify(const ImageView& pixels);
+    Prediction classify(Bytes encoded);  // JPEG, PNG, WebP or BMP
+    Prediction classify_file(const std::filesystem::path& path);
+
+    void classify(const ImageView& pixels, Prediction& out);
+    void classify(Bytes encoded, Prediction& out);
+    void classify_file(const std::filesystem::path& path, Prediction& out);
+
+    const std::vector<std::string>& labels() const noexcept;
+    const InputSpec& spec() const noexcept;  // of the first stage
+    bool multi_label() const noexcept;
+    double temperature() const noexcept;  // of the first stage
+    const std::string& precision() const noexcept;
+
+private:
+    struct Impl;
+    explicit Classifier(std::unique_ptr<Impl> impl);
+    std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace edgedistill

@@ -1,0 +1,95 @@
+// Many images a second, in order, in bounded memory.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <edgedistill/error.hpp>
+#include <edgedistill/export.hpp>
+#include <edgedistill/image.hpp>
+#include <edgedistill/options.hpp>
+#include <edgedistill/prediction.hpp>
+
+namespace edgedistill {
+
+// What submit does when the engine is full.
+enum class Policy {
+    block,        // it waits
+    drop_oldest,  // it gives up the oldest image that no worker began, else the oldest answer that nobody took
+};
+
+struct EngineOptions : Options {
+    std::optional<int> streams;  // images worked on at once, and worker threads; unset: deploy.json, else one per core
+    std::optional<int> batch;    // images per inference; unset: deploy.json, else 1
+    std::optional<int> queue_size;  // images held at any moment: waiting, in work, or answered and not yet taken
+    Policy policy = Policy::block;
+};
+
+// One worker thread per core does everything for one image after the other (read, decode, resize, infer) with its own
+// compiled network, infer request and buffers.
+//
+//     edgedistill::Engine engine("openvino/");
+//     std::thread feeder([&] { for (auto& path : paths) engine.submit_file(path); engine.finish(); });
+//     while (auto answer = engine.next()) std::cout << answer->name << ' ' << answer->label << '\n';
+//
+// Answers come in the order of the submissions. An image that cannot be read gets a Prediction whose `error` is set,
+// and the rest goes on.
+//
+// Threads: submit*, next, finish, close and dropped may be called from any threads at once (several producers share one
+// order: that in which their calls got in). The destructor closes: images in work are finished, waiting ones are not.
+class EDGEDISTILL_API Engine {
+public:
+    // Gets every answer, in order, one at a time, from a worker thread; it must not throw, nor call back into the
+    // engine. With a callback, next() is not to be used. The Prediction is only borrowed.
+    using Callback = std::function<void(const Prediction&)>;
+    using Timeout = std::optional<std::chrono::milliseconds>;
+
+    explicit Engine(const std::filesystem::path& model, const EngineOptions& options = {}, Callback callback = {});
+    static Engine from_memory(Bytes xml, Bytes weights, const EngineOptions& options = {}, Callback callback = {});
+    ~Engine();
+    Engine(Engine&&) noexcept;
+    Engine& operator=(Engine&&) noexcept;
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    // Hand over one image. False: the engine was still full after `timeout` (policy block; no timeout waits for ever,
+    // so somebody else has to be taking answers). Throws Error (closed) after finish or close.
+    bool submit_file(std::filesystem::path path, Timeout timeout = {});
+    bool submit(std::vector<std::uint8_t> encoded, std::string name = {}, Timeout timeout = {});
+    // Borrowed: the memory must stay as it is until the answer was taken, or for as long as `keep_alive` is held, which
+    // the engine lets go as soon as it needs the memory no more.
+    bool submit(Bytes encoded, std::shared_ptr<const void> keep_alive, std::string name = {}, Timeout timeout = {});
+    bool submit(const ImageView& pixels, std::shared_ptr<const void> keep_alive, std::string name = {},
+                Timeout timeout = {});
+
+    // The next answer, in order; waits for it. Nothing after finish (once all were taken) or close.
+    std::optional<Prediction> next();
+    // The same into memory that is used again: false instead of nothing.
+    bool next(Prediction& out);
+
+    void finish();  // no more will be submitted; with a callback it returns when the last answer was delivered
+    void close();   // ends the threads; twice does no harm
+
+    std::uint64_t dropped() const noexcept;  // images given up under drop_oldest
+
+    const std::vector<std::string>& labels() const noexcept;
+    const InputSpec& spec() const noexcept;
+    bool multi_label() const noexcept;
+    const std::string& precision() const noexcept;
+    int streams() const noexcept;
+    int batch() const noexcept;
+    int queue_size() const noexcept;
+
+private:
+    struct Impl;
+    explicit Engine(std::unique_ptr<Impl> impl);
+    std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace edgedistill

@@ -1,0 +1,257 @@
+// edgedistill-classify: `edgedistill predict` without Python. The same options, output lines, CSV, JSON and exit codes:
+// 0 ok, 1 an image could not be read or the job failed, 2 wrong usage.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <edgedistill/edgedistill.hpp>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "files.hpp"
+#include "sources.hpp"
+#include "text.hpp"
+
+namespace {
+
+using namespace edgedistill;
+using namespace edgedistill::programs;
+
+struct Arguments {
+    std::string model;
+    std::vector<std::string> sources;
+    std::string csv;
+    int top_k = 1;
+    std::string precision;
+    std::string decode;
+    std::optional<int> streams;
+    std::optional<int> threads;
+    bool latency = false;
+    bool probabilities = false;
+    bool json = false;
+    bool no_cache = false;
+};
+
+EngineOptions engine_options(const Arguments& arguments) {
+    EngineOptions options;
+    options.precision = arguments.precision;
+    options.threads = arguments.threads;
+    options.streams = arguments.streams;
+    options.cache.enabled = !arguments.no_cache;
+    if (!arguments.decode.empty()) {
+        options.decode = arguments.decode == "full" ? Decode::full : Decode::reduced;
+    }
+    return options;
+}
+
+// What is said about an image: labels and probabilities from the likeliest down.
+std::vector<Score> scores(const Prediction& prediction, int top_k, const std::vector<std::string>& labels) {
+    if (top_k == 1 || prediction.index < 0) {
+        return {{prediction.index, prediction.label, prediction.probability}};
+    }
+    return prediction.top_k(top_k, labels);
+}
+
+std::string text_line(const Prediction& prediction, const std::vector<Score>& best) {
+    std::vector<std::string> parts{prediction.name};
+    for (const Score& score : best) {
+        parts.push_back(score.label + " " + formatted("%.4f", static_cast<double>(score.probability)));
+    }
+    return joined(parts, "\t");
+}
+
+std::string json_line(const Prediction& prediction, const std::vector<Score>& best) {
+    std::vector<std::string> names, shares;
+    for (const Score& score : best) {
+        names.push_back(json_string(score.label));
+        shares.push_back(shortest(static_cast<double>(score.probability)));
+    }
+    return "{\"image\": " + json_string(prediction.name) + ", \"labels\": [" + joined(names, ", ") +
+           "], \"probabilities\": [" + joined(shares, ", ") + "]}";
+}
+
+// Every class, with the nine digits that bring a float back exactly.
+std::string probabilities_line(const Prediction& prediction) {
+    std::vector<std::string> shares;
+    for (const float share : prediction.probabilities) {
+        shares.push_back(formatted("%.9g", static_cast<double>(share)));
+    }
+    return "{\"image\": " + json_string(prediction.name) + ", \"label\": " + json_string(prediction.label) +
+           ", \"index\": " + std::to_string(prediction.index) + ", \"probabilities\": [" + joined(shares, ", ") + "]}";
+}
+
+std::string csv_row(const Prediction& prediction, const std::vector<Score>& best) {
+    std::vector<std::string> fields{csv_field(prediction.name), csv_field(prediction.error)};
+    for (const Score& score : best) {
+        fields.push_back(csv_field(score.label));
+        fields.push_back(shortest(static_cast<double>(score.probability)));
+    }
+    return joined(fields, ",") + "\r";
+}
+
+// Writes answers as they come, in order, never from two threads at once.
+class Writer {
+public:
+    explicit Writer(const Arguments& arguments) : arguments_(arguments) {
+        if (!arguments.csv.empty()) {
+            csv_ = std::make_unique<WholeFile>(arguments.csv);
+            put("image,error,label,probability\r");
+        }
+    }
+
+    void write(const Prediction& prediction, const std::vector<std::string>& labels) {
+        ++images_;
+        errors_ += prediction.ok() ? 0 : 1;
+        const auto best = prediction.ok() ? scores(prediction, arguments_.top_k, labels) : std::vector<Score>();
+        put(line(prediction, best));
+        // A camera's answers and a pipe's reader should not wait for a full buffer.
+        if (!csv_) {
+            std::fflush(stdout);
+        }
+    }
+
+    // Returns the exit code.
+    int finish() {
+        if (csv_) {
+            csv_->commit();
+            csv_.reset();
+            if (arguments_.json) {
+                std::printf("{\n  \"path\": %s,\n  \"images\": %lld,\n  \"errors\": %lld\n}\n",
+                            json_string(arguments_.csv).c_str(), images_, errors_);
+            } else {
+                std::printf("%s\n", arguments_.csv.c_str());
+            }
+        }
+        return errors_ > 0 ? 1 : 0;
+    }
+
+private:
+    std::string line(const Prediction& prediction, const std::vector<Score>& best) const {
+        if (csv_) {
+            return csv_row(prediction, best);
+        }
+        const bool json = arguments_.json || arguments_.probabilities;
+        if (!prediction.ok()) {
+            return json ? "{\"image\": " + json_string(prediction.name) +
+                              ", \"error\": " + json_string(prediction.error) + "}"
+                        : prediction.name + "\terror: " + prediction.error;
+        }
+        if (arguments_.probabilities) {
+            return probabilities_line(prediction);
+        }
+        return json ? json_line(prediction, best) : text_line(prediction, best);
+    }
+
+    void put(const std::string& text) {
+        std::FILE* file = csv_ ? csv_->file() : stdout;
+        std::fwrite(text.data(), 1, text.size(), file);
+        std::fputc('\n', file);
+    }
+
+    const Arguments& arguments_;
+    std::unique_ptr<WholeFile> csv_;
+    long long images_ = 0;
+    long long errors_ = 0;
+};
+
+void for_all(const std::vector<std::string>& arguments, const Take& take) {
+    for (const std::string& argument : arguments) {
+        each_source(argument, take);
+    }
+}
+
+// Many at once. What was handed over before a source turned out to be missing is still answered.
+void with_engine(const Arguments& arguments, Writer& writer) {
+    const std::vector<std::string>* labels = nullptr;
+    Engine engine(arguments.model, engine_options(arguments),
+                  [&](const Prediction& prediction) { writer.write(prediction, *labels); });
+    labels = &engine.labels();
+    std::exception_ptr fault;
+    try {
+        for_all(arguments.sources, [&](Source source) {
+            if (source.is_file()) {
+                engine.submit_file(std::move(source.path));
+            } else {
+                engine.submit(source.pixels, std::move(source.owner), std::move(source.name));
+            }
+        });
+    } catch (const Error&) {
+        fault = std::current_exception();
+    }
+    engine.finish();
+    if (fault) {
+        std::rethrow_exception(fault);
+    }
+}
+
+// One at a time, every core on it.
+void with_classifier(const Arguments& arguments, Writer& writer) {
+    Classifier classifier(arguments.model, engine_options(arguments));
+    Prediction answer;
+    for_all(arguments.sources, [&](Source source) {
+        try {
+            source.is_file() ? classifier.classify_file(source.path, answer)
+                             : classifier.classify(source.pixels, answer);
+            answer.error.clear();
+        } catch (const Error& error) {
+            if (error.kind() != ErrorKind::image) {
+                throw;
+            }
+            answer = Prediction();
+            answer.error = error.what();
+        }
+        answer.name = source.name;
+        writer.write(answer, classifier.labels());
+    });
+}
+
+void add_options(CLI::App& program, Arguments& arguments) {
+    program.add_option("model", arguments.model, "openvino/ folder, deploy.json or model.xml")->required();
+    program.add_option("sources", arguments.sources, "Images, folders, videos, or a camera's number")->required();
+    auto* csv = program.add_option("--csv", arguments.csv, "Write the answers to this file");
+    program.add_option("--top-k", arguments.top_k, "Labels per image")->check(CLI::PositiveNumber);
+    program.add_option("--precision", arguments.precision, "f32, bf16 or int8 (default: as deployed)")
+        ->check(CLI::IsMember({"f32", "bf16", "int8"}));
+    program.add_option("--decode", arguments.decode, "reduced or full (default: as deployed)")
+        ->check(CLI::IsMember({"full", "reduced"}));
+    auto* streams =
+        program.add_option("--streams", arguments.streams, "Images worked on at once (default: as deployed)");
+    program.add_option("--threads", arguments.threads, "Inference threads in all (default: as deployed)");
+    program.add_flag("--latency", arguments.latency, "One image at a time, all cores on it")->excludes(streams);
+    program.add_flag("--probabilities", arguments.probabilities, "One JSON object a line with every class")
+        ->excludes(csv);
+    program.add_flag("--no-cache", arguments.no_cache, "Keep no compiled models between runs");
+    program.add_flag("--json", arguments.json, "One JSON object a line, or one about the CSV");
+    program.set_version_flag("--version", std::string("edgedistill ") + version());
+}
+
+int run(const Arguments& arguments) {
+    Writer writer(arguments);
+    arguments.latency ? with_classifier(arguments, writer) : with_engine(arguments, writer);
+    return writer.finish();
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    Arguments arguments;
+    CLI::App program("Classify images, folders and videos. Exit code 1 if an image could not be read.",
+                     "edgedistill-classify");
+    add_options(program, arguments);
+    try {
+        program.parse(count, words);
+    } catch (const CLI::ParseError& error) {
+        return program.exit(error) == 0 ? 0 : 2;
+    }
+    try {
+        return run(arguments);
+    } catch (const Error& error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return error.kind() == ErrorKind::usage ? 2 : 1;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 1;
+    }
+}

@@ -1,0 +1,453 @@
+#include "network.hpp"
+
+#include <pwd.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <new>
+#include <openvino/runtime/core.hpp>
+#include <optional>
+#include <string_view>
+#include <system_error>
+#include <type_traits>
+#include <utility>
+
+#include "bundle.hpp"
+#include "error.hpp"
+#include "normalisation.hpp"
+#include "preparer.hpp"
+
+namespace edgedistill::detail {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int max_batch = 4096;
+
+int cores_of_affinity() {
+    // More than a cpu_set_t has room for, for machines with more than 1024 CPUs.
+    constexpr int most = 1 << 16;
+    const std::unique_ptr<cpu_set_t, void (*)(cpu_set_t*)> set(CPU_ALLOC(most), [](cpu_set_t* s) { CPU_FREE(s); });
+    const std::size_t size = CPU_ALLOC_SIZE(most);
+    if (set && ::sched_getaffinity(0, size, set.get()) == 0) return std::max(1, CPU_COUNT_S(size, set.get()));
+    return std::max(1, static_cast<int>(::sysconf(_SC_NPROCESSORS_ONLN)));
+}
+
+// OpenVINO keeps compiled models here; nothing: switched off, or nowhere to write. A cache is a convenience: a folder
+// that cannot be written never fails anything.
+std::optional<fs::path> cache_folder(const ModelCache& cache) {
+    if (!cache.enabled) return std::nullopt;
+    const auto setting = [](const char* name) { return std::string_view(std::getenv(name) ? std::getenv(name) : ""); };
+    fs::path folder;
+    if (!cache.folder.empty()) {
+        folder = cache.folder;
+    } else if (!setting("EDGEDISTILL_CACHE").empty()) {
+        folder = fs::path(setting("EDGEDISTILL_CACHE")) / "openvino";
+    } else {
+        fs::path base = setting("XDG_CACHE_HOME");
+        if (base.empty()) {
+            fs::path home = setting("HOME");
+            if (home.empty()) {
+                const passwd* user = ::getpwuid(::getuid());
+                if (user == nullptr) return std::nullopt;
+                home = user->pw_dir;
+            }
+            base = home / ".cache";
+        }
+        folder = base / "edgedistill" / "openvino";
+    }
+    std::error_code error;
+    fs::create_directories(folder, error);
+    if (error || !fs::is_directory(folder, error) || ::access(folder.c_str(), W_OK | X_OK) != 0) return std::nullopt;
+    return folder;
+}
+
+ov::AnyMap compile_properties(const CompileSettings& settings) {
+    ov::AnyMap properties{
+        // Always said: OpenVINO's own default is bfloat16 where the CPU has it.
+        {"INFERENCE_PRECISION_HINT", settings.precision == "bf16" ? "bf16" : "f32"},
+        {"NUM_STREAMS", "1"},
+    };
+    if (settings.latency) {
+        properties["PERFORMANCE_HINT"] = "LATENCY";
+    } else {
+        properties["ENABLE_CPU_PINNING"] = settings.pinning;
+    }
+    if (settings.threads > 0) properties["INFERENCE_NUM_THREADS"] = settings.threads;
+    if (const auto folder = cache_folder(settings.cache)) properties["CACHE_DIR"] = folder->string();
+    return properties;
+}
+
+struct CompiledStage {
+    const Stage* settings = nullptr;
+    const ModelMetadata* metadata = nullptr;
+    std::size_t batch = 1;
+    ov::CompiledModel compiled;
+};
+
+// What comes out must be what the host code reads: float32 [batch, C].
+void check_output(const CompiledStage& stage, const std::string& name) {
+    const auto output = stage.compiled.output();
+    const ov::Shape expected{stage.batch, stage.metadata->labels.size()};
+    const bool fits = output.get_element_type() == ov::element::f32 && output.get_partial_shape().is_static() &&
+                      output.get_shape() == expected;
+    if (fits) return;
+    throw Error(ErrorKind::model, name + ": output " + output.get_element_type().to_string() + " " +
+                                      output.get_partial_shape().to_string() + "; expected f32 " +
+                                      ov::PartialShape(expected).to_string());
+}
+
+CompiledStage compile_stage(const Bundle& bundle, std::size_t number, int batch, const CompileSettings& settings) {
+    CompiledStage stage;
+    stage.settings = &bundle.config().stages[number];
+    stage.metadata = &bundle.metadata()[number];
+    stage.batch = static_cast<std::size_t>(batch);
+    const auto model = bundle.read_model(number, settings.precision);
+    const InputSpec& spec = stage.settings->input_spec;
+    if (batch > 1) reshape_model(*model, *stage.metadata, spec, batch, bundle.source());
+    try {
+        embed_normalisation(model, spec, stage.metadata->bgr, stage.metadata->nhwc);
+        stage.compiled = bundle.core().compile_model(model, "CPU", compile_properties(settings));
+        check_output(stage, bundle.source());
+    } catch (const Error&) {
+        throw;
+    } catch (const std::exception& error) {
+        throw Error(ErrorKind::model, bundle.source() + ": OpenVINO cannot compile it at precision " +
+                                          settings.precision + " (" + last_line(error) + ")");
+    }
+    return stage;
+}
+
+// The smallest float64 whose nearest float32 is 1: a sigmoid that came out as 1 in float32 was at least that.
+constexpr double almost_one = 1.0 - 1.0 / (1 << 25);
+
+// What the network gave -> logits.
+void read_logits(const ModelMetadata& metadata, const float* raw, std::vector<float>& logits) {
+    constexpr float tiny = std::numeric_limits<float>::min();
+    std::copy_n(raw, metadata.labels.size(), logits.begin());
+    if (!metadata.gives_probabilities) return;
+    for (float& value : logits) {
+        // Written so that what is not a number stays so.
+        const float share = value < tiny ? tiny : value;
+        if (metadata.multi_label) {
+            const double capped = share > almost_one ? almost_one : static_cast<double>(share);
+            value = static_cast<float>(std::log(capped) - std::log1p(-capped));
+        } else {
+            value = std::log(share);
+        }
+    }
+}
+
+// softmax(logits / temperature), in float64.
+void softmax(const std::vector<float>& logits, double temperature, std::vector<double>& weights,
+             std::vector<float>& out) {
+    double largest = -std::numeric_limits<double>::infinity();
+    for (std::size_t index = 0; index < logits.size(); ++index) {
+        weights[index] = static_cast<double>(logits[index]) / temperature;
+        largest = std::max(largest, weights[index]);
+    }
+    double sum = 0.0;
+    for (double& weight : weights) sum += weight = std::exp(weight - largest);
+    for (std::size_t index = 0; index < weights.size(); ++index) out[index] = static_cast<float>(weights[index] / sum);
+}
+
+// sigmoid(logits / temperature), in float64.
+void sigmoid(const std::vector<float>& logits, double temperature, std::vector<float>& out) {
+    for (std::size_t index = 0; index < logits.size(); ++index) {
+        const double scaled = static_cast<double>(logits[index]) / temperature;
+        const double small = std::exp(-std::abs(scaled));
+        out[index] = static_cast<float>((scaled >= 0 ? 1.0 : small) / (1.0 + small));
+    }
+}
+
+void clear_answer(Prediction& out) {
+    out.label.clear();
+    out.index = -1;
+    out.probability = 0.0F;
+    out.probabilities.clear();
+    out.accepted.clear();
+    out.stage = 0;
+    out.error.clear();
+}
+
+void fail(Prediction& out, const std::string& error) {
+    clear_answer(out);
+    out.error = error;
+}
+
+}  // namespace
+
+int usable_cores() {
+    const int cores = cores_of_affinity();
+    std::ifstream file("/sys/fs/cgroup/cpu.max");
+    long long quota = 0;
+    long long period = 0;
+    // "max 100000": no quota.
+    if (!(file >> quota >> period) || quota <= 0 || period <= 0) return cores;
+    const long long allowed = (quota - 1) / period + 1;
+    return static_cast<int>(std::min<long long>(cores, allowed));
+}
+
+std::string resolve_precision(const Bundle& bundle, const std::string& asked, const std::string& tuned,
+                              const LogCallback& log) {
+    const std::string& precision = asked.empty() ? tuned : asked;
+    if (!is_precision(precision)) {
+        throw Error(ErrorKind::usage, "precision '" + precision + "', expected one of f32, bf16, int8");
+    }
+    if (precision != "bf16") return precision;
+    std::vector<std::string> capabilities;
+    try {
+        capabilities = bundle.core().get_property("CPU", ov::device::capabilities);
+    } catch (const std::exception& error) {
+        throw Error(ErrorKind::model, std::string("OpenVINO has no CPU device here (") + last_line(error) + ")");
+    }
+    if (std::find(capabilities.begin(), capabilities.end(), "BF16") != capabilities.end()) return precision;
+    if (!asked.empty()) {
+        throw Error(ErrorKind::model, "precision 'bf16': this CPU has no bfloat16; use 'f32' or 'int8'");
+    }
+    warn(log, bundle.source() + " is tuned for bf16, which this CPU does not have: running at f32");
+    return "f32";
+}
+
+struct Network::Impl {
+    std::shared_ptr<const Bundle> bundle;
+    CompileSettings settings;
+    std::vector<CompiledStage> stages;
+};
+
+Network::Network(std::shared_ptr<const Bundle> bundle, const CompileSettings& settings)
+    : impl_(std::make_unique<Impl>(Impl{std::move(bundle), settings, {}})) {
+    if (settings.batch < 1 || settings.batch > max_batch) {
+        throw Error(ErrorKind::usage, "batch " + std::to_string(settings.batch) + ", expected 1 to 4096");
+    }
+    if (settings.max_pixels < 1) {
+        throw Error(ErrorKind::usage, "max_pixels " + std::to_string(settings.max_pixels) + ", expected 1 or more");
+    }
+    const Bundle& source = *impl_->bundle;
+    for (std::size_t number = 0; number < source.config().stages.size(); ++number) {
+        // Later stages see the few images that are left, one at a time.
+        impl_->stages.push_back(compile_stage(source, number, number == 0 ? settings.batch : 1, settings));
+    }
+}
+
+Network::~Network() = default;
+Network::Network(Network&&) noexcept = default;
+Network& Network::operator=(Network&&) noexcept = default;
+
+const Bundle& Network::bundle() const noexcept {
+    return *impl_->bundle;
+}
+const CompileSettings& Network::settings() const noexcept {
+    return impl_->settings;
+}
+
+namespace {
+
+// One infer request whose input and output memory are ours: images are resized straight into it.
+class StageRunner {
+public:
+    explicit StageRunner(const CompiledStage& stage)
+        : stage_(&stage),
+          request_(ov::CompiledModel(stage.compiled).create_infer_request()),
+          pixels_(ov::element::u8, input_shape(stage)),
+          scores_(ov::element::f32, ov::Shape{stage.batch, stage.metadata->labels.size()}) {
+        std::fill_n(pixels_.data<std::uint8_t>(), pixels_.get_size(), std::uint8_t{0});
+        request_.set_input_tensor(pixels_);
+        request_.set_output_tensor(scores_);
+    }
+
+    const CompiledStage& stage() const { return *stage_; }
+    const InputSpec& spec() const { return stage_->settings->input_spec; }
+    std::size_t image_bytes() const { return pixels_.get_size() / stage_->batch; }
+    // uint8 [height, width, 3] BGR
+    std::uint8_t* pixels(std::size_t number) { return pixels_.data<std::uint8_t>() + number * image_bytes(); }
+    // float32 [C]
+    const float* scores(std::size_t number) { return scores_.data<float>() + number * stage_->metadata->labels.size(); }
+    void run() { request_.infer(); }
+
+private:
+    static ov::Shape input_shape(const CompiledStage& stage) {
+        const InputSpec& spec = stage.settings->input_spec;
+        return {stage.batch, static_cast<std::size_t>(spec.height), static_cast<std::size_t>(spec.width), 3};
+    }
+
+    const CompiledStage* stage_;
+    ov::InferRequest request_;
+    ov::Tensor pixels_;
+    ov::Tensor scores_;
+};
+
+std::vector<StageRunner> make_runners(const Network& network) {
+    try {
+        const auto& stages = network.impl().stages;
+        return {stages.begin(), stages.end()};
+    } catch (const std::exception& error) {
+        throw Error(ErrorKind::model,
+                    network.bundle().source() + ": OpenVINO cannot run it (" + last_line(error) + ")");
+    }
+}
+
+}  // namespace
+
+struct Worker::Impl {
+    explicit Impl(const Network& compiled)
+        : network(&compiled),
+          runners(make_runners(compiled)),
+          preparer(compiled.settings().max_pixels),
+          logits(compiled.bundle().labels().size()),
+          weights(compiled.bundle().labels().size()) {}
+
+    bool load(const Frame& frame, const InputSpec& spec, std::uint8_t* out, Prediction& answer);
+    void load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out);
+    void run(StageRunner& runner);
+    bool finish(std::size_t stage, const float* raw, Prediction& out);
+    void score(const CompiledStage& stage, const float* raw, Prediction& out);
+    void accept(const CompiledStage& stage, Prediction& out) const;
+    void ask_later_stages(const Frame& frame, const std::uint8_t* pixels, Prediction& out);
+
+    const Network* network;
+    std::vector<StageRunner> runners;
+    Preparer preparer;
+    std::vector<float> logits;    // [C]
+    std::vector<double> weights;  // [C]
+};
+
+// False, and `answer` says why, when the image cannot be read.
+bool Worker::Impl::load(const Frame& frame, const InputSpec& spec, std::uint8_t* out, Prediction& answer) {
+    try {
+        load_data(frame, spec, out);
+        return true;
+    } catch (const Error& error) {
+        if (error.kind() != ErrorKind::image) throw;
+        fail(answer, error.what());
+    } catch (const std::bad_alloc&) {
+        fail(answer, frame.name + ": not enough memory to decode it; make it smaller");
+    }
+    return false;
+}
+
+void Worker::Impl::load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out) {
+    const Decode decode = network->settings().decode;
+    if (const auto* path = std::get_if<fs::path>(&frame.data)) {
+        preparer.load_file(*path, frame.name, spec, decode, out);
+    } else if (const auto* encoded = std::get_if<Bytes>(&frame.data)) {
+        std::array<char, 40> unnamed{"<"};
+        const auto end = std::to_chars(unnamed.data() + 1, unnamed.data() + 24, encoded->size).ptr;
+        constexpr std::string_view unit = " bytes>";
+        std::copy(unit.begin(), unit.end(), end);
+        const std::string_view name(unnamed.data(), static_cast<std::size_t>(end - unnamed.data()) + unit.size());
+        preparer.load(*encoded, frame.name.empty() ? name : std::string_view(frame.name), spec, decode, out);
+    } else {
+        constexpr std::string_view unnamed = "image";
+        const auto name = frame.name.empty() ? unnamed : std::string_view(frame.name);
+        preparer.prepare(std::get<ImageView>(frame.data), name, spec, out);
+    }
+}
+
+void Worker::Impl::run(StageRunner& runner) {
+    try {
+        runner.run();
+    } catch (const std::exception& error) {
+        throw Error(ErrorKind::model,
+                    network->bundle().source() + ": OpenVINO cannot run it (" + last_line(error) + ")");
+    }
+}
+
+// float32 [C] -> the answer; false when a later stage has to be asked.
+bool Worker::Impl::finish(std::size_t number, const float* raw, Prediction& out) {
+    const CompiledStage& stage = runners[number].stage();
+    read_logits(*stage.metadata, raw, logits);
+    if (!std::all_of(logits.begin(), logits.end(), [](float value) { return std::isfinite(value); })) {
+        fail(out, (out.name.empty() ? "image" : out.name) + ": the network's output is not finite (precision " +
+                      network->settings().precision + ")");
+        return true;
+    }
+    out.probabilities.resize(logits.size());
+    if (stage.metadata->multi_label) {
+        sigmoid(logits, stage.settings->temperature, out.probabilities);
+    } else {
+        softmax(logits, stage.settings->temperature, weights, out.probabilities);
+    }
+    // From the logits: after rounding two probabilities may be equal.
+    const auto index = static_cast<std::size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    out.probability = out.probabilities[index];
+    out.index = static_cast<int>(index);
+    out.stage = static_cast<int>(number);
+    const bool last = number + 1 == runners.size();
+    const auto confidence = static_cast<double>(out.probability);
+    if (!last && confidence < stage.settings->exit_threshold.value_or(0.0)) return false;
+    const auto reject_below = network->bundle().config().reject_below;
+    if (last && reject_below && confidence < *reject_below) {
+        out.index = -1;
+        out.label.assign("unknown");
+        return true;
+    }
+    out.label.assign(stage.metadata->labels[index]);
+    if (stage.metadata->multi_label) accept(stage, out);
+    return true;
+}
+
+void Worker::Impl::accept(const CompiledStage& stage, Prediction& out) const {
+    // As numpy compares float32 with a number.
+    const auto threshold = static_cast<float>(stage.metadata->threshold);
+    for (std::size_t index = 0; index < out.probabilities.size(); ++index) {
+        if (out.probabilities[index] >= threshold) out.accepted.push_back(static_cast<int>(index));
+    }
+}
+
+void Worker::Impl::ask_later_stages(const Frame& frame, const std::uint8_t* pixels, Prediction& out) {
+    const InputSpec* spec = &runners[0].spec();
+    for (std::size_t number = 1; number < runners.size(); ++number) {
+        StageRunner& runner = runners[number];
+        if (same_spec(runner.spec(), *spec)) {
+            std::copy_n(pixels, runner.image_bytes(), runner.pixels(0));
+        } else {
+            // It may fail now: the file may have changed since the first stage read it.
+            if (!load(frame, runner.spec(), runner.pixels(0), out)) return;
+            spec = &runner.spec();
+            pixels = runner.pixels(0);
+        }
+        run(runner);
+        if (finish(number, runner.scores(0), out)) return;
+    }
+    throw Error(ErrorKind::model, network->bundle().source() + ": no stage answered; the last one has to");
+}
+
+Worker::Worker(const Network& network) : impl_(std::make_unique<Impl>(network)) {}
+Worker::~Worker() = default;
+Worker::Worker(Worker&&) noexcept = default;
+Worker& Worker::operator=(Worker&&) noexcept = default;
+
+int Worker::batch() const noexcept {
+    return static_cast<int>(impl_->runners[0].stage().batch);
+}
+
+void Worker::answer(const Frame* const* frames, std::size_t count, Prediction* out) {
+    StageRunner& first = impl_->runners[0];
+    if (count > first.stage().batch) {
+        throw Error(ErrorKind::usage, std::to_string(count) + " images, expected at most " + std::to_string(batch()));
+    }
+    bool any = false;
+    for (std::size_t number = 0; number < count; ++number) {
+        clear_answer(out[number]);
+        out[number].name.assign(frames[number]->name);
+        any = impl_->load(*frames[number], first.spec(), first.pixels(number), out[number]) || any;
+    }
+    if (!any) return;
+    impl_->run(first);
+    for (std::size_t number = 0; number < count; ++number) {
+        if (!out[number].ok() || impl_->finish(0, first.scores(number), out[number])) continue;
+        impl_->ask_later_stages(*frames[number], first.pixels(number), out[number]);
+    }
+}
+
+}  // namespace edgedistill::detail

@@ -1,0 +1,75 @@
+// A compiled deployable and the workers that answer with it: the C++ form of runtime/network.py.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <edgedistill/options.hpp>
+#include <edgedistill/prediction.hpp>
+
+#include "frame.hpp"
+
+namespace edgedistill::detail {
+
+class Bundle;  // bundle.hpp
+
+struct CompileSettings {
+    std::string precision;  // "f32", "bf16" or "int8", resolved
+    Decode decode = Decode::reduced;
+    int batch = 1;         // of the first stage
+    bool latency = false;  // OpenVINO's latency mode on `threads` threads; else one stream with `threads` threads
+    int threads = 0;       // 0: OpenVINO's choice (latency only)
+    bool pinning = false;  // throughput only
+    ModelCache cache;
+    long long max_pixels = 100'000'000;
+};
+
+// All stages of a bundle, compiled. Immutable after construction; any number of workers may share it.
+class Network {
+public:
+    // Throws Error (model, artifact).
+    Network(std::shared_ptr<const Bundle> bundle, const CompileSettings& settings);
+    ~Network();
+    Network(Network&&) noexcept;
+    Network& operator=(Network&&) noexcept;
+
+    const Bundle& bundle() const noexcept;
+    const CompileSettings& settings() const noexcept;
+
+    struct Impl;
+    const Impl& impl() const noexcept { return *impl_; }
+
+private:
+    std::unique_ptr<Impl> impl_;
+};
+
+// Answers with infer requests and buffers of its own: one thread at a time. Keeps a reference to the network.
+class Worker {
+public:
+    explicit Worker(const Network& network);
+    ~Worker();
+    Worker(Worker&&) noexcept;
+    Worker& operator=(Worker&&) noexcept;
+
+    int batch() const noexcept;
+    // `count` (at most batch()) frames -> as many predictions in the same order, written over what `out` held, with its
+    // memory used again. An image that cannot be read gets `error`; the rest goes on. Throws Error (model) when the
+    // network itself fails.
+    void answer(const Frame* const* frames, std::size_t count, Prediction* out);
+
+private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+// CPUs that this process may use: its affinity, or fewer under a container's quota.
+int usable_cores();
+
+// `asked` where given, else `tuned`, which gives way to "f32" on a CPU that cannot do it (with a warning).
+// Throws Error (model, usage).
+std::string resolve_precision(const Bundle& bundle, const std::string& asked, const std::string& tuned,
+                              const LogCallback& log);
+
+}  // namespace edgedistill::detail

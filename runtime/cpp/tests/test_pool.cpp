@@ -1,0 +1,616 @@
+// Order, bounds, errors and endings of the engine's pool, with answers that need no network.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <edgedistill/error.hpp>
+#include <functional>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "pool.hpp"
+
+namespace {
+
+using namespace std::chrono_literals;
+using edgedistill::Error;
+using edgedistill::ErrorKind;
+using edgedistill::Policy;
+using edgedistill::Prediction;
+using edgedistill::detail::Frame;
+using edgedistill::detail::Pool;
+using edgedistill::detail::PoolSettings;
+using edgedistill::detail::Submission;
+
+using PoolPointer = std::shared_ptr<Pool>;
+
+// "7" is answered with index 7.
+void answer_number(const Frame& frame, Prediction& out) {
+    out.name = frame.name;
+    out.index = std::stoi(frame.name);
+    out.error.clear();
+}
+
+Pool::Answer answering(const std::function<void(const Frame&)>& before) {
+    return [before](const Frame* const* frames, std::size_t count, Prediction* out) {
+        for (std::size_t i = 0; i < count; ++i) {
+            before(*frames[i]);
+            answer_number(*frames[i], out[i]);
+        }
+    };
+}
+
+struct Shape {
+    std::size_t workers = 2;
+    std::size_t batch = 1;
+    std::size_t capacity = 9;
+    Policy policy = Policy::block;
+    std::function<void(const Prediction&)> callback = {};
+};
+
+PoolPointer make_pool(const Shape& shape, const Pool::Answer& answer) {
+    PoolSettings settings;
+    settings.capacity = shape.capacity;
+    settings.batch = shape.batch;
+    settings.policy = shape.policy;
+    settings.callback = shape.callback;
+    auto pool = std::make_shared<Pool>(std::move(settings));
+    pool->start(std::vector<Pool::Answer>(shape.workers, answer));
+    return pool;
+}
+
+PoolPointer make_pool(
+    const Shape& shape, const std::function<void(const Frame&)>& before = [](const Frame&) {}) {
+    return make_pool(shape, answering(before));
+}
+
+bool submit(Pool& pool, int number, edgedistill::Engine::Timeout timeout = {}) {
+    Submission image;
+    image.data = edgedistill::Bytes{};
+    image.name = std::to_string(number);
+    image.user = static_cast<std::uint64_t>(number);
+    return pool.submit(image, timeout);
+}
+
+std::vector<int> drain(Pool& pool) {
+    std::vector<int> numbers;
+    Prediction answer;
+    while (pool.next(answer)) numbers.push_back(answer.index);
+    return numbers;
+}
+
+std::vector<int> range(int from, int to) {
+    std::vector<int> numbers;
+    for (int number = from; number < to; ++number) numbers.push_back(number);
+    return numbers;
+}
+
+void sleep_a_little() {
+    thread_local std::mt19937 random(std::random_device{}());
+    const auto length = std::uniform_int_distribution<int>(0, 200)(random);
+    if (length > 20) std::this_thread::sleep_for(std::chrono::microseconds(length));
+}
+
+bool eventually(const std::function<bool()>& promise) {
+    for (int tries = 0; tries < 5000; ++tries) {
+        if (promise()) return true;
+        std::this_thread::sleep_for(2ms);
+    }
+    return false;
+}
+
+// Holds every worker at its image until it is opened.
+class Gate {
+public:
+    void operator()(const Frame&) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++begun_;
+        changed_.wait(lock, [this] { return open_; });
+    }
+    void open() {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            open_ = true;
+        }
+        changed_.notify_all();
+    }
+    int begun() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return begun_;
+    }
+
+private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool open_ = false;
+    int begun_ = 0;
+};
+
+template <class Call>
+ErrorKind kind_thrown(const Call& call) {
+    try {
+        call();
+    } catch (const Error& error) {
+        return error.kind();
+    }
+    FAIL("nothing was thrown");
+    return ErrorKind::usage;
+}
+
+}  // namespace
+
+TEST_CASE("answers come in the order of the submissions whatever each takes") {
+    for (const std::size_t batch : {1U, 4U}) {
+        for (const std::size_t workers : {1U, 2U, 5U}) {
+            const auto pool =
+                make_pool({workers, batch, 4 * workers * batch + 1}, [](const Frame&) { sleep_a_little(); });
+            std::thread producer([&] {
+                for (int number = 0; number < 500; ++number) submit(*pool, number);
+                pool->finish();
+            });
+            const auto numbers = drain(*pool);
+            producer.join();
+            CHECK(numbers == range(0, 500));
+            CHECK(pool->dropped() == 0);
+            pool->close();
+        }
+    }
+}
+
+TEST_CASE("a batch takes what is there and no more than its size") {
+    Gate gate;
+    std::mutex mutex;
+    std::vector<std::size_t> sizes;
+    const auto pool = make_pool({1, 3, 20}, [&](const Frame* const* frames, std::size_t count, Prediction* out) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            sizes.push_back(count);
+        }
+        gate(*frames[0]);
+        for (std::size_t i = 0; i < count; ++i) answer_number(*frames[i], out[i]);
+    });
+    submit(*pool, 0);
+    REQUIRE(eventually([&] { return gate.begun() == 1; }));
+    for (int number = 1; number < 9; ++number) submit(*pool, number);
+    gate.open();
+    pool->finish();
+    CHECK(drain(*pool) == range(0, 9));
+    CHECK(sizes == std::vector<std::size_t>{1, 3, 3, 2});
+    pool->close();
+}
+
+TEST_CASE("a full pool makes submit wait until an answer was taken") {
+    Gate gate;
+    const auto pool = make_pool({1, 1, 3}, std::ref(gate));
+    for (int number = 0; number < 3; ++number) CHECK(submit(*pool, number, 1s));
+    CHECK_FALSE(submit(*pool, 3, 20ms));
+    CHECK_FALSE(submit(*pool, 3, 0ms));
+    CHECK_FALSE(submit(*pool, 3, -5ms));
+    gate.open();
+    CHECK_FALSE(submit(*pool, 3, 20ms));  // answered, but not taken
+    Prediction answer;
+    CHECK(pool->next(answer));
+    CHECK(answer.index == 0);
+    CHECK(submit(*pool, 4, std::chrono::milliseconds::max()));
+    auto waiting = std::async(std::launch::async, [&] { return submit(*pool, 5); });
+    CHECK(waiting.wait_for(20ms) == std::future_status::timeout);
+    CHECK(pool->next(answer));
+    CHECK(waiting.get());
+    pool->finish();
+    CHECK(drain(*pool) == std::vector<int>{2, 4, 5});
+    pool->close();
+}
+
+TEST_CASE("never more images are held than the capacity") {
+    std::atomic<int> submitted{0};
+    std::atomic<int> taken{0};
+    const auto pool = make_pool({2, 1, 5});
+    std::vector<std::thread> producers;
+    for (int which = 0; which < 3; ++which) {
+        producers.emplace_back([&] {
+            for (int number = 0; number < 300; ++number) {
+                submit(*pool, number);
+                ++submitted;
+            }
+        });
+    }
+    Prediction answer;
+    int most = 0;
+    for (int number = 0; number < 900; ++number) {
+        most = std::max(most, submitted.load() - taken.load());
+        REQUIRE(pool->next(answer));
+        ++taken;
+        if (number % 50 == 0) std::this_thread::sleep_for(1ms);
+    }
+    for (auto& producer : producers) producer.join();
+    CHECK(most <= 5 + 1);  // `taken` is counted after the room is there
+    pool->close();
+}
+
+TEST_CASE("a blocked producer goes on although nobody takes any more than one answer") {
+    const auto pool = make_pool({2, 1, 9});
+    for (int round = 0; round < 200; ++round) {
+        while (submit(*pool, round, 0ms)) continue;
+        auto blocked = std::async(std::launch::async, [&] { return submit(*pool, round, 5s); });
+        Prediction answer;
+        CHECK(pool->next(answer));
+        CHECK(blocked.get());
+    }
+    pool->close();
+}
+
+TEST_CASE("a camera loses the oldest that nobody began and keeps the newest") {
+    Gate gate;
+    const auto pool = make_pool({2, 1, 5, Policy::drop_oldest}, std::ref(gate));
+    for (int number = 0; number < 2; ++number) submit(*pool, number);
+    REQUIRE(eventually([&] { return gate.begun() == 2; }));
+    for (int number = 2; number < 100; ++number) CHECK(submit(*pool, number));
+    CHECK(pool->dropped() == 95);
+    gate.open();
+    pool->finish();
+    CHECK(drain(*pool) == std::vector<int>{0, 1, 97, 98, 99});
+    pool->close();
+}
+
+TEST_CASE("answers that nobody takes are dropped too") {
+    std::atomic<int> answered{0};
+    const auto pool = make_pool({1, 1, 3, Policy::drop_oldest}, [&](const Frame&) { ++answered; });
+    for (int number = 0; number < 20; ++number) {
+        submit(*pool, number);
+        REQUIRE(eventually([&] { return answered == number + 1; }));
+        std::this_thread::sleep_for(1ms);  // until the worker handed it back
+    }
+    pool->finish();
+    const auto numbers = drain(*pool);
+    CHECK(numbers.size() + pool->dropped() == 20);
+    CHECK(numbers.back() == 19);
+    CHECK(std::is_sorted(numbers.begin(), numbers.end()));
+    pool->close();
+}
+
+TEST_CASE("a waiting consumer survives the drop of its image") {
+    Gate gate;
+    const auto pool = make_pool({1, 1, 2, Policy::drop_oldest}, std::ref(gate));
+    auto taken = std::async(std::launch::async, [&] { return drain(*pool); });
+    submit(*pool, 0);
+    REQUIRE(eventually([&] { return gate.begun() == 1; }));
+    for (int number = 1; number < 50; ++number) submit(*pool, number);
+    gate.open();
+    pool->finish();
+    CHECK(taken.get() == std::vector<int>{0, 49});
+    pool->close();
+}
+
+TEST_CASE("what is dropped, answered and taken add up under pressure from all sides") {
+    const auto pool = make_pool({3, 2, 8, Policy::drop_oldest}, [](const Frame&) { sleep_a_little(); });
+    std::atomic<int> taken{0};
+    std::vector<std::thread> threads;
+    for (int which = 0; which < 2; ++which) {
+        threads.emplace_back([&] { taken += static_cast<int>(drain(*pool).size()); });
+    }
+    std::vector<std::thread> producers;
+    for (int which = 0; which < 3; ++which) {
+        producers.emplace_back([&] {
+            for (int number = 0; number < 1000; ++number) {
+                submit(*pool, number);
+                if (number % 8 == 0) sleep_a_little();
+            }
+        });
+    }
+    for (auto& producer : producers) producer.join();
+    pool->finish();
+    for (auto& thread : threads) thread.join();
+    CHECK(static_cast<int>(pool->dropped()) + taken == 3000);
+    pool->close();
+}
+
+TEST_CASE("several producers and consumers lose and double nothing, and each producer's order stays") {
+    const auto pool = make_pool({2, 2, 9}, [](const Frame&) { sleep_a_little(); });
+    std::vector<std::thread> producers;
+    for (int which = 0; which < 3; ++which) {
+        producers.emplace_back([&, which] {
+            for (int number = 0; number < 200; ++number) submit(*pool, 1000 * which + number);
+        });
+    }
+    std::vector<std::future<std::vector<int>>> consumers;
+    for (int which = 0; which < 3; ++which) {
+        consumers.push_back(std::async(std::launch::async, [&] { return drain(*pool); }));
+    }
+    for (auto& producer : producers) producer.join();
+    pool->finish();
+    std::multiset<int> all;
+    for (auto& consumer : consumers) {
+        const auto numbers = consumer.get();
+        all.insert(numbers.begin(), numbers.end());
+        for (int which = 0; which < 3; ++which) {
+            std::vector<int> own;
+            std::copy_if(numbers.begin(), numbers.end(), std::back_inserter(own),
+                         [&](int number) { return number / 1000 == which; });
+            CHECK(std::is_sorted(own.begin(), own.end()));
+        }
+    }
+    CHECK(all.size() == 600);
+    CHECK(std::set<int>(all.begin(), all.end()).size() == 600);
+    pool->close();
+}
+
+TEST_CASE("what a worker throws reaches whoever takes that answer, and the rest goes on") {
+    const auto pool = make_pool({2, 1, 9}, [](const Frame& frame) {
+        if (frame.name == "7") throw Error(ErrorKind::model, "the network failed");
+        if (frame.name == "9") throw std::runtime_error("a bug");
+        if (frame.name == "11") throw 3;
+    });
+    std::thread producer([&] {
+        for (int number = 0; number < 30; ++number) submit(*pool, number);
+        pool->finish();
+    });
+    std::vector<int> numbers;
+    std::vector<std::string> errors;
+    Prediction answer;
+    std::uint64_t user = 0;
+    for (bool more = true; more;) {
+        try {
+            more = pool->next(answer, &user);
+            if (more) numbers.push_back(answer.index);
+        } catch (const Error& error) {
+            CHECK(error.kind() == ErrorKind::model);
+            errors.push_back(std::to_string(user) + answer.name + ' ' + error.what());
+        } catch (const std::exception& error) {
+            errors.push_back(std::to_string(user) + ' ' + error.what());
+        } catch (int thrown) {
+            errors.push_back(std::to_string(user) + ' ' + std::to_string(thrown));
+        }
+    }
+    producer.join();
+    CHECK(numbers.size() == 27);
+    CHECK(errors == std::vector<std::string>{"77 the network failed", "9 a bug", "11 3"});
+    pool->close();
+}
+
+TEST_CASE("after a failure its slot answers other images without a trace of it") {
+    const auto pool = make_pool({1, 1, 2}, [](const Frame& frame) {
+        if (frame.name == "0") throw Error(ErrorKind::model, "the network failed");
+    });
+    submit(*pool, 0);
+    Prediction answer;
+    CHECK(kind_thrown([&] { pool->next(answer); }) == ErrorKind::model);
+    for (int number = 1; number < 10; ++number) {
+        submit(*pool, number);
+        CHECK(pool->next(answer));
+        CHECK(answer.index == number);
+    }
+    pool->close();
+}
+
+TEST_CASE("nothing can be submitted after finish, and what was is answered") {
+    const auto pool = make_pool({2, 1, 9}, [](const Frame&) { std::this_thread::sleep_for(1ms); });
+    for (int number = 0; number < 9; ++number) submit(*pool, number);
+    pool->finish();
+    pool->finish();
+    CHECK(kind_thrown([&] { submit(*pool, 9); }) == ErrorKind::closed);
+    CHECK(drain(*pool) == range(0, 9));
+    Prediction answer;
+    CHECK_FALSE(pool->next(answer));
+    pool->close();
+    CHECK_FALSE(pool->next(answer));
+}
+
+TEST_CASE("finish wakes consumers that wait for nothing and producers that wait for room") {
+    Gate gate;
+    const auto pool = make_pool({1, 1, 2}, std::ref(gate));
+    submit(*pool, 0);
+    submit(*pool, 1);
+    auto producer = std::async(std::launch::async, [&] { return kind_thrown([&] { submit(*pool, 2); }); });
+    std::this_thread::sleep_for(20ms);
+    pool->finish();
+    CHECK(producer.get() == ErrorKind::closed);
+    gate.open();
+    CHECK(drain(*pool) == range(0, 2));
+    pool->close();
+
+    const auto empty = make_pool({1, 1, 2});
+    std::vector<std::future<std::vector<int>>> consumers;
+    for (int which = 0; which < 3; ++which) {
+        consumers.push_back(std::async(std::launch::async, [&] { return drain(*empty); }));
+    }
+    std::this_thread::sleep_for(20ms);
+    empty->finish();
+    for (auto& consumer : consumers) CHECK(consumer.get().empty());
+    empty->close();
+}
+
+TEST_CASE("close finishes what is in work, abandons what waits and ends everybody's calls") {
+    Gate gate;
+    std::atomic<int> begun{0};
+    std::atomic<int> done{0};
+    const auto pool = make_pool({2, 1, 5}, [&](const Frame* const* frames, std::size_t, Prediction* out) {
+        ++begun;
+        gate(*frames[0]);
+        answer_number(*frames[0], *out);
+        ++done;
+    });
+    const auto kept = std::make_shared<int>(1);
+    for (int number = 0; number < 5; ++number) {
+        Submission image;
+        image.data = edgedistill::Bytes{};
+        image.name = std::to_string(number);
+        image.keep_alive = kept;
+        pool->submit(image, {});
+    }
+    REQUIRE(eventually([&] { return begun == 2; }));
+    auto producer = std::async(std::launch::async, [&] { return kind_thrown([&] { submit(*pool, 5); }); });
+    auto consumer = std::async(std::launch::async, [&] { return drain(*pool); });
+    std::this_thread::sleep_for(20ms);
+    auto closer = std::async(std::launch::async, [&] { pool->close(); });
+    CHECK(producer.get() == ErrorKind::closed);
+    CHECK(consumer.get().empty());
+    CHECK(closer.wait_for(10ms) == std::future_status::timeout);
+    gate.open();
+    closer.get();
+    pool->close();
+    CHECK(begun == 2);
+    CHECK(done == 2);
+    CHECK(kept.use_count() == 1);
+    Prediction answer;
+    CHECK_FALSE(pool->next(answer));
+    CHECK(kind_thrown([&] { submit(*pool, 1); }) == ErrorKind::closed);
+}
+
+TEST_CASE("close at any moment, from any thread, ends all calls") {
+    std::mt19937 random(5);
+    for (int round = 0; round < 200; ++round) {
+        Shape shape;
+        shape.workers = 1 + static_cast<std::size_t>(random() % 3);
+        shape.batch = 1 + static_cast<std::size_t>(random() % 2);
+        shape.capacity = shape.workers * shape.batch + 1 + random() % 4;
+        shape.policy = random() % 2 == 0 ? Policy::block : Policy::drop_oldest;
+        std::atomic<int> delivered{0};
+        const bool by_callback = random() % 3 == 0;
+        if (by_callback) shape.callback = [&](const Prediction&) { ++delivered; };
+        const auto moment = std::chrono::microseconds(random() % 1500);
+        auto pool = make_pool(shape, [](const Frame&) { sleep_a_little(); });
+        std::vector<std::thread> threads;
+        for (int which = 0; which < 2; ++which) {
+            threads.emplace_back([pool] {
+                try {
+                    for (int number = 0; number < 100000; ++number) submit(*pool, number);
+                } catch (const Error&) {
+                }
+            });
+            if (!by_callback) threads.emplace_back([pool] { drain(*pool); });
+        }
+        if (round % 4 == 0) threads.emplace_back([pool] { pool->finish(); });
+        for (int which = 0; which < 2; ++which) {
+            threads.emplace_back([pool, moment] {
+                std::this_thread::sleep_for(moment);
+                pool->close();
+            });
+        }
+        pool.reset();  // whoever is inside keeps it
+        for (auto& thread : threads) thread.join();
+    }
+}
+
+TEST_CASE("a callback gets every answer in order, one at a time, and finish waits for the last") {
+    for (const std::size_t batch : {1U, 3U}) {
+        std::vector<int> numbers;
+        std::atomic<int> inside{0};
+        bool alone = true;
+        Shape shape{3, batch, 4 * 3 * batch + 1};
+        shape.callback = [&](const Prediction& answer) {
+            alone = alone && ++inside == 1;
+            numbers.push_back(answer.index);
+            if (answer.index % 7 == 0) sleep_a_little();
+            --inside;
+        };
+        const auto pool = make_pool(shape, [](const Frame&) { sleep_a_little(); });
+        for (int number = 0; number < 400; ++number) submit(*pool, number);
+        pool->finish();
+        CHECK(numbers == range(0, 400));
+        CHECK(alone);
+        Prediction answer;
+        CHECK(kind_thrown([&] { pool->next(answer); }) == ErrorKind::usage);
+        pool->close();
+    }
+}
+
+TEST_CASE("a slow callback holds producers back") {
+    std::atomic<int> delivered{0};
+    Shape shape{2, 1, 4};
+    shape.callback = [&](const Prediction&) {
+        std::this_thread::sleep_for(1ms);
+        ++delivered;
+    };
+    const auto pool = make_pool(shape);
+    int most = 0;
+    for (int number = 0; number < 60; ++number) {
+        submit(*pool, number);
+        most = std::max(most, number + 1 - delivered);
+    }
+    pool->finish();
+    CHECK(delivered == 60);
+    CHECK(most <= 4);
+    pool->close();
+}
+
+TEST_CASE("a failing network reaches the callback as an answer with an error") {
+    std::vector<std::string> errors;
+    Shape shape;
+    shape.callback = [&](const Prediction& answer) { errors.push_back(answer.name + ": " + answer.error); };
+    const auto pool = make_pool(shape, [](const Frame& frame) {
+        if (frame.name == "1") throw Error(ErrorKind::model, "the network failed");
+    });
+    for (int number = 0; number < 3; ++number) submit(*pool, number);
+    pool->finish();
+    CHECK(errors == std::vector<std::string>{"0: ", "1: the network failed", "2: "});
+    pool->close();
+}
+
+TEST_CASE("what was begun is delivered before close returns, and nothing after it") {
+    Gate gate;
+    std::vector<int> numbers;
+    Shape shape{2, 1, 5};
+    shape.callback = [&](const Prediction& answer) { numbers.push_back(answer.index); };
+    const auto pool = make_pool(shape, std::ref(gate));
+    for (int number = 0; number < 5; ++number) submit(*pool, number);
+    REQUIRE(eventually([&] { return gate.begun() == 2; }));
+    auto finisher = std::async(std::launch::async, [&] { pool->finish(); });
+    auto closer = std::async(std::launch::async, [&] { pool->close(); });
+    finisher.get();
+    std::this_thread::sleep_for(5ms);
+    gate.open();
+    closer.get();
+    CHECK(numbers == range(0, 2));
+}
+
+TEST_CASE("borrowed memory is let go as soon as the image is answered, dropped or refused") {
+    Gate gate;
+    const auto pool = make_pool({1, 1, 2, Policy::drop_oldest}, std::ref(gate));
+    std::vector<std::weak_ptr<int>> memory;
+    const auto hand_over = [&] {
+        Submission image;
+        auto kept = std::make_shared<int>(0);
+        memory.push_back(kept);
+        image.data = edgedistill::Bytes{};
+        image.name = "1";
+        image.keep_alive = std::move(kept);
+        pool->submit(image, {});
+    };
+    hand_over();
+    REQUIRE(eventually([&] { return gate.begun() == 1; }));
+    hand_over();
+    hand_over();
+    CHECK_FALSE(memory[0].expired());
+    CHECK(memory[1].expired());
+    CHECK_FALSE(memory[2].expired());
+    gate.open();
+    CHECK(eventually([&] { return memory[0].expired() && memory[2].expired(); }));
+    pool->close();
+    CHECK(kind_thrown(hand_over) == ErrorKind::closed);
+    CHECK(memory[3].expired());
+}
+
+TEST_CASE("a path is its image's name, and the caller's number comes back") {
+    const auto pool = make_pool({1, 1, 3}, [](const Frame* const* frames, std::size_t, Prediction* out) {
+        out->name = frames[0]->name;
+        out->index = std::holds_alternative<std::filesystem::path>(frames[0]->data) ? 1 : 0;
+    });
+    Submission image;
+    image.data = std::filesystem::path("folder/photo.jpg");
+    image.user = 77;
+    pool->submit(image, {});
+    Prediction answer;
+    std::uint64_t user = 0;
+    CHECK(pool->next(answer, &user));
+    CHECK(answer.name == "folder/photo.jpg");
+    CHECK(answer.index == 1);
+    CHECK(user == 77);
+    pool->close();
+}

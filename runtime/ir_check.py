@@ -1,0 +1,95 @@
+"""Is an IR's XML fit to be given to OpenVINO? Some files end the process instead of raising; those are refused here.
+
+What OpenVINO 2025 does with them, found by changing a small IR in thousands of ways:
+
+- elements 200,000 deep in each other: 40 GB, because the key of its cache is the model written out again, indented;
+- Broadcast with fewer than two inputs, MaxPool with none: it reads an input that is not there (a segmentation fault);
+- ReadValue and Assign: the same where their variable is not described. An image classifier keeps no state anyway.
+
+runtime/cpp/src/ir.cpp refuses the same. An IR remains a program that OpenVINO runs: run those of people you trust.
+"""
+
+from __future__ import annotations
+
+from xml.parsers import expat
+
+# An IR has about ten; each network inside a network (a loop's body) adds six.
+MAX_DEPTH = 300
+_NEEDED_INPUTS = {"Parameter": 0, "Const": 0, "Broadcast": 2}
+_STATEFUL = frozenset({"ReadValue", "Assign"})
+_APART = "its layers and edges do not belong together"
+
+
+class _Refused(Exception):
+    pass
+
+
+class _Walk:
+    """Layers and the edges between them, in networks inside networks: how many inputs each layer still needs."""
+
+    def __init__(self) -> None:
+        self._networks: list[tuple[int, dict[str, int]]] = []  # with the depth of the element around them
+        self._depth = 0
+        self._notes = 0  # the depth of the rt_info that we are in; OpenVINO looks for no layers there
+
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _Refused("its elements lie too deep in each other")
+        if self._notes:
+            return
+        if name == "rt_info":
+            self._notes = self._depth
+        elif name == "layers":
+            self._networks.append((self._depth - 1, {}))
+        elif name == "layer":
+            self._layer(attributes.get("id", ""), attributes.get("type", ""))
+        elif name == "edge":
+            to = attributes.get("to-layer", "")
+            if not self._networks or to not in self._networks[-1][1]:
+                raise _Refused(_APART)
+            self._networks[-1][1][to] -= 1
+
+    def _layer(self, number: str, kind: str) -> None:
+        if not self._networks or not number:
+            raise _Refused(_APART)
+        if kind in _STATEFUL:
+            raise _Refused("its network keeps a state from one image to the next")
+        if number in self._networks[-1][1]:
+            raise _Refused("two of its layers have the same number")
+        self._networks[-1][1][number] = _NEEDED_INPUTS.get(kind, 1)
+
+    def end(self, name: str) -> None:
+        if not self._notes and name == "edges":
+            if not self._networks or self._networks[-1][0] != self._depth - 1:
+                raise _Refused(_APART)
+            if any(needed > 0 for needed in self._networks.pop()[1].values()):
+                raise _Refused("one of its operations has too few inputs")
+        if self._networks and self._networks[-1][0] == self._depth:
+            raise _Refused(_APART)
+        if self._depth == self._notes:
+            self._notes = 0
+        self._depth -= 1
+
+    def finish(self) -> None:
+        if self._networks:
+            raise _Refused(_APART)
+
+
+def fault_of(xml: bytes) -> str | None:
+    """Why OpenVINO must not get this text, or None."""
+    walk, parser = _Walk(), expat.ParserCreate()
+
+    def doctype(*_: object) -> None:
+        raise _Refused("it has a document type")
+
+    parser.StartElementHandler, parser.EndElementHandler = walk.start, walk.end
+    parser.StartDoctypeDeclHandler = doctype
+    try:
+        parser.Parse(xml, True)
+        walk.finish()
+    except _Refused as refused:
+        return str(refused)
+    except (expat.ExpatError, ValueError, LookupError) as error:
+        return f"not XML: {error}"
+    return None

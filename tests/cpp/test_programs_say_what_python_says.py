@@ -1,0 +1,203 @@
+"""edgedistill-classify and edgedistill-bench: the outputs of `edgedistill predict` and `bench-fps`, without Python."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgedistill.artifacts import read_json
+from edgedistill.benchmarks.bench_fps import BENCH_FORMAT, BenchSettings, bench_fps
+from edgedistill.benchmarks.machine import artifact_hash
+from edgedistill.benchmarks.target import Target
+from edgedistill.export.certificate import CERTIFICATE_FORMAT
+from edgedistill.export.export import certify_test
+from edgedistill.runtime import Classifier
+
+pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEDISTILL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def classify(cpp_program: Callable[[str], Path], test_models: Path) -> Run:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(cpp_program("edgedistill-classify")), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=test_models, timeout=120)
+
+    return run
+
+
+@pytest.fixture
+def both(classify: Run, test_models: Path, cli: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
+    """The same arguments to the C++ program and to `edgedistill predict`."""
+
+    def run(*arguments: str) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+        monkeypatch.chdir(test_models)
+        return classify(*arguments), cli("predict", *arguments, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("options", [(), ("--top-k", "2"), ("--decode", "full")], ids=" ".join)
+def test_lines_are_predicts(both: Callable[..., tuple], options: tuple[str, ...]) -> None:
+    ours, python = both("single", "photos", "./photos//red.jpg", *options)
+    assert ours.returncode == python.returncode == 1, "a damaged image makes the exit code 1"
+    assert ours.stdout == python.stdout
+    assert "photos/broken.jpg\terror: photos/broken.jpg: damaged" in ours.stdout
+    assert len(ours.stdout.splitlines()) == 8
+
+
+def test_json_lines_are_predicts(both: Callable[..., tuple]) -> None:
+    ours, python = both("single", "photos", "--json", "--top-k", "3")
+    found, expected = ([json.loads(line) for line in one.stdout.splitlines()] for one in (ours, python))
+    assert [list(one) for one in found] == [list(one) for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["image"] == other["image"] and one.get("labels") == other.get("labels")
+        np.testing.assert_allclose(one.get("probabilities", []), other.get("probabilities", []), atol=1e-6)
+
+
+def test_the_csv_is_predicts(classify: Run, cli: Run, test_models: Path, tmp_path: Path) -> None:
+    awkward = tmp_path / 'a, "b"'
+    shutil.copytree(test_models / "photos", awkward)
+    done = classify("single", str(awkward), "--csv", str(tmp_path / "ours.csv"), "--top-k", "2")
+    assert (done.returncode, done.stdout.strip()) == (1, str(tmp_path / "ours.csv"))
+    cli("predict", test_models / "single", awkward, "--csv", tmp_path / "python.csv", "--top-k", "2", check=False)
+    tables = []
+    for name in ("ours.csv", "python.csv"):
+        with (tmp_path / name).open(newline="", encoding="utf-8") as file:
+            tables.append(list(csv.reader(file)))
+    assert [row[:3] for row in tables[0]] == [row[:3] for row in tables[1]]
+    assert (tmp_path / "ours.csv").read_bytes().count(b"\r\n") == 8
+
+
+def test_one_image_at_a_time_answers_the_same(classify: Run) -> None:
+    assert classify("single", "photos", "--latency").stdout == classify("single", "photos").stdout
+
+
+def test_probabilities_come_back_exactly(classify: Run, test_models: Path) -> None:
+    lines = [json.loads(line) for line in classify("single", "photos", "--probabilities").stdout.splitlines()]
+    classifier = Classifier(test_models / "single", cache_dir=False)
+    for line in lines:
+        if "error" in line:
+            continue
+        expected = classifier.classify(test_models / line["image"])
+        assert (line["label"], line["index"]) == (expected.label, expected.index)
+        found = np.array(line["probabilities"])
+        assert [float(f"{np.float32(value):.9g}") for value in found] == found.tolist(), "not nine digits of a float"
+        np.testing.assert_allclose(found, expected.probabilities, atol=1e-6)
+    assert len(lines) == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("single",),
+        ("single", "photos", "--top-k", "0"),
+        ("single", "photos", "--precision", "f16"),
+        ("single", "photos", "--decode", "half"),
+        ("single", "photos", "--colour"),
+        ("single", "photos", "--latency", "--streams", "2"),
+        ("single", "photos", "--probabilities", "--csv", "x.csv"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(classify: Run, arguments: tuple[str, ...]) -> None:
+    done = classify(*arguments)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr
+
+
+def test_a_video_needs_a_program_that_was_built_for_it(classify: Run, tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"not a video")
+    done = classify("single", str(tmp_path / "clip.mp4"))
+    if done.returncode == 2:
+        assert "-DEDGEDISTILL_VIDEO=ON" in done.stderr
+    else:
+        assert done.returncode == 1 and "not a video" in done.stderr
+
+
+def test_what_is_missing_is_told_after_what_was_there(classify: Run, tmp_path: Path) -> None:
+    done = classify("single", "photos/red.jpg", "missing.jpg", "photos/green.png")
+    assert (done.returncode, done.stdout) == (1, "photos/red.jpg\tred 0.9702\n")
+    assert "error: missing.jpg: no such file or folder" in done.stderr
+    assert "no images in it" in classify("single", str(tmp_path)).stderr
+    assert classify("nothing", "photos").returncode == 1
+
+
+def test_a_csv_is_whole_or_absent(classify: Run, tmp_path: Path) -> None:
+    assert classify("single", "photos/red.jpg", "missing.jpg", "--csv", str(tmp_path / "a.csv")).returncode == 1
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("in the way")
+    done = classify("single", "photos", "--csv", str(tmp_path / "file" / "a.csv"))
+    assert done.returncode == 1 and "cannot be written" in done.stderr
+
+
+def test_the_bench_writes_bench_fps_record(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(test_models / "single", tmp_path / "openvino")
+    photos = test_models / "photos"
+    command = [str(cpp_program("edgedistill-bench")), str(copy), str(photos / "large.jpg"), str(photos)]
+    quick = ["--rounds", "2", "--seconds", "0.05", "--precision", "f32"]
+    done = subprocess.run([*command, *quick], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "broken.jpg" in done.stderr and "left out" in done.stderr
+    record = read_json(copy / "bench-cpp.json", format=BENCH_FORMAT)
+    target = Target.open(copy)
+    assert record["artifact"]["sha256"] == artifact_hash(target.files)
+    assert record["artifact"]["models"] == target.sha256
+    rows = {(row["scope"], row["mode"], row["input"]) for row in record["results"]}
+    photographs = {"large.jpg 1920x1281 JPEG", "photos, 6 images, 5 sizes"}
+    inputs = {"model": {"32x32 tensor"}, "frames": photographs, "files": photographs}
+    assert rows == {(s, m, i) for s, names in inputs.items() for i in names for m in ("latency", "throughput")}
+    for row in record["results"]:
+        assert 0 < row["fps"]["min"] <= row["fps"]["median"] <= row["fps"]["max"] and len(row["fps"]["rounds"]) == 2
+        assert (row["latency_ms"] is None) == (row["mode"] == "throughput")
+    for title in ("model: 32x32 tensor", "files: large.jpg 1920x1281 JPEG"):
+        assert title in done.stdout
+
+
+def test_bench_fps_measures_it_in_the_same_rounds(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(cpp_program("edgedistill-bench").parent))
+    for name in ("single", "cascade"):
+        settings = BenchSettings(
+            path=test_models / name,
+            vs=("edgedistill-cpp",),
+            images=(str(test_models / "photos" / "large.jpg"),),
+            precisions=("f32",),
+            rounds=2,
+            seconds=0.05,
+            out=tmp_path / "bench.json",
+        )
+        record = bench_fps(settings).record
+        assert record["not_measured"] == []
+        assert not [one for one in record["warnings"] if "otherwise" in one], "C++ and Python answer differently"
+        rows = [row for row in record["results"] if row["candidate"] == "edgedistill-cpp"]
+        assert len(rows) == 6
+
+
+def test_the_certificate_has_its_columns(
+    cpp_program: Callable[[str], Path], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(cpp_program("edgedistill-classify").parent))
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    certificate = read_json(certify_test(run / "model.pt", run / "openvino"), format=CERTIFICATE_FORMAT)
+    columns = {column["name"]: column for column in certificate["columns"]}
+    assert certificate["verdict"] == "pass" and certificate["not_run"] == []
+    for form in ("files", "frames"):
+        ours, python = columns[f"cpp-runtime-{form}"], columns[f"python-runtime-{form}"]
+        assert (ours["top1"], ours["disagreement"]) == (python["top1"], python["disagreement"])
+        assert ours["max_probability_difference"] < 1e-4

@@ -24,10 +24,10 @@ from edgedistill import console
 from edgedistill.artifacts import settings_dict, write_json
 from edgedistill.benchmarks.inputs import input_sets
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
-from edgedistill.benchmarks.plan import BenchSettings, Entry, Workers, plan_entries, unlike_ours
+from edgedistill.benchmarks.plan import BenchSettings, Entry, Workers, cpp_disagrees, plan_entries, unlike_ours
 from edgedistill.benchmarks.plot import check_plot, plot_bench
 from edgedistill.benchmarks.score import score
-from edgedistill.benchmarks.target import BASE, OWN, Target
+from edgedistill.benchmarks.target import BASE, CPP, OWN, Target
 from edgedistill.benchmarks.timing import (
     SPREAD_LIMIT,
     CandidateError,
@@ -44,7 +44,10 @@ __all__ = ["BENCH_FORMAT", "BenchResult", "BenchSettings", "bench_fps"]
 BENCH_FORMAT = "edgedistill-bench"
 # Candidates that compute the same network in f32 differ by rounding only.
 ANSWER_TOLERANCE = 0.01
+# The same pixels and the same network in another program of ours.
+CPP_TOLERANCE = 1e-3
 COLUMNS = ("candidate", "mode", "FPS", "min-max", "p50 / p90 / p99 ms", "x naive")
+CASCADE_NOTE = "cascade"
 HOW_TO_READ = (
     "Rows of one table may be compared; other scopes and inputs may not. 'latency' answers one image at a time, "
     "'throughput' many at once; 'x naive' is taken round by round against plain OpenCV + OpenVINO at f32."
@@ -118,7 +121,7 @@ def bench_fps(settings: BenchSettings) -> BenchResult:
     if not any(row["candidate"] == OWN for row in rows):
         reasons = next(entry.reason for entry in entries if entry.candidate == OWN)
         raise ModelError(f"{settings.path}: could not be measured: {reasons}")
-    notes = (HOW_TO_READ, *_warnings(entries, rows, spinning))
+    notes = (HOW_TO_READ, *cascade_notes(rows), *_warnings(entries, rows, spinning))
     record = {
         "machine": machine,
         "command": settings.command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -128,7 +131,7 @@ def bench_fps(settings: BenchSettings) -> BenchResult:
         "results": rows,
         "not_measured": [_named(entry) | {"reason": entry.reason} for entry in entries if entry.reason],
         "score": _score(settings, target, rows),
-        "warnings": list(notes[1:]),
+        "warnings": [note for note in notes[1:] if not note.startswith(CASCADE_NOTE)],
     }
     return _written(settings, target, BenchResult(record, notes))
 
@@ -204,6 +207,22 @@ def result_rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     return rows
 
 
+def cascade_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of our own cascade, one sentence for each scope and input: who answered, and what that should cost."""
+    found: dict[str, None] = {}
+    for row in rows:
+        cascade = row["settings"].get("cascade") if row["candidate"] == OWN else None
+        if cascade:
+            first, passed_on = cascade["shares"][0], 1 - cascade["shares"][0]
+            c1, c2 = cascade["stage_ms"]
+            found[
+                f"{CASCADE_NOTE} ({row['precision']}, {row['scope']}, {row['input']}): the first stage answered {first:.0%} of "
+                f"the images; an image should cost {c1:.2f} + {passed_on:.2f} x {c2:.2f} = {cascade['expected_ms']:.2f} ms "
+                f"in one thread, {c1 + c2:.2f} ms if all went through both"
+            ] = None
+    return list(found)
+
+
 def _warnings(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], spinning: Sequence[str]) -> list[str]:
     """What should make the reader doubt a figure."""
     found = []
@@ -219,6 +238,11 @@ def _warnings(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], spinning
     if unlike:
         found.append(
             f"{', '.join(unlike)}: other probabilities than ours for the same tensor at f32; not the same network?"
+        )
+    unlike = cpp_disagrees(entries, CPP_TOLERANCE)
+    if unlike:
+        found.append(
+            f"{CPP} answers otherwise than Python for the same image ({', '.join(unlike)}); build it again with 'make cpp'"
         )
     if spinning:
         found.append(f"{', '.join(spinning)}: used the processor while waiting for its turn and slowed the others")

@@ -7,8 +7,10 @@ One process serves all scopes, modes and inputs of its candidate, so that no two
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -23,9 +25,11 @@ from edgedistill.benchmarks.peers import Naive, OnnxRuntime, Torch, side_by_side
 from edgedistill.benchmarks.serve import Case, serve
 from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.errors import ModelError
-from edgedistill.images import InputSpec, decode_image, load_image
+from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, InputSpec, decode_image, load_image
 from edgedistill.runtime import Classifier, Engine
-from edgedistill.runtime.network import Network
+from edgedistill.runtime.network import Network, Worker, as_frame
+
+TIMED_IMAGES = 12
 
 
 class Candidate(Protocol):
@@ -40,14 +44,15 @@ class Ours:
     def __init__(self, request: dict[str, Any]) -> None:
         self.path = request["deployable"]
         self.precision = request["precision"]
+        self.cache_dir = request.get("cache_dir")
 
     @cached_property
     def classifier(self) -> Classifier:
-        return Classifier(self.path, precision=self.precision)
+        return Classifier(self.path, precision=self.precision, cache_dir=self.cache_dir)
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.path, precision=self.precision)
+        return Engine(self.path, precision=self.precision, cache_dir=self.cache_dir)
 
     def prepare(self, request: dict[str, Any], images: Sequence[Path], spec: InputSpec) -> Case:
         latency = request["mode"] == "latency"
@@ -58,6 +63,10 @@ class Ours:
             return self._model_case(networks, images, spec, settings)
         encoded = [path.read_bytes() for path in images]
         sources: list[Any] = encoded if request["scope"] == "files" else [decode_image(data) for data in encoded]
+        if request["scope"] == "files":
+            settings |= preparation_us(encoded, network.spec, network.decode)
+        if request.get("stage_costs") and len(network.stages) > 1:
+            settings["cascade"] = cascade_record(network, sources)
         answer = self.classifier.classify(sources[0]).probabilities.tolist() if latency else []
         if latency:
             classify, source = self.classifier.classify, itertools.cycle(sources)
@@ -95,6 +104,69 @@ class Ours:
             return Case(steps[0], None, networks[0].precision, settings, answer)
         rounds, batch = side_by_side(steps), stages[0].batch
         return Case(None, lambda seconds: rounds(seconds) * batch, networks[0].precision, settings, answer)
+
+
+def preparation_us(encoded: Sequence[bytes], spec: InputSpec, decode: DecodeMode) -> dict[str, float]:
+    """{'decode_us', 'resize_us'}: what an image costs in one thread before the first network sees it; medians.
+
+    ``resize_us`` holds everything after decoding: area reduction, crop, bilinear resize.
+    """
+    buffer, out = DecodeBuffer(), np.empty((spec.height, spec.width, 3), np.uint8)
+    whole, resize = [], []
+    for data in (*encoded[:1], *encoded[:TIMED_IMAGES]):  # the first one warms up
+        start = time.perf_counter()
+        image = EncodedImage(data, decode=decode, buffer=buffer)
+        image.pixels(spec, out=out)
+        middle = time.perf_counter()
+        image.pixels(spec, out=out)
+        whole.append(middle - start)
+        resize.append(time.perf_counter() - middle)
+    spent = statistics.median(resize[1:])
+    decoding = max(0.0, statistics.median(whole[1:]) - spent)
+    return {"decode_us": round(decoding * 1e6, 1), "resize_us": round(spent * 1e6, 1)}
+
+
+def cascade_record(network: Network, sources: Sequence[Any]) -> dict[str, Any]:
+    """How a cascade of two stages spends its time on these images, one image at a time in one thread.
+
+    ``shares``: of the images, answered by each stage. ``stage_ms``: c1, the fast stage with reading and decoding, and
+    c2, what passing an image on adds. ``expected_ms``: c1 + r * c2.
+    """
+    answered = Worker(network).answer
+    counts = [0] * len(network.stages)
+    for source in sources:
+        counts[answered([as_frame(source)])[0].stage] += 1
+    shares = [count / len(sources) for count in counts]
+    first = _mean_ms(_always(network, exits=True), sources)
+    both = _mean_ms(_always(network, exits=False), sources)
+    cost = [first, max(0.0, both - first)]
+    return {
+        "shares": [round(share, 4) for share in shares],
+        "stage_ms": [round(value, 4) for value in cost],
+        "expected_ms": round(cost[0] + (1 - shares[0]) * cost[1], 4),
+    }
+
+
+def _always(network: Network, *, exits: bool) -> Worker:
+    """The same stages where the first one answers every image, or none."""
+    stages = network.bundle.config.stages
+    # At temperature 1000 no network is sure of anything.
+    first = dataclasses.replace(stages[0], temperature=1000.0, exit_threshold=0.0 if exits else 1.0)
+    config = dataclasses.replace(network.bundle.config, stages=(first, *stages[1:]), reject_below=None)
+    bundle = dataclasses.replace(network.bundle, config=config)
+    properties = {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False}
+    return Worker(
+        Network(bundle, precision=network.precision, decode=network.decode, properties=properties, cache_dir=False)
+    )
+
+
+def _mean_ms(worker: Worker, sources: Sequence[Any]) -> float:
+    frames = [as_frame(source) for source in sources]
+    worker.answer(frames[:1])
+    start = time.perf_counter()
+    for frame in frames:
+        worker.answer([frame])
+    return (time.perf_counter() - start) * 1e3 / len(frames)
 
 
 def until(deadline: float, sources: Sequence[Any]) -> Iterator[Any]:

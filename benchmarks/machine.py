@@ -12,6 +12,7 @@ from typing import Any
 
 from edgedistill.artifacts import sha256_file
 from edgedistill.runtime.network import usable_cores
+from edgedistill.runtime.processor import cpu_info
 
 # The instruction sets that decide which kernels run: vector width, 8-bit dot products, bfloat16, matrix tiles.
 FLAGS_X86 = (
@@ -43,10 +44,9 @@ PACKAGES = (
 
 def machine_record() -> dict[str, Any]:
     """The machine as plain JSON values. What cannot be found out is None."""
-    cpu = _cpu_info()
-    flags = set(cpu["flags"])
+    cpu, flags = cpu_info()
     return {
-        "cpu": cpu["model"],
+        "cpu": cpu,
         "architecture": platform.machine(),
         "cpu_flags": [flag for flag in (*FLAGS_X86, *FLAGS_ARM) if flag in flags],
         "cores": usable_cores(),
@@ -78,19 +78,6 @@ def artifact_hash(files: Iterable[Path]) -> str:
     for name, value in sorted((path.name, sha256_file(path)) for path in files):
         digest.update(f"{name}\0{value}\n".encode())
     return digest.hexdigest()
-
-
-def _cpu_info() -> dict[str, Any]:
-    """Model name and flags of the first processor in /proc/cpuinfo (x86 says 'flags', ARM 'Features')."""
-    fields: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    model = fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
-    return {"model": model, "flags": (fields.get("flags") or fields.get("Features") or "").split()}
 
 
 def _cpu_quota() -> float | None:

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,21 @@ def make_images() -> list[bytes]:
     return [*images, images[0][: len(images[0]) // 2]]
 
 
-def resident_bytes() -> int:
-    """This process's resident set (Linux)."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(process: int | str = "self") -> int:
+    """A process's resident set (Linux), by default this one's."""
+    return int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def sample(predictions: Iterable[Prediction], count: int) -> dict[str, Any]:
     """Resident MiB over ``count`` predictions, and its slope in bytes per image."""
+    return sampled(predictions, count, resident_bytes)
+
+
+def sampled(answers: Iterable[Any], count: int, resident_bytes: Callable[[], int]) -> dict[str, Any]:
+    """The same for whoever gives ``count`` answers and whoever's memory ``resident_bytes`` tells."""
     step = max(1, count // SAMPLES)
     at, resident = [], []
-    for number, _ in enumerate(predictions):
+    for number, _ in enumerate(answers):
         if number % step == 0:
             at.append(number)
             resident.append(resident_bytes())

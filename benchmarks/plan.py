@@ -6,25 +6,33 @@ import dataclasses
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from edgedistill import console
 from edgedistill.benchmarks.benchmark_app import BenchmarkApp
 from edgedistill.benchmarks.inputs import InputSet
 from edgedistill.benchmarks.score import score
-from edgedistill.benchmarks.target import MODES, OWN, PEERS, SCOPES, Target
+from edgedistill.benchmarks.target import CPP, CPP_PROGRAM, MODES, OWN, PEERS, SCOPES, Target
 from edgedistill.benchmarks.timing import CandidateError, Runner, Slice, Worker, WorkerCase
 from edgedistill.errors import UsageError
+from edgedistill.images import load_image, normalize
+from edgedistill.runtime.bundle import int8_path
+from edgedistill.runtime.cpp_programs import HOW_TO_BUILD, find_cpp_program
 from edgedistill.runtime.network import usable_cores
 
 PRECISIONS = ("f32", "bf16", "int8")
 PEERS_PYTHON = Path(".venv-peers/bin/python")
+# Candidates that live in the peers' environment, and the script beside this file that each of them is.
+PEER_SCRIPTS = {"model-api": "peer_model_api.py", "ncnn": "peer_ncnn.py"}
 
 
 @dataclass(frozen=True)
@@ -112,9 +120,11 @@ def plan_entries(settings: BenchSettings, target: Target, sets: Sequence[InputSe
                 entries += [Entry(OWN, scope, mode, name, precision, reason) for mode in MODES]
             for peer in settings.vs:
                 shown, modes, scopes = PEERS[peer]
-                precision = "default" if peer == "naive-default" else "f32"
-                if scope in scopes:
-                    entries += [Entry(shown, scope, mode, name, precision, missing[peer]) for mode in modes]
+                if scope not in scopes:
+                    continue
+                plain = [("default" if peer == "naive-default" else "f32", "")]
+                for precision, reason in own if peer == CPP else plain:
+                    entries += [Entry(shown, scope, mode, name, precision, missing[peer] or reason) for mode in modes]
     return entries
 
 
@@ -154,7 +164,8 @@ class Workers:
     def _prepared(self, entry: Entry, before: Sequence[Entry]) -> Entry:
         try:
             if entry.candidate == "benchmark_app":
-                return _benchmark_app(entry, before, self._target.model)
+                model = self._target.model
+                return _benchmark_app(entry, before, int8_path(model) if entry.precision == "int8" else model)
             key = (entry.candidate, entry.precision)
             if key not in self._workers:
                 self._workers[key] = self._stack.enter_context(Worker(self.command(entry.candidate)))
@@ -168,8 +179,13 @@ class Workers:
 
     def command(self, candidate: str) -> list[str]:
         """What starts a process of that candidate."""
-        if candidate == "model-api":
-            return [str(self._peers_python), str(Path(__file__).with_name("peer_model_api.py"))]
+        if candidate in PEER_SCRIPTS:
+            return [str(self._peers_python), str(Path(__file__).with_name(PEER_SCRIPTS[candidate]))]
+        if candidate == CPP:
+            program = find_cpp_program(CPP_PROGRAM)
+            if program is None:
+                raise CandidateError(f"{CPP_PROGRAM} is not built; {HOW_TO_BUILD}")
+            return [str(program), "--serve"]
         return [sys.executable, "-m", "edgedistill.benchmarks.candidates"]
 
     def request(self, entry: Entry) -> dict[str, Any]:
@@ -184,12 +200,23 @@ class Workers:
             "images": self._images.get(entry.input) or next(iter(self._images.values()))[:1],
             "threads": usable_cores(),
             "deployable": os.fspath(target.path.resolve()),
+            "stages": len(target.bundle.config.stages),
             "model": os.fspath(target.model.resolve()),
             "onnx": os.fspath(target.onnx.resolve()),
             "checkpoint": os.fspath(checkpoint.resolve()) if checkpoint else None,
             "input_spec": target.spec.to_dict(),
             "temperature": target.bundle.config.stages[-1].temperature,
+            "stage_costs": entry.candidate == OWN and entry.mode == "latency",
+            "tensor": os.fspath(self._tensor),
         }
+
+    @cached_property
+    def _tensor(self) -> Path:
+        """The first image as the network is fed it, float32 [1, 3, H, W], for those who cannot prepare it alike."""
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="edgedistill-bench-"))
+        pixels = load_image(next(iter(self._images.values()))[0], self._target.spec)
+        np.save(Path(folder) / "tensor.npy", normalize(pixels[None], self._target.spec))
+        return Path(folder) / "tensor.npy"
 
     def spinning(self) -> list[str]:
         """Candidates that burnt processor time while they should have slept, and so slowed the others."""
@@ -202,15 +229,30 @@ def _benchmark_app(entry: Entry, before: Sequence[Entry], model: Path) -> Entry:
     own = next((e for e in before if (e.candidate, e.mode, e.precision, e.block) == same and e.runner), None)
     if own is None:
         raise CandidateError(f"takes its settings from our own {entry.precision} {entry.mode} row, which is not there")
-    runner = BenchmarkApp(model, entry.mode, entry.precision, own.settings)
+    # What an INT8 network does not do in 8 bits it does in f32, ours too.
+    runner = BenchmarkApp(model, entry.mode, "f32" if entry.precision == "int8" else entry.precision, own.settings)
     return dataclasses.replace(entry, runner=runner, settings=own.settings)
 
 
 def unlike_ours(entries: Sequence[Entry], tolerance: float) -> list[str]:
     """Candidates in scope ``model`` and f32 whose probabilities for the first image are not ours: wrongly set up."""
-    rows = [e for e in entries if e.scope == "model" and e.precision == "f32" and e.answer]
+    rows = [e for e in entries if e.scope == "model" and e.precision == "f32" and e.answer and e.candidate != CPP]
     own = next((e.answer for e in rows if e.candidate == OWN), ())
     return sorted({e.candidate for e in rows if own and _distance(e.answer, own) > tolerance})
+
+
+def cpp_disagrees(entries: Sequence[Entry], tolerance: float) -> list[str]:
+    """Where our C++ runtime's probabilities for the first image are not our Python's: 'files f32: 0.12'."""
+    own = {(e.block, e.precision): e.answer for e in entries if e.candidate == OWN and e.answer}
+    found = []
+    for entry in entries:
+        answer = own.get((entry.block, entry.precision), ())
+        if entry.candidate == CPP and entry.answer and answer:
+            distance = _distance(entry.answer, answer)
+            # bfloat16 sums round differently in every kernel.
+            if not distance <= (tolerance if entry.precision != "bf16" else 5 * tolerance):
+                found.append(f"{entry.scope} {entry.precision}: {distance:.3g}")
+    return found
 
 
 def _distance(one: Sequence[float], other: Sequence[float]) -> float:

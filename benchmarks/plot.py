@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.artifacts import atomic_path
-from edgedistill.benchmarks.target import OWN
+from edgedistill.benchmarks.target import CPP, OWN
 from edgedistill.errors import UsageError
 
 OWN_COLOR, PEER_COLOR, INK = "#0b6e99", "#b9bec4", "#22272b"
@@ -66,7 +66,7 @@ def _panel(axis: Any, title: str, rows: Sequence[dict[str, Any]]) -> None:
     medians = [row["fps"]["median"] for row in rows]
     below = [row["fps"]["median"] - row["fps"]["min"] for row in rows]
     above = [row["fps"]["max"] - row["fps"]["median"] for row in rows]
-    colors = [OWN_COLOR if row["candidate"] == OWN else PEER_COLOR for row in rows]
+    colors = [OWN_COLOR if row["candidate"] in (OWN, CPP) else PEER_COLOR for row in rows]
     places = range(len(rows))
     axis.barh(places, medians, color=colors, height=0.68)
     axis.errorbar(medians, places, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)

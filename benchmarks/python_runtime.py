@@ -149,13 +149,13 @@ def main() -> int:
         "results": result_rows(entries),
     }
     write_json(options.out, record, format=FORMAT)
-    rows = [_shown(figure) for figure in figures]
+    rows = [shown_figure(figure) for figure in figures]
     console.out.print(console.table("Python runtime", ("figure", "median", "min-max", "target", "reached"), rows))
     console.out.print(str(options.out))
     return 0 if all(figure.reached for figure in figures) else 1
 
 
-def _shown(figure: Figure) -> list[str]:
+def shown_figure(figure: Figure) -> list[str]:
     value, target = figure.value, figure.to_dict()["target"]
     spread = f"{short(value.min)}-{short(value.max)}"
     return [figure.name, f"{short(value.median)} {figure.unit}", spread, target, "yes" if figure.reached else "NO"]

@@ -9,11 +9,15 @@ from pathlib import Path
 from edgedistill.errors import UsageError
 from edgedistill.images import InputSpec
 from edgedistill.runtime.bundle import Bundle, int8_path
+from edgedistill.runtime.cpp_programs import HOW_TO_BUILD, find_cpp_program
 
 SCOPES = ("model", "frames", "files")
 MODES = ("latency", "throughput")
 OWN = "edgedistill"
 BASE = "naive-f32"
+# Our C++ runtime: measured like our own, at every precision, through its program's --serve.
+CPP = "edgedistill-cpp"
+CPP_PROGRAM = "edgedistill-bench"
 # --vs name -> the name in the results, the modes and the scopes in which it is measured.
 PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "naive": (BASE, ("latency",), SCOPES),
@@ -22,6 +26,8 @@ PEERS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "torch": ("torch", MODES, SCOPES),
     "benchmark_app": ("benchmark_app", MODES, ("model",)),
     "model-api": ("model-api", MODES, ("frames", "files")),
+    "ncnn": ("ncnn", MODES, ("model",)),
+    CPP: (CPP, MODES, SCOPES),
 }
 
 
@@ -86,14 +92,18 @@ class Target:
     def missing(self, peer: str, peers_python: Path) -> str | None:
         """Why that peer (a key of PEERS) cannot be measured here, with the remedy; None if it can."""
         metadata = self.bundle.metadata[-1]
+        if peer == CPP:
+            return None if find_cpp_program(CPP_PROGRAM) else f"{CPP_PROGRAM} is not built; {HOW_TO_BUILD}"
         if peer != "benchmark_app" and (metadata.bgr or metadata.layout != "NCHW"):
             return f"takes RGB planes, this IR wants {'BGR ' if metadata.bgr else ''}{metadata.layout}"
         if peer == "onnxruntime":
             return _needs("onnxruntime", self.onnx if self.onnx.is_file() else None, self.onnx)
         if peer == "torch":
             return _needs("torch", self.beside("model.pt"), Path("model.pt")) or _needs("timm", self.model, self.model)
-        if peer == "model-api" and not peers_python.is_file():
+        if peer in ("model-api", "ncnn") and not peers_python.is_file():
             return f"{peers_python} is not there; run 'make peers' in the source folder and start from it"
+        if peer == "ncnn" and not self.onnx.is_file():
+            return f"{self.onnx} is not there; export-openvino writes it"
         return None
 
 

@@ -82,29 +82,35 @@ def interleave(
     rounds: int,
     seconds: float,
     advance: Callable[[], None] = lambda: None,
+    first: int = 0,
+    after_round: Callable[[int, list[Slice | CandidateError]], None] = lambda number, round: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[Slice] | CandidateError]:
     """Every runner once per round for ``seconds``: per runner its slices, or why it failed.
 
     A runner that fails once is left out from then on: a median over fewer rounds than the others' compares nothing.
+    ``first``: rounds that were measured before. ``after_round``: told each round's number and what every runner did in
+    it. ``clock`` counts seconds.
     """
     slices: list[list[Slice]] = [[] for _ in runners]
     failed: dict[int, CandidateError] = {}
-    for round_number in range(rounds):
+    for round_number in range(first, rounds):
         for index in round_order(len(runners), round_number, rounds):
             if index not in failed:
                 try:
-                    slices[index].append(_checked(runners[index], seconds))
+                    slices[index].append(_checked(runners[index], seconds, clock))
                 except CandidateError as error:
                     failed[index] = error
             advance()
+        after_round(round_number, [failed[i] if i in failed else slices[i][-1] for i in range(len(runners))])
     return [failed.get(index, slices[index]) for index in range(len(runners))]
 
 
-def _checked(runner: Runner, seconds: float) -> Slice:
+def _checked(runner: Runner, seconds: float, clock: Callable[[], float]) -> Slice:
     """Runs one slice and holds what it says about time against our own clock: units and stuck clocks are caught."""
-    start = time.perf_counter()
+    start = clock()
     result = runner.run(seconds)
-    wall = time.perf_counter() - start
+    wall = clock() - start
     if result.count < 1:
         raise CandidateError(f"answered no image in {seconds:g} s")
     # Short slices may end a little early where a clock is coarse; half is no clock's error but a wrong unit.

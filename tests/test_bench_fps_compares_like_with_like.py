@@ -138,6 +138,48 @@ def test_one_run_leaves_a_complete_record(deployable: Path, photo: Path, tmp_pat
     assert len(result.tables()) == 3
 
 
+# Speaks the protocol as edgedistill-bench --serve does.
+FAKE_BENCH = """#!{python}
+import sys
+from edgedistill.benchmarks import candidates, serve
+from edgedistill.images import InputSpec
+from pathlib import Path
+assert sys.argv[1:] == ["--serve"]
+ours = {{}}
+def prepare(request):
+    one = ours.setdefault(request["precision"], candidates.Ours(request))
+    images = [Path(path) for path in request["images"]]
+    case = one.prepare(request, images, InputSpec.from_dict(request["input_spec"]))
+    case.answer[:] = [value + {error} for value in case.answer]
+    return case
+serve.serve(prepare)
+"""
+
+
+@pytest.mark.parametrize(("error", "warned"), [(0.0, False), (0.02, True)])
+def test_the_cpp_runtime_is_measured_beside_ours_and_its_answers_are_checked(
+    deployable: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, warned: bool
+) -> None:
+    program = tmp_path / "bin" / "edgedistill-bench"
+    program.parent.mkdir()
+    program.write_text(FAKE_BENCH.format(python=sys.executable, error=error))
+    program.chmod(0o755)
+    monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(program.parent))
+    settings = quick(deployable, scopes=("model", "files"), vs=("edgedistill-cpp",), images=(str(photo),))
+    record = bench_fps(settings).record
+    assert record["not_measured"] == []
+    rows = {(row["candidate"], row["scope"], row["mode"], row["precision"]) for row in record["results"]}
+    ours = {row[1:] for row in rows if row[0] == "edgedistill"}
+    assert {row[1:] for row in rows if row[0] == "edgedistill-cpp"} == ours and len(ours) >= 4
+    assert any("answers otherwise than Python" in warning for warning in record["warnings"]) == warned
+
+
+def test_a_cpp_runtime_that_is_not_built_is_named_with_the_remedy(deployable: Path, photo: Path) -> None:
+    record = bench_fps(quick(deployable, scopes=("files",), vs=("edgedistill-cpp",), images=(str(photo),))).record
+    assert {row["candidate"] for row in record["not_measured"]} == {"edgedistill-cpp"}
+    assert "make cpp" in record["not_measured"][0]["reason"]
+
+
 @pytest.fixture(scope="module")
 def timm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with model.pt, model.onnx and IR of one small timm network, made without our own export."""
@@ -183,6 +225,17 @@ def test_every_peer_computes_our_network(timm_run: Path, photo: Path, tmp_path: 
     assert both <= measured
     assert not any("other probabilities" in warning for warning in result.record["warnings"])
     assert not (timm_run.parent / "bench.json").exists(), "a bare model.xml got a file that nobody asked for"
+
+
+@pytest.mark.benchmark_env
+@pytest.mark.slow
+@pytest.mark.skipif(not PEERS_PYTHON.is_file(), reason="run `make peers` first")
+def test_ncnn_computes_our_network(timm_run: Path, photo: Path, tmp_path: Path) -> None:
+    settings = quick(timm_run, scopes=("model",), vs=("ncnn",), images=(str(photo),), out=tmp_path / "bench.json")
+    record = bench_fps(dataclasses.replace(settings, peers_python=PEERS_PYTHON)).record
+    assert record["not_measured"] == []
+    assert {row["mode"] for row in record["results"] if row["candidate"] == "ncnn"} == {"latency", "throughput"}
+    assert not any("other probabilities" in warning for warning in record["warnings"])
 
 
 @pytest.mark.benchmark_env

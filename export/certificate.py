@@ -16,7 +16,8 @@ import numpy.typing as npt
 from torch import nn
 
 from edgedistill.console import progress
-from edgedistill.errors import UsageError
+from edgedistill.errors import ModelError, UsageError
+from edgedistill.export.cpp_runtime import CppRuntime
 from edgedistill.export.inference import (
     Logits,
     compile_ir,
@@ -72,30 +73,42 @@ class Forms:
 
 @dataclass(frozen=True, eq=False)
 class _Column:
-    """Answers of one form beside the torch answers for the same pixels; logits None where a form gives none."""
+    """Answers of one form beside the torch answers for the same pixels; logits None where a form gives none.
+
+    ``rows``: the images that it answered (None: all), to which everything else here belongs.
+    """
 
     name: str
     probabilities: Probabilities
     logits: Logits | None
     reference: Logits
+    rows: npt.NDArray[np.intp] | None = None
+
+    def image(self, number: int) -> int:
+        """Of the samples, that of its ``number``-th answer."""
+        return number if self.rows is None else int(self.rows[number])
 
 
 def certify(forms: Forms, samples: Samples, limits: Limits, *, threads: int | None = None) -> dict[str, Any]:
     """Run every form on every image and judge. Returns the certificate's own part: split, n, limits, columns, worst,
-    files_vs_frames, verdict 'pass' or 'fail', and the reasons for a 'fail'.
+    not_run (forms that cannot run here, with the reason), files_vs_frames, verdict 'pass' or 'fail', and the reasons for
+    a 'fail'.
 
     Raises ImageError that names an unreadable image.
     """
     columns, files, frames = _answers(forms, samples, threads)
+    cpp = _cpp_runtime(forms, samples, (files, frames), threads)
+    columns += cpp.columns
     summaries = [_summary(column, samples, limits, forms.temperature) for column in columns]
     judged = [summary for summary in summaries if forms.int8_shipped or "int8" not in summary["name"]]
-    reasons = [reason for summary in judged for reason in _faults(summary, summaries[0], limits)]
+    reasons = [reason for summary in judged for reason in _faults(summary, limits)] + cpp.faults
     return {
         "split": samples.source,
         "source": samples.source,
         "n": len(samples),
         "limits": {"logits": limits.logits, "probability": limits.probability, "int8_drop": limits.int8_drop},
         "columns": summaries,
+        "not_run": cpp.not_run,
         "files_vs_frames": _files_vs_frames(files, frames, samples, forms.temperature),
         "worst": _worst(columns, samples, forms.temperature),
         "verdict": "fail" if reasons else "pass",
@@ -111,6 +124,7 @@ def not_run(reason: str, limits: Limits) -> dict[str, Any]:
         "n": 0,
         "limits": {"logits": limits.logits, "probability": limits.probability, "int8_drop": limits.int8_drop},
         "columns": [],
+        "not_run": [],
         "worst": [],
         "verdict": "not run",
         "reasons": [reason],
@@ -135,6 +149,7 @@ def table_rows(certificate: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         ]
         for column in certificate["columns"]
     ]
+    rows += [[form["name"], "not run", "-", "-", "-", "-"] for form in certificate.get("not_run", ())]
     return titles, rows
 
 
@@ -203,15 +218,47 @@ def _columns(parts: dict[str, Any], temperature: float) -> tuple[list[_Column], 
     return columns, files, frames
 
 
+@dataclass(frozen=True, eq=False)
+class _Cpp:
+    """The C++ runtime's columns, why it failed, and [{name, reason}] where it could not be asked."""
+
+    columns: list[_Column]
+    faults: list[str]
+    not_run: list[dict[str, str]]
+
+
+def _cpp_runtime(forms: Forms, samples: Samples, torch: tuple[Logits, Logits], threads: int | None) -> _Cpp:
+    """``torch``: its logits on files and on frames. TIFFs, which the C++ runtime does not read, are left out."""
+    runtime = CppRuntime.find()
+    if isinstance(runtime, str):
+        return _Cpp([], [], [{"name": "cpp-runtime", "reason": runtime}])
+    wanted = [("files", "f32", "reduced", torch[0]), ("frames", "f32", "full", torch[1])]
+    if forms.int8_shipped:
+        wanted.append(("int8", "int8", "reduced", torch[0]))
+    columns, faults = [], []
+    for name, precision, decode, reference in wanted:
+        try:
+            got = runtime.answers(forms.ir, samples.paths, precision=precision, decode=decode, threads=threads)  # type: ignore[arg-type]
+        except ModelError as error:
+            faults.append(f"cpp-runtime-{name}: {error}")
+            continue
+        if len(got.rows):
+            columns.append(_Column(f"cpp-runtime-{name}", got.probabilities, None, reference[got.rows], got.rows))
+    return _Cpp(columns, faults, [])
+
+
 def _summary(column: _Column, samples: Samples, limits: Limits, temperature: float) -> dict[str, Any]:
     answers, expected = column.probabilities.argmax(1), column.reference.argmax(1)
     top2 = np.sort(column.reference, axis=1)[:, -2:]
     differs = answers != expected
     clear = (top2[:, 1] - top2[:, 0]) > limits.logits
     finite = np.isfinite(column.probabilities).all()
+    labels = samples.labels if column.rows is None else samples.labels[column.rows]
     return {
         "name": column.name,
-        "top1": float((answers == samples.labels).mean()),
+        "images": len(answers),
+        "top1": float((answers == labels).mean()),
+        "top1_torch": float((expected == labels).mean()),
         "disagreement": float(differs.mean()),
         "disagreement_above_margin": float((differs & clear).mean()),
         "max_probability_difference": _largest(column.probabilities, softmax(column.reference, temperature)),
@@ -226,13 +273,13 @@ def _largest(values: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
     return float(np.max(np.where(np.isnan(difference), np.inf, difference)))
 
 
-def _faults(summary: dict[str, Any], torch_summary: dict[str, Any], limits: Limits) -> list[str]:
+def _faults(summary: dict[str, Any], limits: Limits) -> list[str]:
     """Why a column is over its limits; INT8 has a limit on accuracy only."""
     name = summary["name"]
     if not summary["finite"]:
         return [f"{name}: answers that are not finite numbers"]
     if "int8" in name:
-        drop = torch_summary["top1"] - summary["top1"]
+        drop = summary["top1_torch"] - summary["top1"]
         over = drop > limits.int8_drop + 1e-9
         return [f"{name}: top-1 falls by {drop:.4f}, limit {limits.int8_drop:g}"] if over else []
     faults = []
@@ -267,8 +314,9 @@ def _worst(columns: list[_Column], samples: Samples, temperature: float) -> list
     for column in columns[1:]:
         reference = softmax(column.reference, temperature)
         differences = np.nan_to_num(np.abs(column.probabilities - reference).max(axis=1), nan=np.inf)
-        for row in np.argsort(-differences)[:WORST].tolist():
-            found[row] = max(found.get(row, (0.0, "")), (float(differences[row]), column.name))
+        for number in np.argsort(-differences)[:WORST].tolist():
+            row = column.image(number)
+            found[row] = max(found.get(row, (0.0, "")), (float(differences[number]), column.name))
     ranked = sorted(found.items(), key=lambda item: -item[1][0])[:WORST]
     return [
         {"id": samples.ids[row], "column": name, "probability_difference": difference}

@@ -23,7 +23,8 @@ from edgedistill.export.certificate import CERTIFICATE_FORMAT, Forms, Limits, ce
 from edgedistill.export.folder import building, check_target, put_in_place
 from edgedistill.export.fusion import fuse
 from edgedistill.export.inference import compile_ir, torch_threads
-from edgedistill.export.int8 import MIN_GAIN, Int8Mode, Int8Result, Int8Settings, make_int8
+from edgedistill.export.int8 import MIN_GAIN, Int8Mode, Int8Result, Int8Settings, Rung, Skip, Trainer, make_int8
+from edgedistill.export.int8_training import Int8Training, find_lesson
 from edgedistill.export.network import Network, load_network, load_timm_network, random_images
 from edgedistill.export.onnx_file import write_onnx
 from edgedistill.export.samples import ExportImages, Samples, find_images, load_pixels
@@ -46,10 +47,11 @@ RESHAPE_STEP_PX = 32
 class ExportSettings:
     """What to export: ``model`` (a model.pt), or ``architecture``, ``weights`` and ``labels`` of any timm checkpoint.
 
-    ``out``: the folder, by default openvino/ beside the file. ``data``: as for training; by default dataset.csv beside
-    model.pt. ``image_size``: another input size, in pixels. ``int8``: 'auto' ships it where it is faster on this CPU
-    and within ``int8_max_drop`` (top-1 on val), 'on' wherever it is within, 'off' makes none. ``certificate`` False:
-    export without proof. ``test_parity``: also certify on the test split, once, for the final evaluation.
+    ``out``: the folder, by default openvino/ beside model.pt and openvino-NAME/ beside model-NAME.pt. ``data``: as for
+    training; by default dataset.csv beside model.pt. ``image_size``: another input size, in pixels. ``int8``: 'auto'
+    ships it where it is faster on this CPU and within ``int8_max_drop`` (top-1 on val), 'on' or 'force' wherever it is
+    within, 'off' makes none. ``int8_max_rung``, ``int8_minutes``: the last rung of the ladder to try, and the time for
+    all; ``int8_epochs``: of its training. ``certificate`` False: export without proof. ``test_parity``: also certify on the test split, once, for the final evaluation.
     ``threads``: for everything that runs here; None: all cores. Raises UsageError for settings that contradict.
     """
 
@@ -64,14 +66,17 @@ class ExportSettings:
     calibration_images: int = 300
     int8_max_drop: float = 0.01
     int8_min_gain: float = MIN_GAIN
+    int8_max_rung: Rung = "qat"
+    int8_minutes: float = 20.0
+    int8_epochs: int = 3
     certificate: bool = True
     certificate_images: int = 1000
     test_parity: bool = False
     embed_preprocessing: bool = False
     logit_limit: float = 1e-3
     probability_limit: float = 1e-3
-    timing_rounds: int = 15
-    timing_seconds: float = 0.15
+    timing_rounds: int = 45
+    timing_seconds: float = 0.05
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -82,8 +87,6 @@ class ExportSettings:
             raise UsageError(
                 "give a model.pt, or --model NAME --weights FILE --labels FILE for another timm checkpoint"
             )
-        if self.int8 not in ("auto", "on", "off"):
-            raise UsageError(f"--int8 {self.int8}: expected auto, on or off")
         if self.calibration_images < 1 or self.certificate_images < 1 or self.timing_rounds < 1:
             raise UsageError("--calibration-images, --certificate-images and timing rounds: expected 1 or more")
         if self.threads is not None and self.threads < 1:
@@ -92,7 +95,7 @@ class ExportSettings:
             raise UsageError(f"--image-size {self.image_size}: expected 8 to 4096 pixels")
         if self.test_parity and not self.certificate:
             raise UsageError("--test-parity needs the certificate; leave --no-certificate away")
-        _ = self.limits
+        _ = self.limits, self.int8_settings
 
     @property
     def source(self) -> Path:
@@ -104,7 +107,9 @@ class ExportSettings:
 
     @property
     def folder(self) -> Path:
-        return (self.out or self.source.parent / "openvino").absolute()
+        # One folder for each student of a run: model.pt -> openvino/, model-lcnet.pt -> openvino-lcnet/.
+        student = self.model.stem.removeprefix("model") if self.model and self.model.stem.startswith("model-") else ""
+        return (self.out or self.source.with_name(f"openvino{student}")).absolute()
 
     @property
     def limits(self) -> Limits:
@@ -117,6 +122,8 @@ class ExportSettings:
             calibration_images=self.calibration_images,
             max_drop=self.int8_max_drop,
             min_gain=self.int8_min_gain,
+            max_rung=self.int8_max_rung,
+            minutes=self.int8_minutes,
             timing_rounds=self.timing_rounds,
             timing_seconds=self.timing_seconds,
             threads=self.threads,
@@ -232,7 +239,7 @@ def _make_stage(export: _Export) -> tuple[dict[str, Any], Int8Result]:
         ir.save(ir.embed_preprocessing(model, network.spec), stage / "model-embedded.xml")
     graph = audit.audit(model, threads=settings.threads)
     audit.warn_about(graph)
-    int8 = _make_int8(export, model)
+    int8 = _make_int8(export, model, fused)
     certificate = _certify(export, int8) | {
         "architecture": network.architecture,
         "fusion": fusion.to_dict(),
@@ -254,18 +261,45 @@ def _fusion_images(export: _Export) -> tuple[npt.NDArray[np.float32], str]:
     return random_images(export.network.spec, FUSION_IMAGES), "random"
 
 
-def _make_int8(export: _Export, model: ov.Model) -> Int8Result:
+def _make_int8(export: _Export, model: ov.Model, fused: nn.Module) -> Int8Result:
     settings = export.settings
     if settings.int8 != "off" and export.images.missing:
         return Int8Result(None, False, f"no images: {export.images.missing}", settings=settings.int8_settings)
     val = export.images.certificate.thinned(settings.certificate_images)
-    result = make_int8(model, export.network.spec, export.images.calibration, val, settings.int8_settings)
+    result = make_int8(
+        model,
+        export.network.spec,
+        export.images.calibration,
+        val,
+        settings.int8_settings,
+        trainer=_int8_trainer(export, fused),
+    )
     if result.model is not None:
         ir.describe(result.model, export.network)
         ir.save(result.model, export.stage / "model-int8.xml")
     if settings.int8 != "off":
         note(f"INT8 {'shipped' if result.shipped else 'refused'}: {result.reason}")
     return result
+
+
+def _int8_trainer(export: _Export, fused: nn.Module) -> Trainer:
+    """Looks for the student's training only when the ladder comes to it: reading it takes a while."""
+
+    def trained(pattern: ov.Model, seconds: float) -> ov.Model:
+        if export.settings.model is None:
+            raise Skip("the network was not trained here, so there are neither its settings nor its soft labels")
+        manifest = export.settings.source.with_name("dataset.csv")
+        training = Int8Training(
+            module=fused,
+            network=export.network,
+            lesson=find_lesson(export.network, manifest, export.images.calibration),
+            epochs=export.settings.int8_epochs,
+            folder=export.stage,
+            threads=export.settings.threads,
+        )
+        return training(pattern, seconds)
+
+    return trained
 
 
 def _certify(export: _Export, int8: Int8Result) -> dict[str, Any]:

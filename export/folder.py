@@ -70,7 +70,7 @@ def put_in_place(temporary: Path, out: Path) -> None:
         temporary.rename(out)
         return
     for entry in out.iterdir():
-        if entry.name in OWN_NAMES:
+        if entry.name in OWN_NAMES or (temporary / entry.name).exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, temporary / entry.name, symlinks=True)

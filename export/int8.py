@@ -1,15 +1,15 @@
-"""INT8 by NNCF, layer by layer back to float where accuracy asks for it, shipped only where it pays on this CPU.
+"""INT8 by a ladder of ever dearer means, shipped only where it pays on this CPU.
 
-``fast_bias_correction=False``: NNCF's default loses 16 points on a small MobileNetV3 (its own test references: 57.9 ->
-41.9, and 56.6 without it).
+Rungs: plain quantisation -> ranges by quantiles -> layers left in float by their measured effect -> NNCF's accuracy
+control -> a short training with quantisation simulated. The first rung within the accuracy budget that is also faster
+than FP32 ends the climb; every rung is measured on val and on record.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,49 +17,81 @@ import numpy.typing as npt
 import openvino as ov
 
 from edgedistill.console import note, warn
-from edgedistill.errors import ModelError
+from edgedistill.errors import ModelError, UsageError
 from edgedistill.export.inference import Logits, compile_ir, ir_logits, speed_ratio
-from edgedistill.export.quiet import quiet_nncf
+from edgedistill.export.int8_quantize import (
+    RANKING_IMAGES,
+    AccuracyMetrics,
+    OutOfTime,
+    control_accuracy,
+    divergence_on,
+    float_layer_count,
+    kl,
+    quantize,
+    rank_groups,
+)
 from edgedistill.export.samples import Samples, load_pixels
-from edgedistill.images import ImageU8, InputSpec, normalize
+from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, softmax
 
-os.environ.setdefault("NNCF_CI", "1")  # or it sends usage statistics; read once, when it is imported
-import nncf
-
-Int8Mode = Literal["auto", "on", "off"]
-QUANTIZABLE = ("Convolution", "GroupConvolution", "MatMul")
-RANKING_IMAGES = 64
-EXTRA_GROUPS = (1, 2, 4)
+Int8Mode = Literal["auto", "on", "force", "off"]
+Rung = Literal["plain", "ranges", "float-layers", "accuracy-control", "qat"]
+RUNGS: tuple[Rung, ...] = ("plain", "ranges", "float-layers", "accuracy-control", "qat")
+FLOAT_GROUPS = (1, 2, 4, 8)
 MIN_GAIN = 1.03
 
 
 @dataclass(frozen=True)
 class Int8Settings:
-    """``max_drop``: accuracy on val that INT8 may cost. ``min_calibration``: fewer train images than this: no INT8."""
+    """``mode``: 'auto' ships INT8 where it is faster and within ``max_drop``; 'on' and 'force', which mean the same,
+    wherever it is within; 'off' makes none. ``max_drop``: accuracy on val that INT8 may cost. ``max_rung``: the last
+    rung to try. ``minutes``: for the whole ladder. ``min_calibration``: fewer train images than this: no INT8.
+
+    Raises UsageError for a rung that does not exist or a time that is not above 0.
+    """
 
     mode: Int8Mode = "auto"
     calibration_images: int = 300
     min_calibration: int = 8
     max_drop: float = 0.01
     min_gain: float = MIN_GAIN
-    timing_rounds: int = 15
-    timing_seconds: float = 0.15
+    max_rung: Rung = "qat"
+    minutes: float = 20.0
+    timing_rounds: int = 45
+    timing_seconds: float = 0.05
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "on", "force", "off"):
+            raise UsageError(f"--int8 {self.mode}: expected auto, on, force or off")
+        if self.max_rung not in RUNGS:
+            raise UsageError(f"--int8-max-rung {self.max_rung}: expected one of {', '.join(RUNGS)}")
+        if not 0 < self.minutes < float("inf"):
+            raise UsageError(f"--int8-minutes {self.minutes:g}: expected a number above 0")
+        if not 0 <= self.max_drop <= 1:
+            raise UsageError(f"--int8-budget {self.max_drop:g}: expected a share of the images, 0 to 1")
+
+    @property
+    def regardless_of_speed(self) -> bool:
+        return self.mode in ("on", "force")
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Result:
     """``model``: the INT8 IR, or None where none is within the accuracy budget. ``shipped``: it is the choice.
 
-    ``rungs``: one record per attempt, in order.
+    ``rungs``: one record per attempt in order, with 'skipped' and the reason where a rung could not be tried.
     """
 
     model: ov.Model | None
     shipped: bool
     reason: str
     rungs: tuple[dict[str, Any], ...] = ()
+    chosen: str | None = None
     calibration_images: int = 0
+    val_images: int = 0
+    top1_f32: float | None = None
+    seconds: float = 0.0
     settings: Int8Settings = field(default_factory=Int8Settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,12 +99,26 @@ class Int8Result:
             "decision": "shipped" if self.shipped else "refused",
             "reason": self.reason,
             "written": self.model is not None,
+            "chosen": self.chosen,
             "mode": self.settings.mode,
             "calibration_images": self.calibration_images,
+            "val_images": self.val_images,
+            "top1_f32": self.top1_f32,
             "max_drop": self.settings.max_drop,
             "min_gain": self.settings.min_gain,
+            "max_rung": self.settings.max_rung,
+            "minutes": self.settings.minutes,
+            "seconds": self.seconds,
             "rungs": list(self.rungs),
         }
+
+
+class Skip(Exception):
+    """A rung that cannot be tried here, and why."""
+
+
+# The network quantised so far, the seconds left -> the INT8 network after training. Raises Skip where it cannot be.
+Trainer = Callable[[ov.Model, float], ov.Model]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,26 +133,55 @@ class _Bench:
     labels: npt.NDArray[np.int32]
     reference: ov.CompiledModel
     reference_logits: Logits
+    started: float
+    trainer: Trainer | None
 
     @property
     def reference_accuracy(self) -> float:
         return accuracy(softmax(self.reference_logits), self.labels)
 
+    @property
+    def seconds_left(self) -> float:
+        return self.started + 60 * self.settings.minutes - time.monotonic()
+
+    def check(self) -> None:
+        if self.seconds_left <= 0:
+            raise OutOfTime
+
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
+    """``whole``: every layer is quantised. ``quantile``: with the ranges of the second rung."""
+
+    rung: Rung
+    name: str
     model: ov.Model
-    record: dict[str, Any]
+    whole: bool = False
+    quantile: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def within(self) -> bool:
+        return bool(self.record["within_budget"])
+
+    @property
+    def faster(self) -> bool:
+        return bool(self.record["faster"])
 
 
 def make_int8(
-    model: ov.Model, spec: InputSpec, calibration: Samples, val: Samples, settings: Int8Settings
+    model: ov.Model,
+    spec: InputSpec,
+    calibration: Samples,
+    val: Samples,
+    settings: Int8Settings,
+    *,
+    trainer: Trainer | None = None,
 ) -> Int8Result:
     """Quantise ``model`` (the FP32 IR), measure it on ``val``, and decide.
 
-    Attempts: everything in INT8; then first convolution, squeeze-and-excite products and classifier in float; then also
-    the groups of layers whose return to float brings the outputs closest to FP32 (by KL). The first within the budget
-    is kept; where the plain attempt is no faster than FP32, float layers would only slow it down and none is tried.
+    Where the plain rung is no faster than FP32 the climb ends there: no later one makes a network faster. ``trainer``
+    does the last rung. Raises ModelError for a network that NNCF cannot quantise at all.
     """
     if settings.mode == "off":
         return Int8Result(None, False, "not wanted (--int8 off)", settings=settings)
@@ -116,6 +191,7 @@ def make_int8(
         return Int8Result(None, False, reason, settings=settings)
     if len(train) < settings.calibration_images:
         warn(f"INT8 calibrates on all {len(train)} train images; {settings.calibration_images} would be better")
+    started = time.monotonic()
     reference = compile_ir(model, threads=settings.threads)
     pixels = load_pixels(val.paths, spec)
     bench = _Bench(
@@ -127,170 +203,208 @@ def make_int8(
         labels=val.labels,
         reference=reference,
         reference_logits=ir_logits(reference, pixels, spec),
+        started=started,
+        trainer=trainer,
     )
-    attempts = _attempts(bench)
-    return _decide(bench, attempts)
+    attempts, records = _climb(bench)
+    return _decide(bench, attempts, records)
 
 
-def _attempts(bench: _Bench) -> list[_Attempt]:
-    """Every attempt up to the first within the budget."""
-    first = _attempt(bench, "all layers in INT8", [])
-    attempts = [first]
-    too_slow = bench.settings.mode == "auto" and first.record["speed_ratio"] < bench.settings.min_gain
-    if _within(first, bench) or too_slow:
-        return attempts
-    ready = ready_candidates(bench.model)
-    attempts.append(_attempt(bench, "first convolution, squeeze-excite products and classifier in float", ready))
-    if _within(attempts[-1], bench):
-        return attempts
-    ranked = rank_groups(bench)
-    for count in EXTRA_GROUPS:
-        if count > len(ranked):
+def _climb(bench: _Bench) -> tuple[list[_Attempt], list[dict[str, Any]]]:
+    """(attempts, records of attempts and of rungs that could not be tried), up to the first attempt that will do."""
+    attempts: list[_Attempt] = []
+    records: list[dict[str, Any]] = []
+    settings = bench.settings
+    for rung in RUNGS[: RUNGS.index(settings.max_rung) + 1]:
+        try:
+            for unmeasured in MAKERS[rung](bench, attempts):
+                attempt = _measure(bench, unmeasured)
+                attempts.append(attempt)
+                records.append(attempt.record)
+                if attempt.within and (attempt.faster or settings.regardless_of_speed):
+                    return attempts, records
+        except OutOfTime:
+            records.append({"rung": rung, "name": rung, "skipped": f"the {settings.minutes:g} minutes were over"})
             break
-        names = sorted({*ready, *(name for group, _ in ranked[:count] for name in layer_groups(bench.model)[group])})
-        extra = ", ".join(group for group, _ in ranked[:count])
-        attempts.append(_attempt(bench, f"also {extra} in float", names))
-        if _within(attempts[-1], bench):
+        except (Skip, ModelError) as error:
+            if rung == "plain":
+                raise
+            note(f"INT8, {rung}: not tried: {error}")
+            records.append({"rung": rung, "name": rung, "skipped": str(error)[:300]})
+        if settings.mode == "auto" and not any(attempt.faster for attempt in attempts):
             break
-    return attempts
+    return attempts, records
 
 
-def _attempt(bench: _Bench, name: str, ignored: list[str]) -> _Attempt:
-    model = quantize(bench.model, bench.spec, bench.calibration, ignored=ignored)
-    compiled = compile_ir(model, threads=bench.settings.threads)
+def _plain(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
+    model = quantize(bench.model, bench.spec, bench.calibration, check=bench.check)
+    yield _Attempt("plain", "all layers in INT8", model, whole=True)
+
+
+def _ranges(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
+    model = quantize(bench.model, bench.spec, bench.calibration, quantile=True, check=bench.check)
+    yield _Attempt("ranges", "ranges of activations by quantiles", model, whole=True, quantile=True)
+
+
+def _float_layers(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
+    """The 1, 2, 4, 8 groups of layers whose return to float brings the outputs closest to FP32, one attempt each."""
+    quantile = _closest(attempts).quantile
+    few = bench.calibration[:RANKING_IMAGES]
+    quick = quantize(bench.model, bench.spec, few, correct_bias=False, quantile=quantile, check=bench.check)
+    divergence = divergence_on(
+        bench.pixels[:RANKING_IMAGES],
+        bench.reference_logits[:RANKING_IMAGES],
+        bench.spec,
+        threads=bench.settings.threads,
+    )
+    ranked = [item for item in rank_groups(bench.model, quick, divergence, check=bench.check) if item[2] > 0]
+    if not ranked:
+        raise Skip("no layer brings the outputs closer to FP32 when it alone is in float")
+    for count in sorted({min(count, len(ranked)) for count in FLOAT_GROUPS}):
+        ignored = sorted({name for _, names, _ in ranked[:count] for name in names})
+        model = quantize(
+            bench.model, bench.spec, bench.calibration, ignored=ignored, quantile=quantile, check=bench.check
+        )
+        groups = ", ".join(group for group, _, _ in ranked[:count])
+        yield _Attempt("float-layers", f"in float: {groups}", model, quantile=quantile)
+
+
+def _accuracy_control(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
+    quantile = _closest(attempts).quantile
+    model = control_accuracy(
+        bench.model,
+        bench.spec,
+        bench.calibration,
+        val=bench.pixels,
+        metrics=AccuracyMetrics(bench.labels, bench.reference_logits),
+        max_drop=bench.settings.max_drop,
+        quantile=quantile,
+        check=bench.check,
+    )
+    yield _Attempt("accuracy-control", "NNCF accuracy control", model, quantile=quantile)
+
+
+def _training(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
+    if bench.trainer is None:
+        raise Skip("the network's training is not at hand")
+    start = _closest(attempts)
+    model = bench.trainer(start.model, bench.seconds_left)
+    yield _Attempt("qat", "short training with quantisation", model, whole=True, quantile=start.quantile)
+
+
+MAKERS: dict[Rung, Callable[[_Bench, list[_Attempt]], Iterator[_Attempt]]] = {
+    "plain": _plain,
+    "ranges": _ranges,
+    "float-layers": _float_layers,
+    "accuracy-control": _accuracy_control,
+    "qat": _training,
+}
+
+
+def _closest(attempts: list[_Attempt]) -> _Attempt:
+    """Of the attempts with every layer in INT8, the one whose outputs are closest to FP32's."""
+    return min((attempt for attempt in attempts if attempt.whole), key=lambda attempt: attempt.record["kl"])
+
+
+def _measure(bench: _Bench, attempt: _Attempt) -> _Attempt:
+    settings, started = bench.settings, time.monotonic()
+    compiled = compile_ir(attempt.model, threads=settings.threads)
     logits = ir_logits(compiled, bench.pixels, bench.spec)
-    speed = speed_ratio(
-        compiled, bench.reference, rounds=bench.settings.timing_rounds, seconds=bench.settings.timing_seconds
-    )
-    top1 = accuracy(softmax(logits), bench.labels)
+    speed = speed_ratio(compiled, bench.reference, rounds=settings.timing_rounds, seconds=settings.timing_seconds)
+    top1, top1_f32 = accuracy(softmax(logits), bench.labels), bench.reference_accuracy
+    # A hair of slack: 3 of 300 images is 0.01 on paper and 0.010000000000000009 in binary.
+    within = top1_f32 - top1 <= settings.max_drop + 1e-9
     record = {
-        "name": name,
-        "float_layers": len(ignored),
+        "rung": attempt.rung,
+        "name": attempt.name,
+        "float_layers": float_layer_count(attempt.model),
         "top1": top1,
-        "drop": bench.reference_accuracy - top1,
+        "drop": top1_f32 - top1,
         "disagreement": float(np.mean(logits.argmax(1) != bench.reference_logits.argmax(1))),
-        "kl": _kl(bench.reference_logits, logits),
+        "kl": kl(bench.reference_logits, logits),
         "speed_ratio": speed["ratio"],
+        "speed_ratio_ci95": [speed["ratio_low"], speed["ratio_high"]],
         "speed_ratio_range": [speed["ratio_min"], speed["ratio_max"]],
         "fps": speed["fps"],
         "fps_f32": speed["reference_fps"],
+        "within_budget": within,
+        # On a noisy machine the median alone says 'faster' every other time for networks of one speed.
+        "faster": speed["ratio"] >= settings.min_gain and speed["ratio_low"] > 1,
+        "at_seconds": round(started - bench.started, 1),
     }
     note(
-        f"INT8, {name}: accuracy {top1:.4f} (FP32 {bench.reference_accuracy:.4f}), "
-        f"{speed['fps']:.0f} images/s (FP32 {speed['reference_fps']:.0f}, ratio {speed['ratio']:.2f})"
+        f"INT8, {attempt.name}: accuracy {top1:.4f} (FP32 {top1_f32:.4f}), KL {record['kl']:.4f}, {speed['fps']:.0f}"
+        f" images/s (FP32 {speed['reference_fps']:.0f}, ratio {speed['ratio']:.2f})"
     )
-    return _Attempt(model, record)
+    return replace(attempt, record=record)
 
 
-def _within(attempt: _Attempt, bench: _Bench) -> bool:
-    # A hair of slack: 3 of 300 images is 0.01 on paper and 0.010000000000000009 in binary.
-    return attempt.record["drop"] <= bench.settings.max_drop + 1e-9
-
-
-def _decide(bench: _Bench, attempts: list[_Attempt]) -> Int8Result:
-    last, settings = attempts[-1], bench.settings
-    within, ratio = _within(last, bench), last.record["speed_ratio"]
-    fast = ratio >= settings.min_gain
-    best = min(attempts, key=lambda attempt: attempt.record["drop"]).record
-    if not within:
-        reason = (
-            f"accuracy falls by {best['drop']:.4f} on {len(bench.labels)} val images at best ({best['name']}), "
-            f"limit {settings.max_drop:g}"
-        )
-        if not fast and len(attempts) == 1:
-            reason += f"; and it is not faster on this CPU ({ratio:.2f} times FP32), so no layer was put back to float"
-    elif fast:
-        reason = f"{ratio:.2f} times the speed of FP32 on this CPU, accuracy falls by {last.record['drop']:.4f}"
-    elif settings.mode == "on":
-        reason = f"asked for (--int8 on), although {ratio:.2f} times the speed of FP32 on this CPU"
-    else:
-        reason = f"not faster on this CPU: {ratio:.2f} times the speed of FP32, expected {settings.min_gain:g} or more"
+def _decide(bench: _Bench, attempts: list[_Attempt], records: list[dict[str, Any]]) -> Int8Result:
+    """The attempt that ended the climb where one did; else the fastest within the budget is written, not shipped."""
+    settings = bench.settings
+    candidates = [attempt for attempt in attempts if attempt.within]
+    good = next((a for a in candidates if a.faster or settings.regardless_of_speed), None)
+    kept = good or max(candidates, key=lambda attempt: attempt.record["speed_ratio"], default=None)
     return Int8Result(
-        model=last.model if within else None,
-        shipped=within and (fast or settings.mode == "on"),
-        reason=reason,
-        rungs=tuple(attempt.record for attempt in attempts),
+        model=kept.model if kept else None,
+        shipped=good is not None,
+        reason=_reason(bench, attempts, kept) + _cut_short(records),
+        rungs=tuple(records),
+        chosen=kept.name if kept else None,
         calibration_images=len(bench.calibration),
+        val_images=len(bench.labels),
+        top1_f32=bench.reference_accuracy,
+        seconds=round(time.monotonic() - bench.started, 1),
         settings=settings,
     )
 
 
-def quantize(
-    model: ov.Model, spec: InputSpec, pixels: ImageU8, *, ignored: Iterable[str] = (), correct_bias: bool = True
-) -> ov.Model:
-    """A quantised copy; metadata stay. ``pixels``: uint8 [N, H, W, 3] BGR. ``ignored``: layers left in float, by name."""
-    names = list(ignored)
-    dataset = nncf.Dataset(range(len(pixels)), lambda row: normalize(pixels[row : row + 1], spec))
-    try:
-        with quiet_nncf():
-            return nncf.quantize(
-                model,
-                dataset,
-                preset=nncf.QuantizationPreset.MIXED,
-                target_device=nncf.TargetDevice.CPU,
-                subset_size=len(pixels),
-                fast_bias_correction=not correct_bias,
-                ignored_scope=nncf.IgnoredScope(names=names, validate=False) if names else None,
-                advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=not correct_bias),
-            )
-    except (RuntimeError, nncf.ValidationError, nncf.InternalError, nncf.UnsupportedModelError) as error:
-        raise ModelError(f"NNCF cannot quantise the network: {error}; export with --int8 off") from error
+def _reason(bench: _Bench, attempts: list[_Attempt], kept: _Attempt | None) -> str:
+    settings = bench.settings
+    if not attempts:
+        return "nothing was measured"
+    if kept is None:
+        best = min(attempts, key=lambda attempt: attempt.record["drop"]).record
+        reason = (
+            f"accuracy falls by {best['drop']:.4f} on {len(bench.labels)} val images at best ({best['name']}), "
+            f"limit {settings.max_drop:g}"
+        )
+        if len(attempts) == 1 and not attempts[0].faster and not settings.regardless_of_speed:
+            ratio = attempts[0].record["speed_ratio"]
+            reason += f"; and it is not faster on this CPU ({ratio:.2f} times FP32), so no further rung was tried"
+        return reason
+    ratio = kept.record["speed_ratio"]
+    if kept.faster:
+        return f"{ratio:.2f} times the speed of FP32 on this CPU, accuracy falls by {kept.record['drop']:.4f} ({kept.name})"
+    if settings.regardless_of_speed:
+        return f"asked for (--int8 {settings.mode}), although {ratio:.2f} times the speed of FP32 on this CPU"
+    low, high = kept.record["speed_ratio_ci95"]
+    return (
+        f"not faster on this CPU: {ratio:.2f} times the speed of FP32 (95% interval {low:.2f} to {high:.2f}),"
+        f" expected {settings.min_gain:g} or more"
+    )
 
 
-def ready_candidates(model: ov.Model) -> list[str]:
-    """The layers that most often cost accuracy: first convolution, squeeze-and-excite products, classifier."""
-    operations = [op for op in model.get_ordered_ops() if op.get_type_name() in (*QUANTIZABLE, "Multiply")]
-    convolutions = [op for op in operations if op.get_type_name() in ("Convolution", "GroupConvolution")]
-    products = [op for op in operations if op.get_type_name() == "MatMul"]
-    chosen = convolutions[:1] + (products or convolutions)[-1:]
-    chosen += [op for op in operations if op.get_type_name() == "Multiply" and _is_gate(op)]
-    return sorted({op.get_friendly_name() for op in chosen})
+def _cut_short(records: list[dict[str, Any]]) -> str:
+    over = [record for record in records if "minutes were over" in record.get("skipped", "")]
+    return f"; {over[0]['skipped']} in rung {over[0]['rung']} (--int8-minutes)" if over else ""
 
 
-def _is_gate(operation: ov.Node) -> bool:
-    """A product of a feature map and one factor for each channel, neither of them constant."""
-    shapes = [operation.input(port).get_partial_shape() for port in (0, 1)]
-    constant = any(operation.input_value(port).get_node().get_type_name() == "Constant" for port in (0, 1))
-    if constant or any(shape.is_dynamic or len(shape) != 4 for shape in shapes):
-        return False
-    areas = sorted(shape[2].get_length() * shape[3].get_length() for shape in shapes)
-    return areas[0] == 1
-
-
-def layer_groups(model: ov.Model) -> dict[str, list[str]]:
-    """Quantisable layers by the block that they belong to, in the order of the network: 'blocks.3', 'conv_stem', ..."""
-    groups: dict[str, list[str]] = {}
-    for operation in model.get_ordered_ops():
-        if operation.get_type_name() in QUANTIZABLE:
-            name = operation.get_friendly_name()
-            groups.setdefault(_block(name), []).append(name)
-    return groups
-
-
-def _block(name: str) -> str:
-    """'__module.blocks.3.1.conv_pw/aten::_convolution/Convolution' -> 'blocks.3'; ONNX: '/blocks/blocks.3/...'."""
-    module = name.removeprefix("__module.").split("/aten::")[0].strip("/").split("/")
-    dotted = max(module, key=lambda part: part.count("."))
-    match = re.match(r"[^.]+(\.\d+)?", dotted)
-    return match.group(0) if match else dotted
-
-
-def rank_groups(bench: _Bench) -> list[tuple[str, float]]:
-    """(group, gain) with the largest gain first: how much closer to FP32 the outputs come (KL, in nats) when that group
-    alone is in float. Quick quantisations on few images, without bias correction, rank well enough."""
-    calibration, pixels = bench.calibration[:RANKING_IMAGES], bench.pixels[:RANKING_IMAGES]
-    reference = bench.reference_logits[:RANKING_IMAGES]
-
-    def divergence(ignored: list[str]) -> float:
-        model = quantize(bench.model, bench.spec, calibration, ignored=ignored, correct_bias=False)
-        return _kl(reference, ir_logits(compile_ir(model, threads=bench.settings.threads), pixels, bench.spec))
-
-    base = divergence([])
-    gains = [(group, base - divergence(names)) for group, names in layer_groups(bench.model).items()]
-    return sorted(gains, key=lambda pair: -pair[1])
-
-
-def _kl(reference: Logits, logits: Logits) -> float:
-    """Mean over images of KL(reference || other) in nats."""
-    p, q = (np.clip(softmax(values), 1e-12, 1.0) for values in (reference, logits))
-    return float(np.mean(np.sum(p * (np.log(p) - np.log(q)), axis=1)))
+def table_rows(int8: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(column titles, rows) of the ladder of a certificate for a printed table."""
+    titles = ["rung", "what", "float layers", "top-1", "drop", "KL, nats", "images/s", "x FP32"]
+    rows = []
+    for record in int8.get("rungs", ()):
+        if "skipped" in record:
+            rows.append([record["rung"], f"not tried: {record['skipped']}", *["-"] * 6])
+            continue
+        figures = [
+            str(record["float_layers"]),
+            f"{record['top1']:.4f}",
+            f"{record['drop']:+.4f}",
+            f"{record['kl']:.4f}",
+            f"{record['fps']:.0f}",
+            f"{record['speed_ratio']:.2f}",
+        ]
+        rows.append([record["rung"], record["name"], *figures])
+    return titles, rows

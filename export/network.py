@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ class Network:
     """A float32 network in eval mode with everything that its files must say about it.
 
     ``module``: float32 [N, 3, H, W] -> logits float32 [N, C]. ``weights_hash``: sha256 of the file it came from.
+    ``settings``: of its training, as model.pt has them; empty for a network that was trained elsewhere.
     """
 
     module: nn.Module
@@ -35,6 +38,7 @@ class Network:
     temperature: float
     dataset_hash: str
     weights_hash: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -67,6 +71,7 @@ def load_network(path: Path, *, image_size: int | None) -> Network:
         temperature=float(loaded.temperature),
         dataset_hash=loaded.dataset_hash,
         weights_hash=sha256_file(path),
+        settings=loaded.settings,
     )
 
 

@@ -76,18 +76,25 @@ class StudentSettings(TrainSettings):
 
 
 def train_student(
-    settings: StudentSettings, dataset: Dataset, run: RunDir, *, soft_labels: Path | None, out: Path, resume: bool
+    settings: StudentSettings,
+    dataset: Dataset,
+    run: RunDir,
+    *,
+    soft_labels: Path | None,
+    out: Path,
+    resume: bool,
+    folder: Path | None = None,
 ) -> Path:
     """Train the student and write model.pt to ``out``; returns ``out``.
 
     ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Work in
-    progress lies in run.student, or in run.hard_label_student without distillation. Raises UsageError if there is work
-    already and ``resume`` is False, ArtifactError if that work or the soft labels belong to other settings or data,
-    ImageError for a damaged image.
+    progress lies in ``folder``: by default run.student, or run.hard_label_student without distillation. Raises
+    UsageError if there is work already and ``resume`` is False, ArtifactError if that work or the soft labels belong to
+    other settings or data, ImageError for a damaged image.
     """
     refuse_several_processes()
     choose_device(settings.device)
-    folder = run.student if settings.distillation else run.hard_label_student
+    folder = folder or (run.student if settings.distillation else run.hard_label_student)
     soft = _soft_labels(settings, dataset, soft_labels)
     wanted = _identity(settings, dataset, soft)
     if out.exists():
@@ -163,7 +170,7 @@ def _job(
         label_smoothing=settings.label_smoothing,
     )
     return Job(
-        title="student" if settings.distillation else "student, hard labels",
+        title=folder.name.replace("-hard-labels", ", hard labels"),
         folder=folder,
         settings=settings,
         identity=wanted,

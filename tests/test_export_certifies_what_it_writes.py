@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from openvino import opset8
 from torch import nn
 
+from edgedistill import __version__
 from edgedistill.artifacts import RunDir, read_json
 from edgedistill.data.manifest import Dataset, hash_files, write_dataset
 from edgedistill.errors import ArtifactError, DataError, ImageError, ModelError, UsageError
@@ -26,6 +28,7 @@ from edgedistill.export import ir
 from edgedistill.export.audit import audit
 from edgedistill.export.certificate import CERTIFICATE_FORMAT, Limits, certify
 from edgedistill.export.certify_jpeg import certify_jpeg
+from edgedistill.export.cpp_runtime import CppAnswers, CppRuntime
 from edgedistill.export.export import ExportSettings, certify_test, export_openvino, exported_forms, read_certificates
 from edgedistill.export.inference import compile_ir
 from edgedistill.export.network import model_api_labels
@@ -146,6 +149,7 @@ def test_certificate_holds_every_column_and_passes(stage: Path) -> None:
         "python-runtime-int8",
     ]  # fmt: skip
     assert certificate["verdict"] == "pass" and certificate["split"] == "val" and certificate["n"] == 8
+    assert [form["name"] for form in certificate["not_run"]] == ["cpp-runtime"], "tests run without it"
     for name in ("onnxruntime", "ir-fp32"):
         assert 0 < columns[name]["max_logit_difference"] < 1e-3
     for name in ("python-runtime-files", "python-runtime-frames"):
@@ -319,6 +323,100 @@ def test_forms_of_another_network_fail_their_certificate(run: RunDir, tmp_path: 
     )
     assert result["verdict"] == "fail"
     assert {reason.split(":")[0] for reason in result["reasons"]} == {"python-runtime-files", "python-runtime-frames"}
+
+
+@dataclasses.dataclass
+class FakeCpp:
+    """A C++ runtime that answers as ours in Python does, plus ``error`` on the first image; it does not read ``unread``."""
+
+    error: float = 0.0
+    unread: int | None = None
+    fault: str = ""
+
+    def answers(self, model: Path, paths: tuple[Path, ...], *, precision: str, decode: str, threads: int | None) -> Any:
+        if self.fault:
+            raise ModelError(self.fault)
+        classifier = Classifier(model, precision=precision, decode=decode, threads=threads, cache_dir=False)  # type: ignore[arg-type]
+        rows = np.array([row for row in range(len(paths)) if row != self.unread], np.intp)
+        found = np.stack([classifier.classify(paths[row]).probabilities for row in rows]).astype(np.float64)
+        found[0] += [self.error, *[-self.error / 2] * (found.shape[1] - 1)]
+        return CppAnswers(rows, found)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "verdict", "reason"),
+    [
+        (FakeCpp(), "pass", ""),
+        (FakeCpp(unread=0), "pass", ""),
+        (FakeCpp(error=0.01), "fail", "cpp-runtime-files: probabilities differ by 0.0"),
+        (FakeCpp(fault="cannot read what Python reads"), "fail", "cpp-runtime-files: cannot read what Python reads"),
+    ],
+)
+def test_the_cpp_runtime_is_held_to_the_same_limits(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, runtime: FakeCpp, verdict: str, reason: str
+) -> None:
+    network, forms = exported_forms(run.model, run.openvino)
+    samples = find_images(network, manifest=run.dataset, data=None).certificate
+    monkeypatch.setattr(CppRuntime, "find", lambda: runtime)
+    certificate = certify(dataclasses.replace(forms, int8=None, int8_shipped=True), samples, Limits(), threads=1)
+    columns = {column["name"]: column for column in certificate["columns"]}
+    assert certificate["not_run"] == [] and (certificate["verdict"]) == verdict, certificate["reasons"]
+    assert not reason or any(one.startswith(reason) for one in certificate["reasons"])
+    names = {"cpp-runtime-files", "cpp-runtime-frames", "cpp-runtime-int8"}
+    assert names & set(columns) == (set() if runtime.fault else names)
+    images = {column["images"] for name, column in columns.items() if name in names}
+    assert images == (set() if runtime.fault else {len(samples) - (runtime.unread is not None)})
+
+
+FAKE_CLASSIFY = """#!{python}
+import json, sys
+if sys.argv[1] == "--version":
+    print({version!r}); sys.exit({code})
+words = sys.argv[1:]
+assert words[words.index("--precision") + 1] == "f32" and words[words.index("--decode") + 1] == "full"
+for path in words[1:words.index("--precision")]:
+    error = path.endswith((".tif", "torn.png"))
+    print(json.dumps({{"image": path, "error": path + ": no"}} if error else {{"image": path, "probabilities": [0.25, 0.75]}}))
+sys.exit(1)
+"""
+
+
+def fake_classify(folder: Path, *, version: str = f"edgedistill {__version__}", code: int = 0) -> None:
+    program = folder / "edgedistill-classify"
+    program.write_text(FAKE_CLASSIFY.format(python=sys.executable, version=version, code=code))
+    program.chmod(0o755)
+
+
+def test_the_cpp_runtime_is_asked_only_where_it_is_of_this_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(tmp_path))
+    assert "is not built; build it with 'make cpp'" in str(CppRuntime.find())
+    fake_classify(tmp_path, version="edgedistill 0.0.1")
+    assert "says 'edgedistill 0.0.1'" in str(CppRuntime.find())
+    fake_classify(tmp_path, code=127)
+    assert "does not start" in str(CppRuntime.find())
+    fake_classify(tmp_path)
+    assert isinstance(CppRuntime.find(), CppRuntime)
+
+
+def test_what_the_cpp_runtime_cannot_read_is_a_fault_unless_it_is_a_tiff(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_classify(tmp_path)
+    monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(tmp_path))
+    monkeypatch.setattr("edgedistill.export.cpp_runtime.PATHS_AT_ONCE", 2)
+    runtime = CppRuntime.find()
+    assert isinstance(runtime, CppRuntime)
+    names = ("a.png", "b.tif", "c.png", "torn.png")
+    for name in names:
+        cv2.imwrite(str(tmp_path / name), pixels(16)[0])
+    answers = runtime.answers(
+        tmp_path / "m.xml", [tmp_path / name for name in names[:3]], precision="f32", decode="full"
+    )
+    assert answers.rows.tolist() == [0, 2] and answers.probabilities.tolist() == [[0.25, 0.75]] * 2
+    with pytest.raises(ModelError, match=r"cannot read what Python reads: .*torn\.png: no"):
+        runtime.answers(tmp_path / "m.xml", [tmp_path / name for name in names], precision="f32", decode="full")
 
 
 @pytest.mark.parametrize("shipped", [True, False])

@@ -49,6 +49,7 @@ class FakeRun:
         self.evaluation(run, dataset)
         self.export(run, dataset)
         self.bench(run)
+        self.tune(run)
         return run
 
     def dataset(self, *, pictures: bool) -> Dataset:
@@ -185,7 +186,21 @@ class FakeRun:
                 "decision": "shipped",
                 "reason": "1.24x faster in latency mode, 0.4 points below FP32",
                 "calibration_images": 300,
-                "rungs": [{"name": "all layers", "float_layers": 0, "top1": 0.777, "drop": 0.004, "speed_ratio": 1.24}],
+                "chosen": "all layers",
+                "val_images": 120,
+                "rungs": [
+                    {
+                        "rung": "plain",
+                        "name": "all layers",
+                        "float_layers": 0,
+                        "top1": 0.777,
+                        "drop": 0.004,
+                        "kl": 0.0042,
+                        "fps": 1240.0,
+                        "speed_ratio": 1.24,
+                        "speed_ratio_ci95": [1.2, 1.27],
+                    }
+                ],
             },
             "verdict": "pass",
             "reasons": [],
@@ -237,6 +252,45 @@ class FakeRun:
             "score": {"value": 0.846, "w": 0.7, "accuracy": 0.78, "fps": 682.0, "fps_target": 200},
         }
         write_json(run.openvino / "bench.json", values, format="edgedistill-bench")
+
+    def tune(self, run: RunDir) -> None:
+        """What the tuner writes, a chosen cascade among it."""
+        keys = ("mbv3s f32 224, reduced, 2s2t1b", "lcnet int8 96 -> mbv3s int8 224 (exit at 0.8), reduced, 2s2t2b")
+        measured = [
+            {"key": key, "stages": number + 1, "metric": 0.81 - 0.01 * number, "fps": 300.0 * (number + 1)}
+            | {"fps_error": 4.0, "value": 0.7 + 0.05 * number, "shares": [1.0] if number == 0 else [0.7, 0.3]}
+            for number, key in enumerate(keys)
+        ]
+        variant = {"variant": "mbv3s f32 224", "metric": 0.81, "fps": 300.0}
+        curve = [
+            {"threshold": 0.9 - share, "passed_on": 1 - share, "metric": 0.81 - share / 20, "fps": 300 + 500 * share}
+            for share in (0.1, 0.4, 0.7)
+        ]
+        cascade = {"chosen": True, "key": keys[1], "fast": variant, "slow": variant, "passed_on": 0.3, "metric": 0.8}
+        cascade |= {"stage_ms": [1.0, 3.0], "expected_ms": 1.9, "expected_fps": 526.0, "measured_fps": 520.0}
+        values = {
+            "machine": {"cpu": "a board's CPU", "cores": 4},
+            "objective": {"metric": "accuracy", "scope": "files", "goal": "score", "words": "score = 0.7 x accuracy"},
+            "val": {"images": 300},
+            "seconds": 590.0,
+            "reached": True,
+            "explanation": ["Chosen: a cascade.", "Given up: <b>1.0 points</b> against the most accurate."],
+            "steps": [
+                {"what": "FP32 at 224 px", "key": keys[0], "metric": 0.81, "fps": 300.0, "value": 0.7},
+                {"what": "lcnet in front of it", "key": keys[1], "metric": 0.8, "fps": 600.0, "value": 0.75},
+            ],
+            "chosen": measured[1],
+            "finalists": measured,
+            "measured": measured,
+            "pareto": list(keys),
+            "left_out": {"mbv3s f32 320": "no time left to measure its speed"},
+            "cascade": cascade | {"pays_below": 0.66, "exit_threshold": 0.8, "curve": curve},
+            "scopes": {
+                "frames": {"fps": 900.0, "settings": {}},
+                "files": {"fps": 600.0, "settings": {"decode_us": 900.0, "resize_us": 100.0}},
+            },
+        }
+        write_json(run.openvino / "tune.json", values, format="edgedistill-tune")
 
 
 def _draw(path: Path, label: int, rng: np.random.Generator) -> None:
@@ -385,7 +439,7 @@ def test_a_whole_run_fills_every_section(full_run: RunDir) -> None:
         "written by the one teacher that never saw its image",
         "Verdict: pass, on 120 images of val.",
         "mobilenetv3_small_100, on the test split",
-        "all layers 0 77.70% −0.4 1.24",
+        "all layers 1, plain 77.70% −0.4 0.0042 0 1,240 1.24",
         "INT8 shipped: 1.24x faster",
         "In pixels: width 40 to 119 (median 80), height 40 to 89 (median 65); modes: colour 280, grey 20.",
         "images/photo 00007.png, images/photo 00008.png and 1 more",
@@ -474,6 +528,7 @@ PARTS: dict[str, tuple[Callable[[RunDir], Path], str]] = {
     ),
     "certificate": (lambda run: run.openvino / "stages", "Not exported yet: export-openvino"),
     "speed": (lambda run: run.openvino / "bench.json", "Not measured yet; on the target machine: bench-fps"),
+    "tuning": (lambda run: run.openvino / "tune.json", "Not tuned yet; on the target machine: edgedistill tune"),
     "curves": (lambda run: run.root / "teacher", "No teacher has finished an epoch: distill"),
     "hard labels": (
         lambda run: run.hard_label_student,
@@ -550,6 +605,11 @@ def test_epochs_repeated_by_a_resume_count_once(copied_run: RunDir) -> None:
             "openvino/bench.json",
             '{"format": "edgedistill-bench", "version": 1, "results": [{"scope": "files", "fps": 4}]}',
             "Speed: a file",
+        ),
+        (
+            "openvino/tune.json",
+            '{"format": "edgedistill-tune", "version": 1, "measured": [{"fps": 4, "metric": 1}]}',
+            "Tuning: a file",
         ),
         ("student/metrics.jsonl", b"\xff\xfe\x00", "utf-8"),
     ],

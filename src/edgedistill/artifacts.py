@@ -184,6 +184,17 @@ class RunDir:
     def model(self) -> Path:
         return self.root / "model.pt"
 
+    def other_student(self, label: str) -> Path:
+        """Of a second, third, ... student; ``label``: its name as files have it."""
+        return self.root / f"student-{label}"
+
+    def other_hard_label_student(self, label: str) -> Path:
+        return self.root / f"student-{label}-hard-labels"
+
+    def model_of(self, label: str) -> Path:
+        """model-NAME.pt, where a run has several students; the first one's is model.pt too."""
+        return self.root / f"model-{label}.pt"
+
     @property
     def evaluation(self) -> Path:
         return self.root / "evaluation"

@@ -177,9 +177,14 @@ def distill(
     data: Data,
     out: Out,
     teacher: Teacher = "effb4",
-    student: Annotated[str, typer.Option(help="Student network: mbv3s, mbv4s, lcnet, any timm name.")] = "mbv3s",
+    student: Annotated[
+        str, typer.Option(help="Student network: mbv3s, mbv4s, any timm name, NAME@SIZE; several with commas between.")
+    ] = "mbv3s",
     teacher_weights: Weights = "auto",
-    student_weights: Weights = "auto",
+    student_weights: Annotated[
+        str,
+        typer.Option(help="auto, none, a file, or packaged:NAME; with several students one for all or one for each."),
+    ] = "auto",
     folds: Folds = 5,
     test_fraction: TestFraction = 0.2,
     val_fraction: ValFraction = None,
@@ -212,6 +217,9 @@ def distill(
         bool, typer.Option("--no-distillation", help="No teachers: the student on hard labels alone.")
     ] = False,
     baseline: Annotated[bool, typer.Option(help="Train the hard-label student too, and compare.")] = True,
+    baselines: Annotated[
+        str | None, typer.Option(help="Hard-label students of: all students, the first (default), or none.")
+    ] = None,
     soft_labels: Annotated[
         Path | None, typer.Option(help="Soft labels of an earlier run, in place of teachers.")
     ] = None,
@@ -231,6 +239,7 @@ def distill(
 ) -> None:
     """Train K-fold teachers, store their out-of-fold soft labels, distil them into a student: model.pt."""
     from edgedistill import pipeline
+    from edgedistill.errors import UsageError
     from edgedistill.student import StudentSettings
     from edgedistill.teacher import TeacherSettings
 
@@ -249,19 +258,11 @@ def distill(
         "augment": augment,
         "any_way_up": any_way_up,
     }
-    settings = pipeline.DistillSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
-        out=out,
-        teacher=TeacherSettings(
-            name=teacher,
-            weights=teacher_weights,
-            image_size=teacher_image_size or image_size,
-            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
-            **shared,
-        ),
-        student=StudentSettings(
+    first, *others = pipeline.parse_students(
+        student,
+        student_weights,
+        StudentSettings(
             name=student,
-            weights=student_weights,
             image_size=image_size,
             distillation=not no_distillation,
             balanced_sampling=balanced,
@@ -278,7 +279,23 @@ def distill(
             ),
             **shared,
         ),
-        baseline=baseline,
+    )
+    if not baseline and baselines not in (None, "none"):
+        raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
+    settings = pipeline.DistillSettings(
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        out=out,
+        teacher=TeacherSettings(
+            name=teacher,
+            weights=teacher_weights,
+            image_size=teacher_image_size or image_size,
+            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
+            **shared,
+        ),
+        student=first.settings,
+        label=first.label,
+        others=tuple(others),
+        baselines=(baselines or "first") if baseline else "none",  # type: ignore[arg-type]
         soft_labels=soft_labels,
     )
     if dry_run:
@@ -288,8 +305,8 @@ def distill(
         _answer(plan.to_dict(), as_json, plan.table())
         return
     result = pipeline.distill(settings, resume=resume)
-    values = {"path": str(result.model), "evaluation": result.evaluation}
-    _answer(values, as_json, pipeline.comparison_table(result.evaluation), str(result.model))
+    values = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
+    _answer(values, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
 
 
 @app.command("check-data")
@@ -325,12 +342,21 @@ def export_openvino(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Its state dict.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Its class names, one a line.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write (default: openvino/ beside the model).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder (default: openvino/ beside model.pt, openvino-NAME/ beside model-NAME.pt)."),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Images (default: dataset.csv beside the model).")] = None,
     image_size: Annotated[int | None, typer.Option(help="Another input size, pixels.")] = None,
-    int8: Annotated[str, typer.Option(help="auto (where it pays), on or off.")] = "auto",
+    int8: Annotated[str, typer.Option(help="auto (where it pays), on or force (even where slower), off.")] = "auto",
     calibration_images: Annotated[int, typer.Option(help="Training images for INT8.")] = 300,
-    int8_max_drop: Annotated[float, typer.Option(help="Top-1 that INT8 may lose on val.")] = 0.01,
+    int8_max_drop: Annotated[
+        float, typer.Option("--int8-max-drop", "--int8-budget", help="Top-1 that INT8 may lose on val.")
+    ] = 0.01,
+    int8_max_rung: Annotated[
+        str, typer.Option(help="Last means to try: plain, ranges, float-layers, accuracy-control or qat.")
+    ] = "qat",
+    int8_minutes: Annotated[float, typer.Option(help="For all attempts at INT8 together.")] = 20.0,
     certificate: Annotated[bool, typer.Option(help="Prove that every form answers alike, or fail.")] = True,
     test_parity: Annotated[
         bool, typer.Option("--test-parity", help="Certify on the test split too, once, at the end.")
@@ -346,6 +372,7 @@ def export_openvino(
     from edgedistill.export.certificate import table_rows
     from edgedistill.export.export import ExportSettings, read_certificates
     from edgedistill.export.export import export_openvino as export
+    from edgedistill.export.int8 import table_rows as ladder_rows
 
     settings = ExportSettings(
         model=model,
@@ -358,6 +385,8 @@ def export_openvino(
         int8=int8,  # type: ignore[arg-type]
         calibration_images=calibration_images,
         int8_max_drop=int8_max_drop,
+        int8_max_rung=int8_max_rung,  # type: ignore[arg-type]
+        int8_minutes=int8_minutes,
         certificate=certificate,
         test_parity=test_parity,
         embed_preprocessing=embed_preprocessing,
@@ -369,6 +398,13 @@ def export_openvino(
         console.table(f"{name}: certificate {values['verdict']}, {values['n']} images", *table_rows(values))
         for name, values in certificates.items()
     ]
+    tables += [
+        console.table(
+            f"{name}: INT8 {values['int8']['decision']}: {values['int8']['reason']}", *ladder_rows(values["int8"])
+        )
+        for name, values in certificates.items()
+        if values["int8"]["rungs"]
+    ]
     _answer({"path": str(path), "certificates": certificates}, as_json, *tables, str(path))
 
 
@@ -376,8 +412,12 @@ def bench_fps(
     path: Annotated[Path, typer.Argument(help="openvino/ folder, deploy.json or model.xml.")],
     scope: Annotated[str, typer.Option(help="model, frames, files (comma between).")] = "model,frames,files",
     vs: Annotated[
-        str, typer.Option(help="naive, naive-default, onnxruntime, torch, benchmark_app, model-api; all; none.")
-    ] = "naive",
+        str | None,
+        typer.Option(
+            help="naive, naive-default, onnxruntime, torch, benchmark_app, model-api, ncnn, edgedistill-cpp; all; none"
+            " (default: naive, and edgedistill-cpp where it is built)."
+        ),
+    ] = None,
     images: Annotated[list[str] | None, typer.Option(help="Files or folders (default: the run's val split).")] = None,
     precision: Annotated[str, typer.Option(help="Of our own: f32, bf16, int8 (default: all that there are).")] = "",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
@@ -395,8 +435,11 @@ def bench_fps(
     """Measure frames a second in three scopes, interleaved with the peers."""
     from edgedistill.benchmarks.bench_fps import BenchSettings
     from edgedistill.benchmarks.bench_fps import bench_fps as bench
-    from edgedistill.benchmarks.target import PEERS
+    from edgedistill.benchmarks.target import CPP, CPP_PROGRAM, PEERS
+    from edgedistill.runtime.cpp_programs import find_cpp_program
 
+    if vs is None:
+        vs = f"naive,{CPP}" if find_cpp_program(CPP_PROGRAM) else "naive"
     peers = tuple(PEERS) if vs == "all" else () if vs == "none" else _listed(vs)
     settings = BenchSettings(
         path=path,
@@ -420,6 +463,65 @@ def bench_fps(
 
 def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@app.command()
+def tune(
+    targets: Annotated[
+        list[Path], typer.Argument(help="openvino/ folders or runs; with --prepare model.pt files or runs.")
+    ],
+    data: Annotated[str | None, typer.Option(help="Val images (default: val.csv or dataset.csv of the first).")] = None,
+    minutes: Annotated[float, typer.Option(help="Time for everything.")] = 10.0,
+    w: Annotated[float, typer.Option("--w", help="Weight of the accuracy in the score.")] = 0.7,
+    fps_target: Annotated[float | None, typer.Option(help="Frames a second that score in full.")] = None,
+    metric: Annotated[str, typer.Option(help="accuracy or macro-f1.")] = "accuracy",
+    scope: Annotated[str, typer.Option(help="files, frames or model.")] = "files",
+    min_fps: Annotated[float | None, typer.Option(help="The most accurate that reaches this.")] = None,
+    max_p99_ms: Annotated[float | None, typer.Option(help="The most accurate within this latency.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="The fastest that loses at most this share.")] = None,
+    sizes: Annotated[str, typer.Option(help="Resolutions in pixels (default: around each student's own).")] = "",
+    images: Annotated[int, typer.Option(help="At most so many val images.")] = 2000,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write (default: the first one's).")] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="On the training machine: write candidates and val.csv to --out.")
+    ] = False,
+    with_images: Annotated[
+        bool, typer.Option("--with-images", help="With --prepare: also copy the val images into OUT/val.")
+    ] = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Find the deployment with the best score on this machine, by measuring: deploy.json."""
+    if prepare:
+        from edgedistill.export.prepare import PrepareSettings, prepare_candidates
+
+        path = prepare_candidates(PrepareSettings(tuple(targets), out, data=data, with_images=with_images))
+        _answer({"path": str(path)}, as_json, str(path))
+        return
+    from edgedistill.benchmarks.score import Objective
+    from edgedistill.benchmarks.tuner import TuneSettings
+    from edgedistill.benchmarks.tuner import tune as find_best
+    from edgedistill.errors import UsageError
+
+    if not all(part.isdecimal() for part in _listed(sizes)):
+        raise UsageError(f"--sizes {sizes}: expected numbers of pixels with commas between")
+    result = find_best(
+        TuneSettings(
+            targets=tuple(targets),
+            objective=Objective(w, fps_target, metric, scope, min_fps, max_p99_ms, max_drop),
+            data=data,
+            minutes=minutes,
+            sizes=tuple(int(part) for part in _listed(sizes)),
+            images=images,
+            seed=seed,
+            out=out,
+            resume=resume,
+        )
+    )
+    files = [result.folder / "deploy.json", result.folder / "tune.json", *([result.picture] if result.picture else [])]
+    values = result.record | {"path": str(result.folder / "deploy.json")}
+    _answer(values, as_json, result.table(), *result.record["explanation"], *map(str, files))
 
 
 @app.command()
@@ -447,6 +549,33 @@ def predict(
             typer.echo(json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else answer.line())
     if errors:
         raise typer.Exit(1)
+
+
+@app.command()
+def package(
+    path: Annotated[Path, typer.Argument(help="openvino/ folder of a run.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Archive to write (default: RUN-linux-MACHINE.tar.gz beside the folder)."),
+    ] = None,
+    programs: Annotated[
+        Path | None, typer.Option(help="Folder of the built C++ programs (default: build/cpp/bin).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Pack model, C++ programs and their libraries into one archive that runs where nothing is installed."""
+    from edgedistill.runtime.package import PackageSettings
+    from edgedistill.runtime.package import package as pack
+
+    made = pack(PackageSettings(path, out, programs))
+    values = {
+        "path": str(made.path),
+        "unpacked_bytes": made.unpacked_bytes,
+        "packed_bytes": made.packed_bytes,
+        "files": list(made.files),
+    }
+    sizes = f"{made.unpacked_bytes / 1e6:.1f} MB unpacked, {made.packed_bytes / 1e6:.1f} MB packed"
+    _answer(values, as_json, f"{made.path}: {len(made.files)} files, {sizes}")
 
 
 @app.command()

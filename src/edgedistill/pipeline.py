@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgedistill import __version__, console
-from edgedistill.artifacts import RunDir, read_json, settings_dict, sweep, write_json
+from edgedistill.artifacts import RunDir, atomic_path, read_json, settings_dict, sha256_file, sweep, write_json
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
@@ -32,10 +34,12 @@ __all__ = [
     "DataSettings",
     "DistillResult",
     "DistillSettings",
+    "NamedStudent",
     "TeachSettings",
     "comparison_table",
     "distill",
     "freeze",
+    "parse_students",
     "teach",
 ]
 
@@ -53,22 +57,80 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class DistillSettings:
-    """One run. ``baseline``: train the same student on hard labels too, under the same budget, and compare.
+class NamedStudent:
+    """A student and its ``label``: its name in files and tables, such as 'mbv4s' or, at a size of its own, 'mbv4s-160'."""
 
-    ``soft_labels``: a folder of an earlier run over the same data, in place of new teachers.
+    label: str
+    settings: StudentSettings
+
+
+Baselines = Literal["all", "first", "none"]
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """One run. ``student``: the first, which becomes model.pt; ``others``: more of them from the same soft labels.
+
+    ``label``: the first one's, asked for only where there are others. ``baselines``: which students are trained on hard
+    labels too, under the same budget, and compared. ``soft_labels``: a folder of an earlier run over the same data, in
+    place of new teachers. Raises UsageError for two students of one label.
     """
 
     data: DataSettings
     out: Path
     teacher: TeacherSettings
     student: StudentSettings
-    baseline: bool = True
+    label: str = ""
+    others: tuple[NamedStudent, ...] = ()
+    baselines: Baselines = "first"
     soft_labels: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.baselines not in ("all", "first", "none"):
+            raise UsageError(f"--baselines {self.baselines}: expected all, first or none")
+        labels = [student.label for student in self.students]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise UsageError(
+                f"--student names {', '.join(twice)} twice; name each once, or with another size: NAME@160"
+            )
         if not self.student.distillation and self.soft_labels is not None:
             raise UsageError("--no-distillation and --soft-labels contradict each other; give one of them")
+
+    @property
+    def students(self) -> tuple[NamedStudent, ...]:
+        return (NamedStudent(self.label, self.student), *self.others)
+
+    def has_baseline(self, student: NamedStudent) -> bool:
+        """Whether it is trained on hard labels beside its distilled self."""
+        first = student.label == self.label
+        return student.settings.distillation and (self.baselines == "all" or (self.baselines == "first" and first))
+
+
+def parse_students(names: str, weights: str, base: StudentSettings) -> tuple[NamedStudent, ...]:
+    """'mbv3s,mbv4s@160' -> students like ``base``, each with its network and where it has one its resolution in pixels.
+
+    ``weights``: one choice for all, or one for each with commas between. Raises UsageError for what cannot be read.
+    """
+    parts = [part.strip() for part in names.split(",") if part.strip()]
+    choices = [choice.strip() for choice in weights.split(",")]
+    if not parts:
+        raise UsageError(f"--student {names!r}: expected networks with commas between, such as mbv3s,lcnet@160")
+    if len(choices) not in (1, len(parts)):
+        raise UsageError(
+            f"--student-weights: {len(choices)} for {len(parts)} students; give one for all, or one for each"
+        )
+    students = []
+    for part, choice in zip(parts, choices * len(parts) if len(choices) == 1 else choices, strict=True):
+        name, at, size = part.partition("@")
+        if at and not size.isdecimal():
+            raise UsageError(f"--student {part}: expected NAME or NAME@SIZE with the size in pixels, such as mbv3s@160")
+        label = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{name}-{int(size)}" if at else name)
+        image_size = int(size) if at else base.image_size
+        students.append(
+            NamedStudent(label, dataclasses.replace(base, name=name, weights=choice, image_size=image_size))
+        )
+    return tuple(students)
 
 
 @dataclass(frozen=True)
@@ -82,9 +144,10 @@ class TeachSettings:
 
 @dataclass(frozen=True)
 class DistillResult:
-    """``model``: model.pt. ``evaluation``: evaluation.json as a dict."""
+    """``model``: model.pt; ``models``: each student's, by label. ``evaluation``: evaluation.json as a dict."""
 
     model: Path
+    models: dict[str, Path]
     evaluation: dict[str, Any]
 
 
@@ -151,24 +214,61 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
 def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     """The whole job, from photographs to model.pt and the one evaluation on the test split."""
     needs_teachers = settings.student.distillation and settings.soft_labels is None
-    refuse_early([settings.student, *([settings.teacher] if needs_teachers else [])])
+    students = [student.settings for student in settings.students]
+    refuse_early([*students, *([settings.teacher] if needs_teachers else [])])
     run = RunDir(settings.out)
     dataset = freeze(settings.data, run, resume=resume)
     record(settings, run, dataset, resume=resume)
-    student = settings.student
     models: dict[str, list[Path]] = {}
-    if student.distillation:
-        labels = settings.soft_labels
-        if labels is None:
-            labels = train_teachers(settings.teacher, dataset, run, resume=resume)
-            models["teacher"] = [run.teacher(fold) / "model.pt" for fold in range(dataset.fold_count)]
-        train_student(student, dataset, run, soft_labels=labels, out=run.model, resume=resume)
-        models["student"] = [run.model]
-    if settings.baseline or not student.distillation:
-        # Without distillation the hard-label student is the run's model; else it stands beside it to be compared.
-        hard = dataclasses.replace(student, distillation=False)
-        out = run.hard_label_student / "model.pt" if student.distillation else run.model
-        train_student(hard, dataset, run, soft_labels=None, out=out, resume=resume)
-        models["hard_label_student"] = [out]
-    path = evaluate_test(run, dataset, models, device=student.device)
-    return DistillResult(run.model, read_json(path, format=EVALUATION_FORMAT))
+    labels = settings.soft_labels
+    if needs_teachers:
+        labels = train_teachers(settings.teacher, dataset, run, resume=resume)
+        models["teacher"] = [run.teacher(fold) / "model.pt" for fold in range(dataset.fold_count)]
+    outputs: dict[str, Path] = {}
+    for student in settings.students:
+        found = _train(settings, student, dataset, run, soft_labels=labels, resume=resume)
+        models |= {name: [path] for name, path in found.items()}
+        outputs[student.label] = next(iter(found.values()))
+    path = evaluate_test(run, dataset, models, device=settings.student.device)
+    return DistillResult(run.model, outputs, read_json(path, format=EVALUATION_FORMAT))
+
+
+def _train(
+    settings: DistillSettings,
+    student: NamedStudent,
+    dataset: Dataset,
+    run: RunDir,
+    *,
+    soft_labels: Path | None,
+    resume: bool,
+) -> dict[str, Path]:
+    """One student, then its hard-label baseline where it is wanted; their names in the evaluation and their files.
+
+    The first keeps the names of a run with one student, so that others can be added to a finished run. Without
+    distillation the hard-label student is the run's model; else it stands beside it to be compared.
+    """
+    first, label = student.label == settings.label, student.label
+    kind = "student" if student.settings.distillation else "hard_label_student"
+    end = "" if first else f"-{label}"
+    hard_folder = run.hard_label_student if first else run.other_hard_label_student(label)
+    distilled_folder = run.student if first else run.other_student(label)
+    folder = distilled_folder if student.settings.distillation else hard_folder
+    out = run.model if first else run.model_of(label)
+    train_student(student.settings, dataset, run, soft_labels=soft_labels, out=out, resume=resume, folder=folder)
+    if first and settings.others:
+        _copy_of(out, run.model_of(label))
+    found = {f"{kind}{end}": out}
+    if settings.has_baseline(student):
+        hard = dataclasses.replace(student.settings, distillation=False)
+        out = hard_folder / "model.pt"
+        train_student(hard, dataset, run, soft_labels=None, out=out, resume=resume, folder=hard_folder)
+        found[f"hard_label_student{end}"] = out
+    return found
+
+
+def _copy_of(model: Path, target: Path) -> None:
+    """model.pt under the first student's own name too."""
+    if target.exists() and sha256_file(target) == sha256_file(model):
+        return
+    with atomic_path(target) as temporary:
+        shutil.copyfile(model, temporary)

@@ -17,7 +17,7 @@ from edgedistill import console
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.sources import open_source
-from edgedistill.pipeline import DistillSettings
+from edgedistill.pipeline import DistillSettings, NamedStudent
 from edgedistill.training.loop import make_optimizer
 from edgedistill.training.models import create_model
 from edgedistill.training.settings import TrainSettings, choose_device
@@ -87,7 +87,8 @@ def make_plan(settings: DistillSettings) -> Plan:
     steps = []
     if settings.student.distillation and settings.soft_labels is None:
         steps.append(_teachers(settings, counts, classes, dataset.fold_count))
-    steps += _students(settings, counts, classes)
+    for student in settings.students:
+        steps += _students(settings, student, counts, classes)
     return Plan(counts, classes, tuple(steps))
 
 
@@ -101,17 +102,19 @@ def _teachers(settings: DistillSettings, counts: dict[str, int], classes: int, f
     return _step(f"{folds} teachers, {settings.teacher.name}", trained + looked_at, seconds, cost, disk)
 
 
-def _students(settings: DistillSettings, counts: dict[str, int], classes: int) -> list[PlanStep]:
-    student = settings.student
+def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, int], classes: int) -> list[PlanStep]:
+    """One student and its hard-label baseline where it has one: the same budget."""
+    student = named.settings
     cost = _measure(student, classes)
     epochs = student.epochs + student.extra_epochs
     trained = epochs * counts["train"]
     looked_at = epochs * counts["val"] + counts["test"] + counts["train"]
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)
     names = ["student"] if student.distillation else []
-    names += ["hard-label student"] if settings.baseline or not student.distillation else []
+    names += ["hard-label student"] if settings.has_baseline(named) or not student.distillation else []
     return [
-        _step(f"{name}, {student.name}", trained + looked_at, seconds, cost, 5 * cost.weights_mib) for name in names
+        _step(f"{name}, {named.label or student.name}", trained + looked_at, seconds, cost, 5 * cost.weights_mib)
+        for name in names
     ]
 
 

@@ -69,6 +69,17 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One dot of a scatter chart; ``label`` goes into the description of those who cannot see it."""
+
+    x: float
+    y: float
+    color: str
+    label: str = ""
+    radius: float = 3.0
+
+
+@dataclass(frozen=True)
 class ReliabilityBin:
     """``confidence`` and ``accuracy`` are means over the bin's images; low and high bound the accuracy (95%)."""
 
@@ -146,6 +157,25 @@ def line_chart(
             )
     ends = [f"{line.label} ends at {unit.value(line.y[-1])}" for line in drawn if line.y][:8]
     return _svg(204, parts, "; ".join([alt, *ends]))
+
+
+def scatter_chart(points: Sequence[Point], front: Series, *, alt: str, x_label: str, unit: Unit = PLAIN) -> Markup:
+    """Dots of two measures and a line through some of them. Values that are not finite are left out."""
+    shown = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
+    xs, ys = [point.x for point in shown] or [0.0, 1.0], [point.y for point in shown] or [0.0, 1.0]
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs), 5), nice_ticks(min(ys), max(ys))
+    axes = _Axes((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), 52, 350, 12, 212)
+    parts = [_y_axis(axes, y_ticks, unit), _x_axis(axes, x_ticks, PLAIN, x_label)]
+    line = _thin(front)
+    if len(line.x) > 1:
+        path = " ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in zip(line.x, line.y, strict=True))
+        parts.append(f'<polyline class="line c-{line.color}" points="{path}"/>')
+    for point in sorted(shown, key=lambda point: point.radius):
+        parts.append(
+            f'<circle class="dot c-{point.color}" cx="{axes.x(point.x)}" cy="{axes.y(point.y)}" r="{point.radius}"/>'
+        )
+    named = [f"{point.label}: {unit.value(point.y)} at {compact(point.x)}" for point in shown if point.label][:8]
+    return _svg(248, parts, "; ".join([alt, *named]))
 
 
 def interval_chart(

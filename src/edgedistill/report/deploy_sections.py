@@ -34,6 +34,14 @@ MAX_BARS = 12
 MAX_PANELS = 9
 MAX_ROWS = 60
 MAX_FACTS = 40
+MAX_RUNGS = 24
+RUNG_NAMES = {
+    "plain": "1, plain",
+    "ranges": "2, ranges",
+    "float-layers": "3, layers in float",
+    "accuracy-control": "4, accuracy control",
+    "qat": "5, training",
+}
 CERTIFICATE_DETAILS = (
     ("files_vs_frames", "Reduced in the JPEG decoder against reduced after decoding"),
     ("fusion", "Fusion"),
@@ -70,6 +78,8 @@ def _certificate(name: str, certificate: dict[str, Any]) -> Iterator[Block]:
     columns = certificate.get("columns") or ()
     if columns:
         yield _columns_table(columns)
+    for form in [form for form in certificate.get("not_run") or () if isinstance(form, dict)][:4]:
+        yield Callout("note", f"{shorten(form.get('name'))} not run: {shorten(form.get('reason'), 300)}")
     yield from _int8(certificate.get("int8") or {})
     worst = [item for item in certificate.get("worst") or () if isinstance(item, dict)][:20]
     if worst:
@@ -86,27 +96,78 @@ def _certificate(name: str, certificate: dict[str, Any]) -> Iterator[Block]:
 
 
 def _int8(int8: dict[str, Any]) -> Iterator[Block]:
-    """The decision with its reason, and every attempt that was measured on the way."""
+    """The decision with its reason; the attempts have a section of their own."""
     if int8.get("decision"):
         level = "good" if int8["decision"] == "shipped" else "note"
         reason = shorten(int8.get("reason") or "no reason recorded", 300)
         yield Callout(level, f"INT8 {shorten(int8['decision'])}: {reason}")
-    rungs = [rung for rung in int8.get("rungs") or () if isinstance(rung, dict)][:24]
-    if not rungs:
-        return
-    rows = tuple(
-        (
-            shorten(rung.get("name")),
-            count(rung.get("float_layers")),
-            percent(rung.get("top1"), 2),
-            points(-(finite(rung.get("drop")) or 0.0)),
-            number(rung.get("speed_ratio"), 2),
+
+
+def ladder_section(record: RunRecord) -> Section:
+    """How INT8 was sought: each rung with its accuracy and speed, of every exported network."""
+    title = "INT8 ladder"
+    ladders = [(name, certificate["int8"]) for name, certificate in record.certificates if certificate.get("int8")]
+    if not ladders:
+        return Section("ladder", title, (Missing("INT8 has not been tried", record.command("export")),))
+    blocks: list[Block] = [
+        Text(
+            "INT8 is sought by ever dearer means, and the first that is both within the accuracy budget and faster than "
+            "FP32 on that machine is shipped. Accuracy is on val; speed is the median over rounds in which both take "
+            "turns, one image at a time, with a 95% interval."
         )
-        for rung in rungs
+    ]
+    for name, int8 in ladders[:8]:
+        blocks += [Heading(shorten(name)), *_int8(int8), *_ladder(int8)]
+    return Section("ladder", title, tuple(blocks))
+
+
+def _ladder(int8: dict[str, Any]) -> Iterator[Block]:
+    rungs = [rung for rung in int8.get("rungs") or () if isinstance(rung, dict)]
+    measured = [rung for rung in rungs if not rung.get("skipped")][:MAX_RUNGS]
+    if measured:
+        chosen = [index for index, rung in enumerate(measured) if rung.get("name") == int8.get("chosen")]
+        columns = ("what", "rung", "top-1", "points against FP32", "KL from FP32, nats", "layers in float", "images/s")
+        caption = (
+            f"Attempts on {count(int8.get('val_images'))} val images, calibrated on "
+            f"{count(int8.get('calibration_images'))} images"
+        )
+        rows = tuple(_rung_row(rung) for rung in measured)
+        yield Table(caption, (*columns, "× FP32 speed"), rows, strong_row=chosen[0] if chosen else None)
+        yield Charts((_speed_figure(measured, int8),))
+    skipped = [rung for rung in rungs if rung.get("skipped")][:MAX_RUNGS]
+    if skipped:
+        words = [f"{_rung_name(rung)}: {shorten(rung['skipped'], 200)}" for rung in skipped]
+        yield Text("Not tried. " + "; ".join(words) + ".")
+
+
+def _rung_name(rung: dict[str, Any]) -> str:
+    return RUNG_NAMES.get(str(rung.get("rung")), shorten(rung.get("rung") or "–"))
+
+
+def _rung_row(rung: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        shorten(rung.get("name"), 80),
+        _rung_name(rung),
+        percent(rung.get("top1"), 2),
+        points(-(finite(rung.get("drop")) or 0.0)),
+        compact(rung.get("kl")),
+        count(rung.get("float_layers")),
+        rate(rung.get("fps")),
+        number(rung.get("speed_ratio"), 2),
     )
-    columns = ("attempt", "layers left in float", "top-1", "points against FP32", "× FP32 speed")
-    summary = f"INT8 attempts, calibrated on {count(int8.get('calibration_images'))} images"
-    yield Details(summary, (Table("INT8 attempts", columns, rows),))
+
+
+def _speed_figure(rungs: list[dict[str, Any]], int8: dict[str, Any]) -> Figure:
+    """Speed of each attempt beside FP32's with its interval; what is not faster than 1 is not worth shipping."""
+    rows = []
+    for rung in rungs[:MAX_BARS]:
+        ratio = finite(rung.get("speed_ratio")) or 0.0
+        bounds = rung.get("speed_ratio_ci95") or rung.get("speed_ratio_range") or (ratio, ratio)
+        low, high = (finite(bound) or ratio for bound in bounds)
+        color = "student" if rung.get("name") == int8.get("chosen") else "peer"
+        rows.append(Interval(shorten(rung.get("name"), 40), color, ratio, low, high, number(ratio, 2)))
+    chart = bar_chart(rows, alt="Speed of each INT8 attempt against FP32", x_label="times the speed of FP32")
+    return Figure("Speed against FP32", chart, f"INT8 is taken from {number(int8.get('min_gain'), 2)} times on.")
 
 
 def _columns_table(columns: list[dict[str, Any]]) -> Table:

@@ -40,7 +40,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student' and 'student-hard-labels' to epoch rows."""
+    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels' and of further students
+    'student-NAME' to epoch rows."""
 
     run: RunDir
     config: dict[str, Any]
@@ -56,6 +57,7 @@ class RunRecord:
     deploy: dict[str, Any] | None
     certificates: tuple[tuple[str, dict[str, Any]], ...]
     benches: tuple[tuple[str, dict[str, Any]], ...]
+    tune: dict[str, Any] | None
     problems: tuple[str, ...]
 
     @property
@@ -79,6 +81,7 @@ class RunRecord:
             "check-data": ["edgedistill", "check-data", data],
             "export": ["export-openvino", str(self.run.model)],
             "bench": ["bench-fps", str(self.run.openvino)],
+            "tune": ["edgedistill", "tune", str(self.run.openvino), "--fps-target", "N"],
         }
         return shlex.join(lines[stage])
 
@@ -136,6 +139,7 @@ def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:
                 "edgedistill-bench",
             )
         ),
+        tune=optional(run.openvino / "tune.json", lambda path: read_json(path, format="edgedistill-tune")),
         problems=tuple(problems),
     )
 
@@ -188,12 +192,20 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _certificate_paths(run: RunDir) -> list[Path]:
-    """Each stage's certificate, then the one of the final evaluation on test where there is one."""
-    return sorted(run.openvino.glob("stages/*/certificate*.json"), key=lambda path: (path.parent, len(path.name)))
+    """Each stage's certificate, then the one of the final evaluation on test where there is one; openvino/, then the
+    folders openvino-NAME/ of further students."""
+    others = sorted(path for path in run.root.glob("openvino-*") if not path.name.endswith("-failed"))
+    return [
+        path
+        for folder in (run.openvino, *others)
+        for path in sorted(folder.glob("stages/*/certificate*.json"), key=lambda path: (path.parent, len(path.name)))
+    ]
 
 
 def _stage_name(path: Path) -> str:
-    return path.parent.name + (", on the test split" if path.name == "certificate-test.json" else "")
+    folder = path.parents[2].name
+    stage = path.parent.name + ("" if folder == "openvino" else f" in {folder}")
+    return stage + (", on the test split" if path.name == "certificate-test.json" else "")
 
 
 def _read_all(paths: list[Path], optional: Any, format: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -204,8 +216,10 @@ def _read_all(paths: list[Path], optional: Any, format: str) -> list[tuple[Path,
 def _read_metrics(run: RunDir, optional: Any) -> dict[str, Rows]:
     """The epochs that are done, also while training still runs; an epoch logged again after a resume counts once."""
     folders = sorted((run.root / "teacher").glob("fold-*"), key=lambda path: (len(path.name), path.name))
+    students = [run.student, run.hard_label_student]
+    students += sorted(path for path in run.root.glob("student-*") if path.is_dir() and path not in students)
     metrics = {}
-    for folder in (*folders, run.student, run.hard_label_student):
+    for folder in (*folders, *students):
         rows = optional(folder / "metrics.jsonl", read_jsonl) or []
         unique = {(str(row.get("phase", "")), row.get("epoch")): row for row in rows if isinstance(row, dict)}
         if unique:

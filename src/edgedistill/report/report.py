@@ -13,7 +13,7 @@ import edgedistill
 from edgedistill.artifacts import RunDir, write_text
 from edgedistill.report.blocks import Callout, Section
 from edgedistill.report.data_sections import data_section, folds_section
-from edgedistill.report.deploy_sections import certificate_section, speed_section
+from edgedistill.report.deploy_sections import certificate_section, ladder_section, speed_section
 from edgedistill.report.quality_sections import (
     comparison_section,
     confusion_section,
@@ -23,6 +23,7 @@ from edgedistill.report.quality_sections import (
 from edgedistill.report.record import RunRecord, read_record
 from edgedistill.report.summary_sections import headline_section, lead_sentence, making_section
 from edgedistill.report.training_sections import curves_section, oof_section
+from edgedistill.report.tuning_sections import tuning_section
 from edgedistill.report.wording import clean, percent, shorten
 
 SECTIONS: tuple[tuple[str, str, Callable[[RunRecord], Section]], ...] = (
@@ -36,7 +37,9 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunRecord], Section]], ...] = (
     ("reliability", "Reliability", reliability_section),
     ("mistakes", "Most confident mistakes", mistakes_section),
     ("certificate", "Export certificate", certificate_section),
+    ("ladder", "INT8 ladder", ladder_section),
     ("speed", "Speed", speed_section),
+    ("tuning", "Tuning", tuning_section),
     ("making", "How it was made", making_section),
 )
 

@@ -69,6 +69,7 @@ def _cards(record: RunRecord) -> list[Card]:
         ("majority", "Always the largest class", "majority"),
         ("hard_label_student", "Same student without distillation", "hard"),
         ("teacher", "Teacher", "teacher"),
+        *((name, f"{model_name(name).capitalize()}", "peer") for name in _other_students(models)),
     ):
         if name in models and name not in seen:
             seen.add(name)
@@ -79,6 +80,10 @@ def _cards(record: RunRecord) -> list[Card]:
         cards.insert(0, Card("Distilled student, test accuracy", "–", "not evaluated yet", "student"))
     cards.insert(1, _speed_card(record))
     return cards
+
+
+def _other_students(models: dict[str, Any]) -> list[str]:
+    return [name for name in models if name.startswith("student-")][:6]
 
 
 def _speed_card(record: RunRecord) -> Card:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from edgedistill.report.blocks import Block, Callout, Charts, Figure, Heading, Key, Missing, Section, Table, Text
 from edgedistill.report.charts import PERCENT, PLAIN, Series, Unit, line_chart
 from edgedistill.report.record import Rows, RunRecord
-from edgedistill.report.wording import compact, count, duration, finite, number, percent, rate
+from edgedistill.report.wording import compact, count, duration, finite, model_name, number, percent, rate
 
 MAX_LINES = 8
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
@@ -30,7 +30,7 @@ CURVES: tuple[tuple[str, str, Unit, tuple[float, float] | None], ...] = (
 
 def curves_section(record: RunRecord) -> Section:
     teachers = {name: rows for name, rows in record.metrics.items() if name.startswith("fold-")}
-    students = {name: rows for name, rows in record.metrics.items() if name in STUDENTS}
+    students = {name: rows for name, rows in record.metrics.items() if name.startswith("student")}
     blocks: list[Block] = []
     if teachers:
         styles = {
@@ -42,14 +42,27 @@ def curves_section(record: RunRecord) -> Section:
             blocks.append(Text(f"The charts show the first {MAX_LINES} of {len(teachers)} folds."))
     else:
         blocks.append(Missing("No teacher has finished an epoch", record.command("distill")))
+    looks = _student_styles(students)
     if students:
-        blocks += [Heading("Students"), _charts(students, STUDENTS), _effort(students, STUDENTS)]
+        blocks += [Heading("Students"), _charts(students, looks), _effort(students, looks)]
     else:
         blocks.append(Missing("No student has finished an epoch", record.command("distill")))
     if students and "student-hard-labels" not in students:
         blocks.append(Missing("No hard-label student to compare with", f"{record.command('distill')} --baseline"))
     waiting = _waiting_callout(record)
     return Section("curves", "Training curves", tuple(blocks if waiting is None else [*blocks, waiting]))
+
+
+def _student_styles(students: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """(label, colour, dash) of each; further students take the folds' colours, a hard-label one is dashed."""
+    styles = dict(STUDENTS)
+    labels: list[str] = []
+    for name in (name for name in students if name not in STUDENTS):
+        label = name.removeprefix("student-").removesuffix("-hard-labels")
+        labels += [label] if label not in labels else []
+        kind, dash = ("hard_label_student", "6 3") if name.endswith("-hard-labels") else ("student", "")
+        styles[name] = (model_name(f"{kind}-{label}"), f"fold{labels.index(label) % 6}", dash)
+    return styles
 
 
 def oof_section(record: RunRecord) -> Section:

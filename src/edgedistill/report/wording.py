@@ -95,6 +95,10 @@ def duration(seconds: float) -> str:
 
 
 def model_name(key: str) -> str:
+    """'student' -> 'distilled student'; of a run with several, 'student-lcnet' -> 'distilled student lcnet'."""
+    for kind in ("student", "hard_label_student"):
+        if key.startswith(f"{kind}-"):
+            return f"{MODEL_NAMES[kind]} {shorten(key.removeprefix(f'{kind}-'), 32)}"
     return MODEL_NAMES.get(key, shorten(key))
 
 
@@ -105,8 +109,9 @@ def verdict(bounds: Sequence[float]) -> str:
 
 
 def level(pair: dict[str, Any]) -> str:
-    """How a comparison is marked. A student behind its teacher is what distillation expects: no alarm, no triumph."""
-    if "teacher" in (pair["a"], pair["b"]):
+    """How a comparison is marked. A student behind its teacher is what distillation expects, and of two students the
+    smaller one may well be the worse: no alarm, no triumph."""
+    if "teacher" in (pair["a"], pair["b"]) or pair["b"] == "student":
         return "note"
     return {"better": "good", "worse": "bad"}.get(verdict(pair["ci95"]), "note")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from edgedistill.training.settings import choose_device
 
 EVALUATION_FORMAT = "edgedistill-evaluation"
 MAJORITY = "majority"
-PAIRS = (("student", MAJORITY), ("student", "hard_label_student"), ("teacher", "student"))
 PAIRED_METRICS: tuple[MetricName, ...] = ("accuracy", "macro_f1")
 
 Probabilities = npt.NDArray[np.float32]
@@ -40,7 +40,7 @@ def evaluate_test(
 ) -> Path:
     """Write evaluation/evaluation.json, test_ids.npy, test_labels.npy and NAME.probs.npy (float32 [N, C]) per model.
 
-    ``models``: 'student', 'hard_label_student', 'teacher' ... to their model.pt files; several files are an ensemble
+    ``models``: 'student', 'hard_label_student', 'teacher', 'student-NAME' ... to their model.pt files; several files are an ensemble
     whose probabilities are averaged. The majority baseline comes from the training labels. Raises DataError without a
     test split and ArtifactError for a model of other classes or another data set.
     """
@@ -66,14 +66,22 @@ def evaluate_test(
         "classes": list(dataset.class_names),
         "models": {name: _row(values, labels) for name, values in probabilities.items()},
         "paired": [
-            _pair(a, b, metric, probabilities, labels)
-            for a, b in PAIRS
-            if a in probabilities and b in probabilities
-            for metric in PAIRED_METRICS
+            _pair(a, b, metric, probabilities, labels) for a, b in pairs_of(probabilities) for metric in PAIRED_METRICS
         ],
     }
     write_json(run.evaluation / "evaluation.json", result, format=EVALUATION_FORMAT)
     return run.evaluation / "evaluation.json"
+
+
+def pairs_of(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Who is compared with whom: each student with the majority, with its own hard-label form and with the first
+    student; the teacher with the first student. 'student' is the first, 'student-NAME' another."""
+    known = list(names)
+    pairs = [("student", MAJORITY), ("student", "hard_label_student"), ("teacher", "student")]
+    for label in [name.removeprefix("student-") for name in known if name.startswith("student-")]:
+        name = f"student-{label}"
+        pairs += [(name, MAJORITY), (name, f"hard_label_student-{label}"), (name, "student")]
+    return [(a, b) for a, b in pairs if a in known and b in known]
 
 
 def _majority(dataset: Dataset, count: int) -> Probabilities:

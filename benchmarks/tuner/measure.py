@@ -1,0 +1,247 @@
+"""The measurements that the search asks for, behind one seam: ``Bench`` is the real one, tests bring simulated ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.benchmarks.machine import package_versions
+from edgedistill.benchmarks.score import Objective
+from edgedistill.benchmarks.target import OWN
+from edgedistill.benchmarks.timing import CandidateError, Slice, Worker, WorkerCase
+from edgedistill.benchmarks.tuner.space import Deployment, Host, Student, Variant, default_serving
+from edgedistill.benchmarks.tuner.valset import ValSet
+from edgedistill.errors import ArtifactError, ModelError
+from edgedistill.images import DecodeMode, EncodedImage
+from edgedistill.runtime import Engine
+from edgedistill.runtime.bundle import (
+    Bundle,
+    DeployConfig,
+    LatencySettings,
+    ScoreSettings,
+    Stage,
+    ThroughputSettings,
+    int8_path,
+    write_deploy,
+)
+
+Mode = Literal["throughput", "latency"]
+# One worker holds a heat in memory at once; a board with a gigabyte has to bear it.
+IMAGES = 256
+IMAGE_BYTES = 32 << 20
+FRAMES = 32
+HEADERS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time. ``rows``: val images in the order in which they are fed; every stretch of it is like the whole.
+
+    ``threads``: of the latency mode; None: the runtime's choice.
+    """
+
+    deployment: Deployment
+    temperatures: tuple[float, ...]
+    rows: tuple[int, ...]
+    scope: str
+    mode: Mode = "throughput"
+    threads: int | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.deployment.key} | {self.mode} {self.scope}" + (f" {self.threads}t" if self.threads else "")
+
+
+class TimedRunner(Protocol):
+    """``settings``: what really ran, read back."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    def run(self, seconds: float) -> Slice: ...
+
+
+class Bench(Protocol):
+    """What the search needs to know about the world. ``start_s`` and ``prepare_s``: first guesses of what a heat and a
+    case cost before anything is measured."""
+
+    start_s: float
+    prepare_s: float
+
+    def clock(self) -> float: ...
+    def logits(self, variant: Variant, decode: DecodeMode) -> npt.NDArray[np.float32]: ...
+    def prepared(self, cases: Sequence[Case]) -> Any: ...
+    def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+    def shared_decoding(self, fast: Variant, slow: Variant, decode: DecodeMode) -> float: ...
+    def decoding_differs(self, variant: Variant) -> bool: ...
+
+
+def deploy_config(case: Case, students: dict[str, Student], objective: Objective, host: Host) -> DeployConfig:
+    """The deploy.json of a case; stage paths are ``stages/STUDENT/model.xml``."""
+    deployment, stages = case.deployment, []
+    for number, variant in enumerate(deployment.stages):
+        student = students[variant.student]
+        last = number == len(deployment.stages) - 1
+        stages.append(
+            Stage(
+                model=f"stages/{student.name}/model.xml",
+                sha256=student.sha256,
+                input_spec=student.spec.resized(*variant.size),
+                temperature=case.temperatures[number],
+                exit_threshold=None if last else deployment.exit_threshold,
+                int8_sha256=student.int8_sha256,
+            )
+        )
+    serving = deployment.serving
+    return DeployConfig(
+        stages=tuple(stages),
+        latency=LatencySettings(deployment.precision, case.threads),
+        throughput=ThroughputSettings(
+            deployment.precision, serving.streams, serving.threads, serving.batch, serving.pinning
+        ),
+        decode=deployment.decode,
+        score=ScoreSettings(objective.w, objective.metric, objective.scope, objective.fps_target),
+        cpu=host.cpu,
+        versions=package_versions(),
+    )
+
+
+def copy_student(student: Student, folder: Path) -> None:
+    """model.xml and .bin, and their INT8 forms, as links where the file system has them. ``folder``: it is made.
+
+    Raises ArtifactError when they cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        source = student.root / student.model
+        for path in (source, int8_path(source)):
+            if path.is_file() and (path == source or student.int8_sha256 is not None):
+                for suffix, target in ((".xml", "model"), (".bin", "model")):
+                    name = target + ("-int8" if path != source else "") + suffix
+                    _link(path.with_suffix(suffix), folder / name)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: cannot be written ({error.strerror}); free some space or name another --out"
+        ) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class RealBench:
+    """Measures on this machine. ``scratch``: a folder of its own, deleted by the caller."""
+
+    start_s, prepare_s = 2.0, 1.5
+
+    def __init__(
+        self, students: Sequence[Student], val: ValSet, objective: Objective, host: Host, *, scratch: Path
+    ) -> None:
+        self._students = {student.name: student for student in students}
+        self._val, self._objective, self._host, self._scratch = val, objective, host, scratch
+        self._written = 0
+        for student in students:
+            copy_student(student, scratch / "stages" / student.name)
+        self._reduction = cache(self._reductions)
+
+    def clock(self) -> float:
+        return time.perf_counter()
+
+    def logits(self, variant: Variant, decode: DecodeMode) -> npt.NDArray[np.float32]:
+        """float32 [N, C]: log-probabilities at temperature 1 (logits up to a constant) of the whole runtime, from files.
+
+        Raises ModelError for a network that cannot run at that size or precision, and for an image that cannot be read.
+        """
+        deployment = Deployment((variant,), default_serving(self._host), decode)
+        predictions = self._predictions(Case(deployment, (1.0,), (), "files"))
+        found = np.stack([prediction.probabilities for prediction in predictions]).astype(np.float64)
+        # In float32 two probabilities may round to the same number: the runtime's answer decides.
+        logits = np.log(np.maximum(found, np.finfo(np.float32).tiny)).astype(np.float32)
+        answers = np.array([prediction.index for prediction in predictions])
+        for row in np.flatnonzero(logits.argmax(axis=1) != answers).tolist():
+            logits[row, answers[row]] = np.nextafter(logits[row].max(), np.float32(np.inf))
+        return logits
+
+    def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(answers int64 [N], stage int64 [N]) of the deployable as it is written, over all val images."""
+        predictions = self._predictions(case)
+        return np.array([p.index for p in predictions]), np.array([p.stage for p in predictions])
+
+    def _predictions(self, case: Case) -> list[Any]:
+        bundle = Bundle.load(self._write(case))
+        with Engine(bundle, cache_dir=False) as engine:
+            predictions = list(engine.map(self._val.paths))
+        for prediction in predictions:
+            if prediction.error is not None:
+                raise ModelError(f"{prediction.error}; the tuner needs every val image")
+        return predictions
+
+    def _write(self, case: Case) -> Path:
+        self._written += 1
+        path = self._scratch / f"deploy-{self._written}.json"
+        write_deploy(path, deploy_config(case, self._students, self._objective, self._host))
+        return path
+
+    @contextmanager
+    def prepared(self, cases: Sequence[Case]) -> Iterator[list[WorkerCase | CandidateError]]:
+        """Every case compiled and warmed up in one process, which sleeps between its turns; or why one cannot run."""
+        with Worker([sys.executable, "-m", "edgedistill.benchmarks.tuner.worker"]) as worker:
+            yield [self._prepare(worker, case) for case in cases]
+
+    def _prepare(self, worker: Worker, case: Case) -> WorkerCase | CandidateError:
+        first = case.deployment.stages[0]
+        request = {
+            "candidate": OWN,
+            "deployable": os.fspath(self._write(case)),
+            "precision": None,
+            "cache_dir": False,  # a hundred compiled networks would fill the user's cache
+            "mode": case.mode,
+            "scope": case.scope,
+            "images": [os.fspath(path.resolve()) for path in self._fed(case)],
+            "input_spec": self._students[first.student].spec.resized(*first.size).to_dict(),
+        }
+        try:
+            return WorkerCase.prepare(worker, case.label, request)
+        except CandidateError as error:
+            return error
+
+    def _fed(self, case: Case) -> list[Path]:
+        """The first of the case's rows that fit into memory."""
+        paths: list[Path] = []
+        size = 0
+        for row in case.rows[: FRAMES if case.scope == "frames" else IMAGES]:
+            path = self._val.paths[row]
+            size += path.stat().st_size
+            if paths and size > IMAGE_BYTES:
+                break
+            paths.append(path)
+        return paths
+
+    def shared_decoding(self, fast: Variant, slow: Variant, decode: DecodeMode) -> float:
+        """The share of val images that both stages take from one decoding."""
+        pairs = zip(self._reduction(fast, decode), self._reduction(slow, decode), strict=True)
+        equal = [one == other for one, other in pairs]
+        return sum(equal) / len(equal)
+
+    def decoding_differs(self, variant: Variant) -> bool:
+        """Whether 'full' and 'reduced' are different pixels for some val image: a JPEG that is reduced at all."""
+        return any(k > 1 for k in self._reduction(variant, "reduced"))
+
+    def _reductions(self, variant: Variant, decode: DecodeMode) -> list[int]:
+        spec = self._students[variant.student].spec.resized(*variant.size)
+        step = max(1, len(self._val) // HEADERS)
+        return [EncodedImage(path, decode=decode).decoding_k(spec) for path in self._val.paths[::step]]

@@ -1,0 +1,812 @@
+"""What to measure next: every network's accuracy once, then speed in rounds that get longer as the field gets smaller.
+
+Successive halving, and no model of the space: accuracy is exact after one pass over val and belongs to (student, precision,
+resolution, decoding) alone, so that what is left is to rank speeds under noise, which is a race. A race wants the many
+short looks of the first rung and the long, interleaved ones of the last, and nothing that a base install does not have.
+
+    judge     logits of every variant over val, by the runtime (once; thresholds and temperatures are evaluated on them)
+    screen    speed of every variant that no smaller one beats, served as the runtime does unasked
+    race      the best single networks and the best cascades (estimated from logits and stage times), measured
+    serve     the best three in every way of using the cores
+    final     the best few, interleaved until they differ by more than noise or the time is up
+
+Every heat also measures the same reference deployment, and speeds count as ratios to it, freed of what a round's cases have
+in common: a machine that is slow for a minute is slow for all. FPS = that ratio x the reference's median over the tuning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.benchmarks.score import Objective
+from edgedistill.benchmarks.timing import CandidateError, Slice, interleave, percentiles_ms
+from edgedistill.benchmarks.tuner.cascade import (
+    SEARCHED_POINTS,
+    Curve,
+    cascade_answers,
+    exit_curve,
+    metric_of,
+)
+from edgedistill.benchmarks.tuner.journal import Journal
+from edgedistill.benchmarks.tuner.measure import Bench, Case, Mode
+from edgedistill.benchmarks.tuner.space import (
+    PRECISIONS,
+    Deployment,
+    Host,
+    Student,
+    Variant,
+    default_serving,
+    servings,
+    variants_of,
+)
+from edgedistill.errors import EdgedistillError, ModelError
+from edgedistill.images import DecodeMode
+from edgedistill.metrics import fit_temperature
+
+# Up to which share of the time each phase may last.
+JUDGE_UNTIL, SCREEN_UNTIL, RACE_UNTIL, SERVE_UNTIL, FINAL_UNTIL = 0.3, 0.5, 0.62, 0.76, 0.9
+HEAT = 8  # cases in memory at once, beside the reference
+SHORTEST_S = 0.1
+RACED_SINGLES, RACED_CASCADES, SERVED, FINALISTS = 5, 7, 3, 6
+FINAL_ROUNDS, MORE_ROUNDS, MORE_TIMES = 9, 9, 5
+# Scores nearer than this are equal: half of what two tunings may differ by. Noise below it is not worth more rounds.
+TIE_SCORE = 0.004
+TIE_FPS_SHARE = 0.02
+FASTER_SHARE = 0.05
+# Thresholds that pass on nearly the same share are one.
+SAME_SHARE = 0.01
+SLOW_PER_PRECISION, FAST_PER_PRECISION = 8, 10
+RESAMPLES = 200
+
+
+class TooShortError(EdgedistillError):
+    """The time does not suffice for one comparison."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """One variant on val. ``logits``: float32 [N, C]; ``temperature``: fitted on them; ``metric``: accuracy or macro-F1."""
+
+    logits: npt.NDArray[np.float32]
+    temperature: float
+    metric: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``fps``: images a second; ``error``: its standard error; ``p50_ms``, ``p99_ms``: of the latency mode."""
+
+    fps: float
+    error: float
+    rounds: int
+    p50_ms: float | None = None
+    p90_ms: float | None = None
+    p99_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A deployment with what is known or estimated of it."""
+
+    deployment: Deployment
+    metric: float
+    fps: float
+    value: float
+    p99_ms: float = math.inf
+
+
+@dataclass(frozen=True)
+class Look:
+    """One case in one heat. ``log_ratio``: of its FPS to the reference's, ``error`` its standard error; ``fps``: the median
+    as it was read; ``percentiles``: p50, p90, p99 in ms, medians over rounds, of the latency mode."""
+
+    level: int
+    fps: float
+    log_ratio: float
+    error: float
+    rounds: int
+    percentiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``chosen`` among ``finalists`` (best first); ``tied``: keys that noise does not tell from the best."""
+
+    chosen: Deployment
+    finalists: tuple[Deployment, ...]
+    tied: tuple[str, ...]
+    best: Deployment
+
+
+@dataclass(eq=False)
+class Search:
+    """One tuning. ``labels``: int [N]; ``incumbent``: the deployment that is in place; ``say``: told (phase, best so far).
+
+    ``run`` measures and decides; afterwards ``metric``, ``speed`` and ``value`` answer for every deployment measured.
+    """
+
+    students: Sequence[Student]
+    host: Host
+    labels: npt.NDArray[np.int32]
+    objective: Objective
+    bench: Bench
+    journal: Journal
+    minutes: float = 10.0
+    seed: int = 0
+    sizes: Sequence[int] = ()
+    incumbent: Deployment | None = None
+    say: Callable[[str, str], None] = lambda phase, best: None
+    outputs: dict[tuple[Variant, DecodeMode], Outputs] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    ran_with: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first = self.students[0]
+        self.reference = Deployment((Variant(first.name, "f32", first.size),), default_serving(self.host))
+        self.variants = list(
+            dict.fromkeys(itertools.chain(*(variants_of(student, self.host, self.sizes) for student in self.students)))
+        )
+        self.variants += [
+            stage for stage in (self.incumbent.stages if self.incumbent else ()) if stage not in self.variants
+        ]
+        self.variants.sort(
+            key=lambda variant: variant != self.reference.stages[0]
+        )  # the reference first, else as it was
+        self.looks: dict[str, list[Look]] = {}
+        self.levels: list[float] = []
+        self.deployments: dict[str, Deployment] = {}
+        self.curves: dict[str, Curve] = {}
+        self._start_s, self._prepare_s = self.bench.start_s, self.bench.prepare_s
+        self._modes: tuple[Mode, ...] = ("throughput",)
+        if self.objective.max_p99_ms is not None:
+            self._modes = ("throughput", "latency")
+
+    def run(self) -> Outcome:
+        """Raises TooShortError when nothing could be compared in time, ModelError when nothing could be measured."""
+        self._judge()
+        self._screen()
+        raced = self._race()
+        served = self._serve(raced)
+        return self._final(served)
+
+    # ---- what is known ----
+
+    def metric(self, deployment: Deployment) -> float:
+        """Accuracy or macro-F1 on val, from the stored logits."""
+        if len(deployment.stages) == 1:
+            return self.outputs[deployment.stages[0], deployment.decode].metric
+        answers, _ = self.expected_answers(deployment)
+        return metric_of(answers, self.labels, self._classes, self.objective.metric)
+
+    def expected_answers(self, deployment: Deployment) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(answers int64 [N], stage int64 [N]) on val."""
+        found = [self.outputs[stage, deployment.decode] for stage in deployment.stages]
+        if len(found) == 1:
+            answers = found[0].logits.argmax(axis=1)
+            return answers, np.zeros(len(answers), np.int64)
+        return cascade_answers(
+            found[0].logits,
+            found[1].logits,
+            temperature=found[0].temperature,
+            threshold=deployment.exit_threshold or 0.0,
+        )
+
+    def temperatures(self, deployment: Deployment) -> tuple[float, ...]:
+        return tuple(self.outputs[stage, deployment.decode].temperature for stage in deployment.stages)
+
+    def speed(self, deployment: Deployment, mode: Mode = "throughput") -> Speed | None:
+        """From the longest looks that were taken at it; None before the first."""
+        looks = self.looks.get(_label(deployment, mode, self.objective.scope))
+        if not looks or not self.levels:
+            return None
+        top = max(look.level for look in looks)
+        looks = [look for look in looks if look.level == top]
+        rounds = sum(look.rounds for look in looks)
+        ratio = math.exp(sum(look.rounds * look.log_ratio for look in looks) / rounds)
+        error = math.sqrt(sum((look.rounds * look.error) ** 2 for look in looks)) / rounds
+        fps = ratio * statistics.median(self.levels)
+        timed = [look.percentiles for look in looks if look.percentiles]
+        p50, p90, p99 = (statistics.median(column) for column in zip(*timed, strict=True)) if timed else (None,) * 3
+        return Speed(fps, error * fps, rounds, p50, p90, p99)
+
+    def value(self, deployment: Deployment) -> float:
+        """The objective of a measured deployment; conditions are judged on the careful side of the noise."""
+        speed = self.speed(deployment)
+        if speed is None:
+            return -math.inf
+        latency = self.speed(deployment, "latency")
+        fps = speed.fps - speed.error if self.objective.goal == "accuracy" else speed.fps
+        p99_ms = latency.p99_ms if latency and latency.p99_ms is not None else math.inf
+        return self.objective.value(self.metric(deployment), fps, p99_ms=p99_ms, reference=self.reference_metric)
+
+    @property
+    def reference_metric(self) -> float:
+        """What an accuracy drop is taken from: the best FP32 network at the resolution that it was trained at."""
+        own = [Variant(student.name, "f32", student.size) for student in self.students]
+        found = [self.outputs[variant, "reduced"].metric for variant in own if (variant, "reduced") in self.outputs]
+        return max(found)
+
+    def measured(self) -> list[Deployment]:
+        """Everything with a speed, the best first."""
+        found = [deployment for deployment in self.deployments.values() if self.speed(deployment) is not None]
+        return sorted(found, key=lambda deployment: (-self.value(deployment), self.preference(deployment)))
+
+    def preference(self, deployment: Deployment) -> tuple[Any, ...]:
+        """Among equals: fewer stages, then the more accurate, plainer precision, the usual serving; never by chance."""
+        students = {student.name: student for student in self.students}
+        strange = sum(abs(stage.size[0] / students[stage.student].size[0] - 1) for stage in deployment.stages)
+        return (
+            len(deployment.stages),
+            -round(self.metric(deployment), 6),
+            PRECISIONS.index(deployment.precision),
+            deployment.decode != "reduced",
+            round(strange, 6),
+            deployment.serving != default_serving(self.host),
+            deployment.key,
+        )
+
+    @property
+    def _classes(self) -> int:
+        return len(self.students[0].labels)
+
+    @property
+    def _limit_s(self) -> float:
+        return self.minutes * 60
+
+    def _until(self, share: float) -> float:
+        """When a phase has to end: then, or where the one before took longer, after a third of what is left."""
+        done = self.journal.elapsed_s / self._limit_s
+        return max(share, done + (FINAL_UNTIL - done) / 3)
+
+    @property
+    def time_is_up(self) -> bool:
+        return self.journal.elapsed_s >= self._limit_s
+
+    # ---- accuracy ----
+
+    def _judge(self) -> None:
+        shape = (len(self.labels), self._classes)
+        for number, variant in enumerate(self.variants):
+            key = f"{variant.key}, reduced"
+            if self.journal.find("failed", key=key):
+                self.left_out[variant.key] = str((self.journal.find("failed", key=key) or {}).get("reason"))
+                continue
+            known = self.journal.kept_logits(key, shape)
+            late = self.journal.elapsed_s > JUDGE_UNTIL * self._limit_s
+            if known is None and late and number > 0:
+                self.left_out[variant.key] = "no time left to measure its accuracy"
+                continue
+            self.say(f"accuracy {number + 1}/{len(self.variants)}", "")
+            self._judge_one(variant, "reduced", known)
+        if (self.reference.stages[0], "reduced") not in self.outputs:
+            reason = self.left_out.get(self.reference.stages[0].key, "")
+            raise ModelError(f"{self.reference.stages[0].key}: does not answer, so nothing can be compared ({reason})")
+
+    def _judge_one(
+        self, variant: Variant, decode: DecodeMode, known: npt.NDArray[np.float32] | None = None
+    ) -> Outputs | None:
+        if (variant, decode) in self.outputs:
+            return self.outputs[variant, decode]
+        key = f"{variant.key}, {decode}"
+        known = self.journal.kept_logits(key, (len(self.labels), self._classes)) if known is None else known
+        if known is None:
+            try:
+                known = self.bench.logits(variant, decode)
+            except ModelError as error:
+                if "the tuner needs every val image" in str(error):
+                    raise
+                self.left_out[variant.key] = str(error)
+                self.journal.add("failed", key=key, reason=str(error))
+                return None
+            self.journal.keep_logits(key, known)
+        metric = metric_of(known.argmax(axis=1), self.labels, self._classes, self.objective.metric)
+        found = Outputs(known, fit_temperature(known, self.labels), metric)
+        self.outputs[variant, decode] = found
+        return found
+
+    # ---- speed ----
+
+    def _screen(self) -> None:
+        judged = [variant for variant in self.variants if (variant, "reduced") in self.outputs]
+        wanted = []
+        for variant in judged:
+            better = self._beaten_by(variant, judged)
+            if better is not None:
+                self.left_out[variant.key] = f"{better.key} is smaller and at least as good"
+            elif variant != self.reference.stages[0]:
+                wanted.append(Deployment((variant,), default_serving(self.host)))
+        own = {student.name: student.size for student in self.students}
+        wanted.sort(key=lambda d: (d.stages[0].size != own[d.stages[0].student], -self.metric(d), d.key))
+        measured = self.rung("screen", 0, wanted, rounds=6, until=SCREEN_UNTIL, most_s=0.3)
+        # Without one comparison nothing that follows is worth its time.
+        measured = measured or self.rung("screen", 0, wanted, rounds=6, until=FINAL_UNTIL, most_s=0.1)
+        if not measured and (wanted or any("no time" in reason for reason in self.left_out.values())):
+            raise TooShortError(
+                f"--minutes {self.minutes:g} is too short for one round: {self.journal.elapsed_s:.0f} s went by before two "
+                f"deployments were compared; deploy.json is as it was. Give more --minutes, with --resume to keep what "
+                "was measured"
+            )
+        for deployment in wanted:
+            if deployment not in measured and deployment.stages[0].key not in self.left_out:
+                self.left_out[deployment.stages[0].key] = "no time left to measure its speed"
+
+    def _beaten_by(self, variant: Variant, judged: Sequence[Variant]) -> Variant | None:
+        """The same network at the same precision on fewer pixels with a metric at least as good, which cannot be slower.
+
+        A student's own resolution is always measured: the explanation starts there.
+        """
+        student = next(student for student in self.students if student.name == variant.student)
+        if variant.size == student.size or (self.incumbent is not None and variant in self.incumbent.stages):
+            return None
+        metric = self.outputs[variant, "reduced"].metric
+        for other in judged:
+            same = (other.student, other.precision) == (variant.student, variant.precision)
+            smaller = math.prod(other.size) < math.prod(variant.size)
+            if same and smaller and self.outputs[other, "reduced"].metric >= metric:
+                return other
+        return None
+
+    def _race(self) -> list[Deployment]:
+        proposals = self.proposals()
+        singles = [p for p in proposals if len(p.deployment.stages) == 1]
+        cascades = _diverse([p for p in proposals if len(p.deployment.stages) == 2])
+        chosen = [*singles[:RACED_SINGLES], *cascades[:RACED_CASCADES]]
+        chosen += self._decoded_whole([*singles[:2], *cascades[:1]])
+        wanted = [p.deployment for p in sorted(chosen, key=lambda p: (-p.value, p.deployment.key))]
+        if self.incumbent is not None and all(
+            (s, self.incumbent.decode) in self.outputs for s in self.incumbent.stages
+        ):
+            wanted.insert(0, self.incumbent)
+        # A threshold is as good as the times of its two stages.
+        usual = default_serving(self.host)
+        wanted += [Deployment((stage,), usual) for p in cascades[:SERVED] for stage in p.deployment.stages]
+        wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
+        self.rung("race", 1, wanted, rounds=6, until=self._until(RACE_UNTIL), most_s=0.4)
+        return [d for d in self.measured() if d in wanted or d == self.reference]
+
+    def proposals(self) -> list[Proposal]:
+        """Every measured single network and, for each pair, the cascade with the best threshold; the best first."""
+        found = []
+        for deployment in self.measured():
+            speed = self.speed(deployment)
+            if len(deployment.stages) == 1 and speed is not None and deployment.serving == default_serving(self.host):
+                latency = self.speed(deployment, "latency")
+                p99_ms = (latency.p99_ms if latency else None) or math.inf
+                found.append(Proposal(deployment, self.metric(deployment), speed.fps, self.value(deployment), p99_ms))
+        found += list(self._cascades(found, "reduced"))
+        return sorted(found, key=lambda p: (-p.value, p.deployment.key))
+
+    def _cascades(self, singles: Sequence[Proposal], decode: DecodeMode) -> Iterator[Proposal]:
+        if self.objective.scope == "model":
+            return  # which images are passed on depends on images
+        for precision in PRECISIONS:
+            here = [p for p in singles if p.deployment.precision == precision and p.deployment.decode == "reduced"]
+            slow = sorted(here, key=lambda p: (-p.metric, -p.fps))[:SLOW_PER_PRECISION]
+            fast = sorted(here, key=lambda p: (-p.value, -p.fps))[: FAST_PER_PRECISION // 2]
+            fast += [p for p in sorted(here, key=lambda p: -p.fps) if p not in fast][: FAST_PER_PRECISION // 2]
+            for one, other in itertools.product(fast, slow):
+                if one.fps > 1.2 * other.fps and other.metric > one.metric:
+                    proposal = self.cascade(one, other, decode)
+                    if proposal is not None:
+                        yield proposal
+
+    def cascade(self, fast: Proposal, slow: Proposal, decode: DecodeMode) -> Proposal | None:
+        """The pair with the threshold that is best by the smoothed curve and the measured times of its stages."""
+        curve, costs = self.curve(fast, slow, decode)
+        p99_ms = (fast.p99_ms, slow.p99_ms)
+        point = self._best_point(curve, costs, p99_ms)
+        if point is None:
+            return None
+        deployment = Deployment(
+            (fast.deployment.stages[0], slow.deployment.stages[0]),
+            default_serving(self.host),
+            decode,
+            round(float(curve.threshold[point]), 6),
+        )
+        fps = float(1 / costs[point])
+        value = self._point_value(float(curve.smoothed[point]), float(curve.passed_on[point]), fps, p99_ms)
+        return Proposal(deployment, float(curve.metric[point]), fps, value)
+
+    def _best_point(self, curve: Curve, costs: npt.NDArray[np.float64], p99_ms: tuple[float, float]) -> int | None:
+        values = [
+            self._point_value(
+                float(curve.smoothed[point]), float(curve.passed_on[point]), float(1 / costs[point]), p99_ms
+            )
+            for point in range(len(curve))
+        ]
+        return int(np.argmax(values)) if values else None
+
+    def _point_value(self, metric: float, passed_on: float, fps: float, p99_ms: tuple[float, float]) -> float:
+        late_ms = p99_ms[0] + (p99_ms[1] if passed_on > 0.01 else 0.0)
+        return self.objective.value(metric, fps, p99_ms=late_ms, reference=self.reference_metric)
+
+    def refitted(self, deployment: Deployment) -> Deployment:
+        """A measured cascade with the threshold that its own speed asks for: the first one came from a few short looks.
+
+        c1 + r * c2 keeps its shape and is scaled to what this cascade, served this way, took at every threshold that was
+        measured.
+        """
+        if len(deployment.stages) != 2 or self.speed(deployment) is None:
+            return deployment
+        fast, slow = (self._single(stage) for stage in deployment.stages)
+        if fast.fps <= 0 or slow.fps <= 0:
+            return deployment
+        curve, costs = self.curve(fast, slow, deployment.decode, points=4 * SEARCHED_POINTS)
+        order = np.argsort(curve.passed_on)
+        logs, weights = [], []
+        for sibling in self._siblings(deployment):
+            speed = self.speed(sibling)
+            if speed is not None:
+                expected = np.interp(self._passed_on(sibling), curve.passed_on[order], costs[order])
+                logs.append(math.log(1 / (speed.fps * float(expected))))
+                weights.append(speed.rounds)
+        scale = math.exp(float(np.average(logs, weights=weights)))
+        point = self._best_point(curve, costs * scale, (fast.p99_ms, slow.p99_ms))
+        if point is None:
+            return deployment
+        found = dataclasses.replace(deployment, exit_threshold=round(float(curve.threshold[point]), 6))
+        return min((*self._siblings(deployment), found), key=lambda d: (self._apart(d, found), d != deployment))
+
+    def _siblings(self, deployment: Deployment) -> list[Deployment]:
+        """The same networks served alike, with the thresholds that were measured."""
+        same = dataclasses.replace(deployment, exit_threshold=None)
+        return [d for d in self.deployments.values() if dataclasses.replace(d, exit_threshold=None) == same]
+
+    def _passed_on(self, deployment: Deployment) -> float:
+        return float(self.expected_answers(deployment)[1].mean())
+
+    def _apart(self, one: Deployment, other: Deployment) -> float:
+        """How differently two thresholds split the images, in steps that are worth a measurement."""
+        return math.floor(abs(self._passed_on(one) - self._passed_on(other)) / SAME_SHARE)
+
+    def curve(
+        self, fast: Proposal, slow: Proposal, decode: DecodeMode, *, points: int = SEARCHED_POINTS
+    ) -> tuple[Curve, npt.NDArray[np.float64]]:
+        """(the exit curve, seconds for an image at each of its points): c1 + r * c2.
+
+        c2 is the slow network's whole time, less its decoding where both take the same decoded picture.
+        """
+        first, second = fast.deployment.stages[0], slow.deployment.stages[0]
+        one, other = self.outputs[first, decode], self.outputs[second, decode]
+        curve = exit_curve(
+            one.logits, other.logits, self.labels, temperature=one.temperature, metric=self.objective.metric
+        ).thinned(points)
+        ran = self.ran_with.get(_label(slow.deployment, "throughput", self.objective.scope), {})
+        decoding_s = float(ran.get("decode_us", 0.0)) / 1e6 / self.host.cores
+        saved = min(0.9 / slow.fps, decoding_s * self.bench.shared_decoding(first, second, decode))
+        return curve, 1 / fast.fps + curve.passed_on * (1 / slow.fps - saved)
+
+    def _decoded_whole(self, leaders: Sequence[Proposal]) -> list[Proposal]:
+        """The leaders with decode 'full', where that gives other pixels: slower, now and then more accurate."""
+        if self.objective.scope != "files":
+            return []
+        found = []
+        for leader in leaders:
+            stages = leader.deployment.stages
+            if not any(self.bench.decoding_differs(stage) for stage in stages):
+                continue
+            if self.journal.elapsed_s > SCREEN_UNTIL * self._limit_s:
+                continue
+            outputs = [self._judge_one(stage, "full") for stage in stages]
+            if any(one is None for one in outputs):
+                continue
+            if len(stages) == 1:
+                deployment = Deployment(stages, leader.deployment.serving, "full")
+                metric = self.metric(deployment)
+                value = self.objective.value(metric, leader.fps, p99_ms=leader.p99_ms, reference=self.reference_metric)
+                found.append(Proposal(deployment, metric, leader.fps, value, leader.p99_ms))
+            else:
+                singles = [self._single(stage) for stage in stages]
+                proposal = self.cascade(singles[0], singles[1], "full")
+                found += [proposal] if proposal is not None else []
+        return found
+
+    def _single(self, variant: Variant) -> Proposal:
+        """A variant that was screened, as a proposal."""
+        deployment = Deployment((variant,), default_serving(self.host))
+        speed, latency = self.speed(deployment), self.speed(deployment, "latency")
+        fps = speed.fps if speed else 0.0
+        p99_ms = (latency.p99_ms if latency else None) or math.inf
+        return Proposal(deployment, self.metric(deployment), fps, self.value(deployment), p99_ms)
+
+    def _serve(self, raced: Sequence[Deployment]) -> list[Deployment]:
+        leaders = list(raced[:SERVED])
+        for stages in (1, 2):  # the best of each kind, whoever leads
+            leaders += [d for d in raced if len(d.stages) == stages][:1]
+        leaders = list(dict.fromkeys(self.refitted(leader) for leader in leaders))
+        # One way of serving after the other, so that a budget that ends early has tried every leader.
+        wanted = [leader.served(serving) for serving in servings(self.host) for leader in leaders]
+        wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
+        self.rung("serve", 2, wanted, rounds=5, until=self._until(SERVE_UNTIL), most_s=0.4)
+        ranked = self.measured()
+        # The luckiest of a hundred short looks is no finalist.
+        return [d for d in ranked if self._level(d) > 0] or ranked
+
+    def _level(self, deployment: Deployment) -> int:
+        looks = self.looks.get(_label(deployment, "throughput", self.objective.scope), ())
+        return max((look.level for look in looks), default=-1)
+
+    def _final(self, ranked: Sequence[Deployment]) -> Outcome:
+        starters = list(ranked[:FINALISTS]) + [d for d in ranked if len(d.stages) == 1][:1]
+        if self.incumbent is not None and self.incumbent in ranked:
+            starters.append(self.incumbent)
+        finalists = list(dict.fromkeys([*(self.refitted(d) for d in starters), self.reference]))
+        running, rounds = finalists, FINAL_ROUNDS
+        for number in range(1 + MORE_TIMES):
+            wanted = [d for d in running if d != self.reference]
+            until = FINAL_UNTIL if number else (SERVE_UNTIL + FINAL_UNTIL) / 2
+            name = f"final-{number + 1}"
+            done = self.rung(
+                name, 3, wanted, rounds=rounds, until=until, most_s=0.5, both_modes=True, always=number == 0
+            )
+            finalists = [d for d in finalists if self.speed(d) is not None]
+            best = self._ranked(finalists)[0]
+            running = [d for d in finalists if self._gap(best, d) <= 2 * self._noise(best, d)]
+            better = self.refitted(best)
+            settled = len(running) < 2 or max(self._noise(best, d) for d in running) <= self._tie(best) / 2
+            if (wanted and not done) or (settled and better in finalists):
+                break
+            finalists = list(dict.fromkeys([*finalists, better]))
+            running, rounds = list(dict.fromkeys([better, *running]))[:FINALISTS], MORE_ROUNDS
+        finalists = self._ranked([d for d in finalists if self.speed(d) is not None])
+        best = finalists[0]
+        tied = [d for d in finalists if self._gap(best, d) <= self._tie(best)]
+        simplest = min((d for d in tied if not any(self._beats(one, d) for one in tied)), key=self.preference)
+        chosen = self.refitted(simplest)
+        if chosen not in finalists or self.value(chosen) < 0 <= self.value(best):
+            chosen = simplest
+        return Outcome(chosen, tuple(finalists), tuple(d.key for d in tied), best)
+
+    def _beats(self, one: Deployment, other: Deployment) -> bool:
+        """Whether ``one`` is clearly faster at no loss: then there is nothing to be said for the other."""
+        fast, slow = self.speed(one), self.speed(other)
+        if fast is None or slow is None or len(one.stages) > len(other.stages):
+            return False
+        clear = max(FASTER_SHARE * slow.fps, 2 * math.hypot(fast.error, slow.error))
+        return self.metric(one) >= self.metric(other) and fast.fps > slow.fps + clear
+
+    def _ranked(self, deployments: Sequence[Deployment]) -> list[Deployment]:
+        return sorted(deployments, key=lambda d: (-self.value(d), self.preference(d)))
+
+    def _gap(self, best: Deployment, other: Deployment) -> float:
+        return self.value(best) - self.value(other)
+
+    def _tie(self, best: Deployment) -> float:
+        if self.objective.goal == "fps" and self.value(best) > 0:
+            return TIE_FPS_SHARE * self.value(best)
+        return TIE_SCORE if self.objective.goal == "score" else 1e-9
+
+    def _noise(self, one: Deployment, other: Deployment) -> float:
+        """The standard error of the difference of two values."""
+        if self.objective.goal == "accuracy":
+            return 0.0
+        errors = [speed.error if (speed := self.speed(d)) else 0.0 for d in (one, other)]
+        if self.objective.goal == "fps":
+            return math.hypot(*errors)
+        return (1 - self.objective.w) * math.hypot(*errors) / (self.objective.fps_target or 1.0)
+
+    # ---- rungs ----
+
+    def rung(
+        self,
+        name: str,
+        level: int,
+        wanted: Sequence[Deployment],
+        *,
+        rounds: int,
+        until: float,
+        most_s: float,
+        both_modes: bool = False,
+        always: bool = False,
+    ) -> list[Deployment]:
+        """Measures as many of ``wanted`` (the most promising first) as fit before ``until`` (share of the time), in heats.
+
+        Returns those with a speed. ``always``: at least the first few, whatever the time. A rung that an earlier call
+        finished is read from the journal, a half-finished one is gone on with.
+        """
+        modes: tuple[Mode, ...] = ("throughput", "latency") if both_modes else self._modes
+        by_key = {deployment.key: deployment for deployment in wanted}
+        plan = self.journal.find("rung", name=name)
+        if plan is None or not set(plan["keys"]) <= set(by_key):
+            left_s = until * self._limit_s - self.journal.elapsed_s
+            count, seconds = self._fitting(len(wanted), rounds, left_s, len(modes), most_s)
+            if always:
+                count = max(count, min(3, len(wanted)))
+            if count == 0 and not (always and not wanted):
+                return []
+            keys = [deployment.key for deployment in wanted[:count]]
+            number = sum(row["kind"] == "rung" for row in self.journal.rows)
+            plan = self.journal.add(
+                "rung", name=name, number=number, keys=keys, rounds=rounds, seconds=round(seconds, 3)
+            )
+        chosen = [by_key[key] for key in plan["keys"]]
+        heats = [chosen[start : start + HEAT] for start in range(0, len(chosen), HEAT)] or [[]]
+        for number, heat in enumerate(heats):
+            self.say(f"{name}, heat {number + 1}/{len(heats)}", self.best_so_far())
+            cases = [self.case(deployment, mode) for deployment in (self.reference, *heat) for mode in modes]
+            self.heat(
+                cases,
+                name=f"{name} {plan['number']}/{number}",
+                level=level,
+                rounds=plan["rounds"],
+                seconds=plan["seconds"],
+            )
+        return [deployment for deployment in chosen if self.speed(deployment) is not None]
+
+    def _fitting(self, count: int, rounds: int, left_s: float, modes: int, most_s: float) -> tuple[int, float]:
+        """(how many deployments fit into the time, seconds of each slice)."""
+
+        def spare(number: int) -> float:
+            """What is left for slices."""
+            heats = math.ceil(number / HEAT)
+            return left_s - heats * self._start_s - (number + heats) * modes * self._prepare_s
+
+        def slices(number: int) -> float:
+            return (number + math.ceil(number / HEAT)) * modes * rounds * 1.06
+
+        while count > 0 and spare(count) < slices(count) * SHORTEST_S:
+            count -= 1
+        return count, min(most_s, max(SHORTEST_S, spare(count) / slices(count))) if count else SHORTEST_S
+
+    def case(self, deployment: Deployment, mode: Mode, *, scope: str | None = None, threads: int | None = None) -> Case:
+        return Case(
+            deployment,
+            self.temperatures(deployment),
+            self._fed_rows(deployment),
+            scope or self.objective.scope,
+            mode,
+            threads,
+        )
+
+    def _fed_rows(self, deployment: Deployment) -> tuple[int, ...]:
+        """Val images in a fixed order of which every stretch passes on the same share as the whole."""
+        _, stage = self.expected_answers(deployment)
+        order = np.random.default_rng(self.seed).permutation(len(stage))
+        places = np.empty(len(stage))
+        for kind in (0, 1):
+            rows = order[stage[order] == kind]
+            places[rows] = (np.arange(len(rows)) + 0.5) / max(1, len(rows))
+        return tuple(np.argsort(places, kind="stable").tolist())
+
+    def heat(self, cases: Sequence[Case], *, name: str, level: int, rounds: int, seconds: float) -> None:
+        """``cases``, the reference's in front, interleaved; every round goes into the journal as it ends."""
+        rows: list[dict[str, Any]] = []
+        while len(rows) < rounds and (row := self.journal.find("round", heat=name, round=len(rows))) is not None:
+            rows.append(row)
+        if len(rows) < rounds:
+            rows += self._measured_rounds(cases, name, rounds=rounds, seconds=seconds, first=len(rows))
+        self._settle(rows, cases, level)
+
+    def _measured_rounds(
+        self, cases: Sequence[Case], name: str, *, rounds: int, seconds: float, first: int
+    ) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        began = self.bench.clock()
+        with self.bench.prepared(cases) as runners:
+            took_s = max(0.0, self.bench.clock() - began - self._start_s) / len(cases)
+            self._prepare_s = (took_s + self._prepare_s) / 2
+            ready = list(zip(cases, runners, strict=True))
+            broken = {case.label: str(one) for case, one in ready if isinstance(one, CandidateError)}
+            running = [(case, one) for case, one in ready if not isinstance(one, CandidateError)]
+            settings = {case.label: dict(one.settings) for case, one in running}
+
+            def after_round(number: int, results: list[Slice | CandidateError]) -> None:
+                found, errors = {}, dict(broken)
+                for (case, _), result in zip(running, results, strict=True):
+                    if isinstance(result, CandidateError):
+                        errors[case.label] = str(result)
+                    else:
+                        found[case.label] = [round(result.fps, 4), *_percentiles(result)]
+                values = {"results": found, "errors": errors, "settings": settings if number == first else {}}
+                rows.append(self.journal.add("round", heat=name, round=number, **values))
+
+            interleave(
+                [one for _, one in running],
+                rounds=rounds,
+                seconds=seconds,
+                first=first,
+                after_round=after_round,
+                clock=self.bench.clock,
+            )
+        return rows
+
+    def _settle(self, rows: Sequence[dict[str, Any]], cases: Sequence[Case], level: int) -> None:
+        """The rounds of one heat into looks. Raises ModelError when the reference could not be measured."""
+        by_label = {case.label: case for case in cases}
+        errors = {label: reason for row in rows for label, reason in row["errors"].items()}
+        base = _label(self.reference, "throughput", self.objective.scope)
+        if base in errors:
+            raise ModelError(f"{self.reference.key}: cannot be measured ({errors[base]}), so nothing can be compared")
+        for row in rows:
+            self.ran_with.update(row.get("settings") or {})
+        self.left_out |= errors
+        labels = [label for label in by_label if all(label in row["results"] for row in rows)]
+        rates = np.log([[row["results"][label][0] for row in rows] for label in labels])
+        places, errors_of = polish(rates)
+        for number, label in enumerate(labels):
+            percentiles = [row["results"][label][1:] for row in rows if len(row["results"][label]) > 1]
+            look = Look(
+                level,
+                float(np.exp(np.median(rates[number]))),
+                float(places[number] - places[labels.index(base)]),
+                float(errors_of[number]),
+                len(rows),
+                tuple(statistics.median(column) for column in zip(*percentiles, strict=True)),
+            )
+            self.looks.setdefault(label, []).append(look)
+            self.deployments[by_label[label].deployment.key] = by_label[label].deployment
+        self.levels += [row["results"][base][0] for row in rows]
+
+    def best_so_far(self) -> str:
+        ranked = self.measured()
+        if not ranked:
+            return ""
+        return f"best so far {self.value(ranked[0]):.4g}: {ranked[0].key}"
+
+
+def polish(rates: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Tukey's median polish of log FPS [cases, rounds]: (each case's place, its standard error), both [cases].
+
+    What all cases of a round have in common is the machine, and is taken out with the help of all of them: against the
+    reference alone every ratio would carry the reference's own noise too.
+    """
+    places = np.median(rates, axis=1)
+    for _ in range(8):
+        common = np.median(rates - places[:, None], axis=0)
+        places = np.median(rates - common, axis=1)
+    around = np.abs(rates - common - places[:, None])
+    # Median absolute deviation to standard deviation, and that of a median of n values.
+    return places, 1.4826 * 1.2533 * np.median(around, axis=1) / math.sqrt(rates.shape[1])
+
+
+def _label(deployment: Deployment, mode: Mode, scope: str) -> str:
+    return Case(deployment, (), (), scope, mode).label
+
+
+def _percentiles(result: Slice) -> list[float]:
+    found = percentiles_ms([result])
+    return [] if found is None else [found["p50"], found["p90"], found["p99"]]
+
+
+def _diverse(cascades: Sequence[Proposal]) -> list[Proposal]:
+    """At most two of each fast and of each slow stage: the fifth neighbour of the best teaches nothing."""
+    kept: list[Proposal] = []
+    for proposal in cascades:
+        fast, slow = proposal.deployment.stages
+        alike = [sum(p.deployment.stages[place] == stage for p in kept) for place, stage in enumerate((fast, slow))]
+        if max(alike) < 2:
+            kept.append(proposal)
+    return kept
+
+
+def optimism(search: Search, deployments: Sequence[Deployment], *, seed: int = 0) -> float:
+    """By how much the chosen one's val metric is too good because it was chosen on val (Efron's bootstrap of the choice).
+
+    For resampled val images the best of ``deployments`` is chosen anew (with the speeds that were measured), and its
+    metric on the resample is held against its metric on all images; the mean difference, 0 or more.
+    """
+    answers = [search.expected_answers(deployment)[0] for deployment in deployments]
+    speeds = [search.speed(deployment) for deployment in deployments]
+    fps = [speed.fps if speed else 0.0 for speed in speeds]
+    whole = [search.metric(deployment) for deployment in deployments]
+    classes, metric = len(search.students[0].labels), search.objective.metric
+    rng, excess = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        rows = rng.integers(0, len(search.labels), len(search.labels))
+        values = [metric_of(found[rows], search.labels[rows], classes, metric) for found in answers]
+        scored = [
+            search.objective.value(value, rate, p99_ms=0.0, reference=search.reference_metric)
+            for value, rate in zip(values, fps, strict=True)
+        ]
+        best = int(np.argmax(scored))
+        excess.append(values[best] - whole[best])
+    return max(0.0, float(np.mean(excess)))

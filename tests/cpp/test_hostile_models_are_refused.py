@@ -90,8 +90,8 @@ def test_every_hostile_model_ends_in_a_label_or_an_error(
     for path, result in zip(models, results(command, models, env), strict=True):
         if "error" in result:
             # What the network makes of an image is an error of that image.
-            named = str(path) in result["error"] or "output is not finite" in result["error"]
-            assert result["kind"] in ("model", "artifact") and named, result
+            if "output is not finite" not in result["error"]:
+                assert result["kind"] in ("model", "artifact") and str(path) in result["error"], result
             assert result["error"].isprintable(), result
         else:
             assert result["answer"]["label"] in result["labels"]

@@ -294,13 +294,17 @@ def test_images_of_unknown_origin_are_used_with_a_warning(tmp_path: Path, capsys
     assert "kept out of training" in capsys.readouterr().err
 
 
-def test_a_student_that_was_trained_on_this_val_is_refused(tmp_path: Path) -> None:
+def test_a_student_that_was_trained_on_this_val_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     one = make_run(tmp_path / "one", students={"sharp": 3.0})
     other = make_run(tmp_path / "other", students={"dull": 0.4}, data=tmp_path / "one" / "data")
     text = (other / "dataset.csv").read_text()
     (other / "dataset.csv").write_text(text.replace(",val,-1", ",train,0", 5))
     with pytest.raises(DataError, match="dull was trained on 5 of the 30 val images"):
         open_val(find_students([one, other]), None)
+    assert capsys.readouterr().err == ""
+    (other / "dataset.csv").unlink()
+    open_val(find_students([one, other]), None)
+    assert "no dataset.csv says which images dull was trained on" in capsys.readouterr().err
 
 
 def test_a_prepared_folder_needs_nothing_else(run: Path, tmp_path: Path) -> None:

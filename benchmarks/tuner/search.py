@@ -494,7 +494,9 @@ class Search:
             stages = leader.deployment.stages
             if not any(self.bench.decoding_differs(stage) for stage in stages):
                 continue
-            if self.journal.elapsed_s > SCREEN_UNTIL * self._limit_s:
+            # What an earlier call had time for is known by now, and counts.
+            known = all(self.journal.find("logits", key=f"{stage.key}, full") for stage in stages)
+            if not known and self.journal.elapsed_s > SCREEN_UNTIL * self._limit_s:
                 continue
             outputs = [self._judge_one(stage, "full") for stage in stages]
             if any(one is None for one in outputs):

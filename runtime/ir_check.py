@@ -28,7 +28,9 @@ class _Walk:
     """Layers and the edges between them, in networks inside networks: how many inputs each layer still needs."""
 
     def __init__(self) -> None:
-        self._networks: list[tuple[int, dict[str, int]]] = []  # with the depth of the element around them
+        # The depth of <layers>, and so of its <edges>, with the inputs that each layer still needs.
+        self._networks: list[tuple[int, dict[str, int]]] = []
+        self._in_edges = False
         self._depth = 0
         self._notes = 0  # the depth of the rt_info that we are in; OpenVINO looks for no layers there
 
@@ -41,32 +43,41 @@ class _Walk:
         if name == "rt_info":
             self._notes = self._depth
         elif name == "layers":
-            self._networks.append((self._depth - 1, {}))
+            self._networks.append((self._depth, {}))
         elif name == "layer":
             self._layer(attributes.get("id", ""), attributes.get("type", ""))
-        elif name == "edge":
-            to = attributes.get("to-layer", "")
-            if not self._networks or to not in self._networks[-1][1]:
+        elif name == "edges":
+            if not self._inside(0):
                 raise _Refused(_APART)
-            self._networks[-1][1][to] -= 1
+            self._in_edges = True
+        elif name == "edge" and self._in_edges and self._inside(1):
+            to, needed = attributes.get("to-layer", ""), self._networks[-1][1]
+            if to not in needed:
+                raise _Refused(_APART)
+            needed[to] -= 1
+
+    def _inside(self, levels: int) -> bool:
+        return bool(self._networks) and self._networks[-1][0] + levels == self._depth
 
     def _layer(self, number: str, kind: str) -> None:
-        if not self._networks or not number:
+        if not self._inside(1) or not number:
             raise _Refused(_APART)
+        needed = self._networks[-1][1]
         if kind in _STATEFUL:
             raise _Refused("its network keeps a state from one image to the next")
-        if number in self._networks[-1][1]:
+        if number in needed:
             raise _Refused("two of its layers have the same number")
-        self._networks[-1][1][number] = _NEEDED_INPUTS.get(kind, 1)
+        needed[number] = _NEEDED_INPUTS.get(kind, 1)
 
     def end(self, name: str) -> None:
         if not self._notes and name == "edges":
-            if not self._networks or self._networks[-1][0] != self._depth - 1:
+            if not self._inside(0):
                 raise _Refused(_APART)
+            self._in_edges = False
             if any(needed > 0 for needed in self._networks.pop()[1].values()):
                 raise _Refused("one of its operations has too few inputs")
-        if self._networks and self._networks[-1][0] == self._depth:
-            raise _Refused(_APART)
+        elif self._inside(-1):
+            raise _Refused(_APART)  # what holds the layers ends without their edges
         if self._depth == self._notes:
             self._notes = 0
         self._depth -= 1

@@ -68,68 +68,74 @@ public:
         const bool empty = !text.empty() && text.back() == '/';
         if (closing) text.remove_prefix(1);
         const std::string_view name = text.substr(0, text.find_first_of(" \t\r\n/"));
-        if (!closing && !empty) ++depth_;
+        if (!closing) ++depth_;
         if (depth_ > max_depth) return "its elements lie too deep in each other";
         const char* fault = nullptr;
-        parent_ = empty ? depth_ : depth_ - 1;
-        if (notes_ == 0 && !closing) fault = begin(name, text);
-        if (fault == nullptr && notes_ == 0 && (closing || empty) && name == "edges") fault = end_of_edges();
-        if (fault == nullptr && closing && !networks_.empty() && networks_.back().parent == depth_)
-            fault = edges_missing;
-        if (!closing && !empty && notes_ == 0 && name == "rt_info") notes_ = depth_;
-        if (closing && depth_-- == notes_) notes_ = 0;
+        if (!closing && notes_ == 0) fault = begin(name, text);
+        if (fault == nullptr && (closing || empty)) fault = end(name);
         return fault;
     }
     bool whole() const { return networks_.empty(); }
 
 private:
+    struct Network {
+        int depth = 0;                                // of its <layers>, and so of its <edges>
+        std::unordered_map<std::string, int> needed;  // inputs that each layer still needs
+    };
+
     const char* begin(std::string_view name, std::string_view text) {
-        if (name == "layers") networks_.push_back({parent_, {}});
+        if (name == "rt_info") notes_ = depth_;
+        if (name == "layers") networks_.push_back({depth_, {}});
+        if (name == "edges") {
+            if (!inside(0)) return edges_missing;
+            in_edges_ = true;
+        }
         if (name == "layer") return layer(attribute(text, "id"), attribute(text, "type"));
         if (name == "edge") return edge(attribute(text, "to-layer"));
         return nullptr;
     }
 
+    bool inside(int levels) const { return !networks_.empty() && networks_.back().depth + levels == depth_; }
+
     const char* layer(std::string_view id, std::string_view type) {
-        if (networks_.empty() || id.empty() || (std::string(id) + std::string(type)).find('&') != std::string::npos) {
-            return edges_missing;
-        }
+        const bool plain = id.find('&') == id.npos && type.find('&') == type.npos;
+        if (!inside(1) || id.empty() || !plain) return edges_missing;
         if (type == "ReadValue" || type == "Assign") return "its network keeps a state from one image to the next";
         const bool source = type == "Parameter" || type == "Const";
-        const bool added = networks_.back()
-                               .needed.try_emplace(std::string(id), source                ? 0
-                                                                    : type == "Broadcast" ? 2
-                                                                                          : 1)
-                               .second;
+        const int needed = source ? 0 : (type == "Broadcast" ? 2 : 1);
+        const bool added = networks_.back().needed.try_emplace(std::string(id), needed).second;
         return added ? nullptr : "two of its layers have the same number";
     }
 
     const char* edge(std::string_view to) {
-        if (networks_.empty()) return edges_missing;
-        auto& needed = networks_.back().needed;
-        const auto found = needed.find(std::string(to));
-        if (found == needed.end()) return edges_missing;
+        if (!in_edges_ || !inside(1)) return nullptr;  // a loop's back edges, or where OpenVINO does not look
+        const auto found = networks_.back().needed.find(std::string(to));
+        if (found == networks_.back().needed.end()) return edges_missing;
         --found->second;
         return nullptr;
     }
 
-    const char* end_of_edges() {
-        if (networks_.empty() || networks_.back().parent != parent_) return edges_missing;
-        const auto& needed = networks_.back().needed;
-        const bool missing =
-            std::any_of(needed.begin(), needed.end(), [](const auto& layer) { return layer.second > 0; });
-        networks_.pop_back();
-        return missing ? "one of its operations has too few inputs" : nullptr;
+    const char* end(std::string_view name) {
+        const char* fault = nullptr;
+        if (notes_ == 0 && name == "edges") {
+            if (!inside(0)) return edges_missing;
+            const auto& needed = networks_.back().needed;
+            const auto lacks = [](const auto& layer) { return layer.second > 0; };
+            if (std::any_of(needed.begin(), needed.end(), lacks)) fault = "one of its operations has too few inputs";
+            networks_.pop_back();
+            in_edges_ = false;
+        } else if (inside(-1)) {
+            fault = edges_missing;  // what holds the layers ends without their edges
+        }
+        if (depth_ == notes_) notes_ = 0;
+        --depth_;
+        return fault;
     }
 
-    struct Network {
-        int parent;                                   // the depth of the element whose layers and edges these are
-        std::unordered_map<std::string, int> needed;  // inputs that each layer still needs
-    };
     std::vector<Network> networks_;
-    int depth_ = 0;
-    int parent_ = 0;  // the depth of the element around the one that we are at
-    int notes_ = 0;   // the depth of the rt_info that we are in; OpenVINO looks for no layers there
+    bool in_edges_ = false;
+    int depth_ = 0;  // of the element that we are in
+    int notes_ = 0;  // the depth of the rt_info that we are in; OpenVINO looks for no layers there
 };
 
 }  // namespace

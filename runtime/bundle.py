@@ -516,7 +516,7 @@ def read_ir(source: Path | tuple[bytes, bytes], *, name: str = "") -> ov.Model:
     """Raises ModelError for a file that is missing, damaged, not an OpenVINO IR, or one that OpenVINO cannot survive."""
     name = name or str(source)
     try:
-        why = fault_of(source.read_bytes() if isinstance(source, Path) else source[0])
+        why = fault_of(source.read_bytes() if isinstance(source, Path) else bytes(source[0]))
         if why is None:
             given = (str(source),) if isinstance(source, Path) else source
             return ov.Core().read_model(*given)

@@ -11,6 +11,7 @@ runtime/cpp/src/ir.cpp refuses the same. An IR remains a program that OpenVINO r
 
 from __future__ import annotations
 
+from functools import lru_cache
 from xml.parsers import expat
 
 # An IR has about ten; each network inside a network (a loop's body) adds six.
@@ -87,6 +88,8 @@ class _Walk:
             raise _Refused(_APART)
 
 
+# An Engine reads the same IR once for its checks and once for every worker's network.
+@lru_cache(maxsize=4)
 def fault_of(xml: bytes) -> str | None:
     """Why OpenVINO must not get this text, or None."""
     walk, parser = _Walk(), expat.ParserCreate()

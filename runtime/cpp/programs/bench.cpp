@@ -25,6 +25,7 @@
 #include "ours.hpp"
 #include "photos.hpp"
 #include "serve.hpp"
+#include "serving.hpp"
 #include "sources.hpp"
 
 namespace {
@@ -40,18 +41,14 @@ const std::vector<std::string> kScopes{"model", "frames", "files"};
 const std::vector<std::string> kModes{"latency", "throughput"};
 const std::vector<std::string> kPrecisions{"f32", "bf16", "int8"};
 
-struct Arguments {
+struct Arguments : ServingArguments {
     std::string model;
     std::vector<std::string> images;
     std::vector<std::string> scopes = kScopes;
     std::vector<std::string> precisions;
-    std::string decode;
-    std::optional<int> streams;
-    std::optional<int> threads;
     int rounds = 5;
     double seconds = 2.0;
     std::string out;
-    bool no_cache = false;
     bool json = false;
     bool serve = false;
     std::string command;
@@ -71,18 +68,6 @@ struct Entry {
 
     std::pair<std::string, std::string> block() const { return {scope, input}; }
 };
-
-EngineOptions options_for(const Arguments& arguments, const std::string& precision) {
-    EngineOptions options;
-    options.precision = precision;
-    options.streams = arguments.streams;
-    options.threads = arguments.threads;
-    options.cache.enabled = !arguments.no_cache;
-    if (!arguments.decode.empty()) {
-        options.decode = arguments.decode == "full" ? Decode::full : Decode::reduced;
-    }
-    return options;
-}
 
 void warn(const std::string& message) {
     std::fprintf(stderr, "warning: %s\n", message.c_str());
@@ -177,7 +162,7 @@ void prepare(const Arguments& arguments, const Bundle& bundle, const std::vector
     const bool last = entry.scope == "model" && stages.size() > 1;
     const std::string model = last ? (root_of(bundle) / stages.back().model).string() : arguments.model;
     try {
-        const auto options = options_for(arguments, entry.precision);
+        const auto options = engine_options(arguments, entry.precision);
         const auto place = ours.try_emplace({entry.precision, model}, model, options).first;
         entry.one = place->second.prepare(entry.scope, entry.mode, set.photos);
         warm_up(entry.one);
@@ -505,14 +490,10 @@ void add_options(CLI::App& program, Arguments& arguments) {
     add_list(program, "--scope", arguments.scopes, "model, frames, files (comma between)", kScopes);
     add_list(program, "--precision", arguments.precisions, "f32, bf16, int8 (default: all that there are)",
              kPrecisions);
-    program.add_option("--decode", arguments.decode, "reduced or full (default: as deployed)")
-        ->check(CLI::IsMember({"full", "reduced"}));
-    program.add_option("--streams", arguments.streams, "Images worked on at once (default: as deployed)");
-    program.add_option("--threads", arguments.threads, "Inference threads in all (default: as deployed)");
+    add_serving_options(program, arguments);
     program.add_option("--rounds", arguments.rounds, "Interleaved rounds")->check(CLI::Range(1, 1000));
     program.add_option("--seconds", arguments.seconds, "Per measurement and round")->check(CLI::Range(0.05, 600.0));
     program.add_option("--out", arguments.out, "JSON record (default: bench-cpp.json in the folder)");
-    program.add_flag("--no-cache", arguments.no_cache, "Keep no compiled models between runs");
     program.add_flag("--json", arguments.json, "Print the record instead of tables");
     program.set_version_flag("--version", std::string("edgedistill ") + version());
 }

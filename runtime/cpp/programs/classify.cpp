@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "files.hpp"
+#include "serving.hpp"
 #include "sources.hpp"
 #include "text.hpp"
 
@@ -19,32 +20,16 @@ namespace {
 using namespace edgedistill;
 using namespace edgedistill::programs;
 
-struct Arguments {
+struct Arguments : ServingArguments {
     std::string model;
     std::vector<std::string> sources;
     std::string csv;
     int top_k = 1;
     std::string precision;
-    std::string decode;
-    std::optional<int> streams;
-    std::optional<int> threads;
     bool latency = false;
     bool probabilities = false;
     bool json = false;
-    bool no_cache = false;
 };
-
-EngineOptions engine_options(const Arguments& arguments) {
-    EngineOptions options;
-    options.precision = arguments.precision;
-    options.threads = arguments.threads;
-    options.streams = arguments.streams;
-    options.cache.enabled = !arguments.no_cache;
-    if (!arguments.decode.empty()) {
-        options.decode = arguments.decode == "full" ? Decode::full : Decode::reduced;
-    }
-    return options;
-}
 
 // What is said about an image: labels and probabilities from the likeliest down.
 std::vector<Score> scores(const Prediction& prediction, int top_k, const std::vector<std::string>& labels) {
@@ -165,7 +150,7 @@ void for_all(const std::vector<std::string>& arguments, const Take& take) {
 // Many at once. What was handed over before a source turned out to be missing is still answered.
 void with_engine(const Arguments& arguments, Writer& writer) {
     const std::vector<std::string>* labels = nullptr;
-    Engine engine(arguments.model, engine_options(arguments),
+    Engine engine(arguments.model, engine_options(arguments, arguments.precision),
                   [&](const Prediction& prediction) { writer.write(prediction, *labels); });
     labels = &engine.labels();
     std::exception_ptr fault;
@@ -188,7 +173,7 @@ void with_engine(const Arguments& arguments, Writer& writer) {
 
 // One at a time, every core on it.
 void with_classifier(const Arguments& arguments, Writer& writer) {
-    Classifier classifier(arguments.model, engine_options(arguments));
+    Classifier classifier(arguments.model, engine_options(arguments, arguments.precision));
     Prediction answer;
     for_all(arguments.sources, [&](Source source) {
         try {
@@ -214,15 +199,10 @@ void add_options(CLI::App& program, Arguments& arguments) {
     program.add_option("--top-k", arguments.top_k, "Labels per image")->check(CLI::PositiveNumber);
     program.add_option("--precision", arguments.precision, "f32, bf16 or int8 (default: as deployed)")
         ->check(CLI::IsMember({"f32", "bf16", "int8"}));
-    program.add_option("--decode", arguments.decode, "reduced or full (default: as deployed)")
-        ->check(CLI::IsMember({"full", "reduced"}));
-    auto* streams =
-        program.add_option("--streams", arguments.streams, "Images worked on at once (default: as deployed)");
-    program.add_option("--threads", arguments.threads, "Inference threads in all (default: as deployed)");
+    auto* streams = add_serving_options(program, arguments);
     program.add_flag("--latency", arguments.latency, "One image at a time, all cores on it")->excludes(streams);
     program.add_flag("--probabilities", arguments.probabilities, "One JSON object a line with every class")
         ->excludes(csv);
-    program.add_flag("--no-cache", arguments.no_cache, "Keep no compiled models between runs");
     program.add_flag("--json", arguments.json, "One JSON object a line, or one about the CSV");
     program.set_version_flag("--version", std::string("edgedistill ") + version());
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define EDGEDISTILL_X86 1
@@ -141,6 +142,38 @@ void average_portable(const std::uint16_t* sums, int channel_count, int k, std::
     return average_of<8>(sums, channel_count, columns, out);
 }
 
+template <int K, int C>
+EDGEDISTILL_INLINE void reduce_from(const std::uint8_t* row, std::ptrdiff_t stride, std::int64_t begin,
+                                    std::int64_t columns, std::uint8_t* out) {
+    for (std::int64_t x = begin; x < columns; ++x) {
+        for (int c = 0; c < 3; ++c) {
+            unsigned sum = 0;
+            for (int n = 0; n < K * K; ++n) sum += row[n / K * stride + (x * K + n % K) * C + c];
+            out[4 * x + c] = round_block<K>(sum);
+        }
+    }
+}
+
+// Calls the body with k and the number of channels as constants.
+template <typename Body>
+EDGEDISTILL_INLINE void with_constants(int k, int channel_count, const Body& body) {
+    using std::integral_constant;
+    const auto with_k = [&](auto channels_of_it) {
+        if (k == 2) return body(integral_constant<int, 2>(), channels_of_it);
+        if (k == 4) return body(integral_constant<int, 4>(), channels_of_it);
+        return body(integral_constant<int, 8>(), channels_of_it);
+    };
+    if (channel_count == 3) return with_k(integral_constant<int, 3>());
+    return with_k(integral_constant<int, 4>());
+}
+
+void reduce_portable(const std::uint8_t* row, std::ptrdiff_t stride, int channel_count, int k, std::int64_t columns,
+                     std::uint8_t* out) {
+    with_constants(k, channel_count, [&](auto block, auto pixel) {
+        reduce_from<decltype(block)::value, decltype(pixel)::value>(row, stride, 0, columns, out);
+    });
+}
+
 // BT.601, limited range, in 20-bit fixed point: the numbers of OpenCV's COLOR_YUV2BGR_NV12.
 constexpr int yuv_shift = 20;
 constexpr int yuv_y = 1220542;
@@ -174,7 +207,7 @@ void yuv_portable(const std::uint8_t* y, const std::uint8_t* u, const std::uint8
     yuv_from(y, u, v, u_step, 0, width, out);
 }
 
-constexpr Kernels portable{across_portable, down_portable, sum_portable, average_portable, yuv_portable};
+constexpr Kernels portable{across_portable, down_portable, sum_portable, average_portable, reduce_portable, yuv_portable};
 
 #if EDGEDISTILL_X86
 
@@ -302,6 +335,73 @@ EDGEDISTILL_AVX2 void average_avx2(const std::uint16_t* sums, int channel_count,
     return average_avx2_k<8>(sums, channel_count, columns, out);
 }
 
+// The bytes of 4 pixels in pairs of one channel; for k = 2 the pairs of the first block come first.
+template <int K, int C>
+EDGEDISTILL_AVX2 inline __m256i neighbours() {
+    __m128i order;
+    if (K == 2) {
+        order = C == 3 ? _mm_setr_epi8(0, 3, 1, 4, 2, 5, -1, -1, 6, 9, 7, 10, 8, 11, -1, -1)
+                       : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    } else {
+        order = C == 3 ? _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1)
+                       : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    }
+    return _mm256_broadcastsi128_si256(order);
+}
+
+// Sums of k rows over the 4 (k = 8: 8) pixels at `first` and at `second`, as 16-bit pairs. Fetch: asks for what comes
+// next, which the CPU does not foresee where the rows lie in different pages.
+template <int K, int C, bool Fetch>
+EDGEDISTILL_AVX2 inline __m256i square_sums(const std::uint8_t* first, const std::uint8_t* second,
+                                            std::ptrdiff_t stride, __m256i order) {
+    constexpr int ahead = 512;  // bytes; measured: the best of 256 to 4096 for frames in the cache and in memory
+    __m256i sum = _mm256_setzero_si256();
+    for (int y = 0; y < K; ++y, first += stride, second += stride) {
+        if (Fetch) _mm_prefetch(reinterpret_cast<const char*>(first + ahead), _MM_HINT_T0);
+        for (int pixel = 0; pixel < K; pixel += 4) {
+            const auto* a = reinterpret_cast<const __m128i*>(first + pixel * C);
+            const auto* b = reinterpret_cast<const __m128i*>(second + pixel * C);
+            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(a)),
+                                                         _mm_loadu_si128(b), 1);
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_shuffle_epi8(both, order), _mm256_set1_epi8(1));
+            sum = _mm256_add_epi16(sum, pairs);
+        }
+    }
+    return sum;
+}
+
+template <int K, int C>
+EDGEDISTILL_AVX2 void reduce_avx2_of(const std::uint8_t* row, std::ptrdiff_t stride, std::int64_t columns,
+                                     std::uint8_t* out) {
+    constexpr int block = K * C;
+    const __m256i order = neighbours<K, C>();
+    const __m256i ones = _mm256_set1_epi16(1);
+    std::int64_t x = 0;
+    // Loads of 3 channels read 4 bytes more than their pixels, which the next block has.
+    for (; x + 4 < columns; x += 4) {
+        const std::uint8_t* at = row + x * block;
+        __m256i sums;
+        if (K == 2) {
+            sums = square_sums<K, C, true>(at, at + 2 * block, stride, order);
+        } else {
+            const __m256i even = square_sums<K, C, true>(at, at + 2 * block, stride, order);
+            const __m256i odd = square_sums<K, C, false>(at + block, at + 3 * block, stride, order);
+            sums = _mm256_packs_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones));
+        }
+        const __m256i rounded = round_blocks<K>(sums);
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(rounded, rounded), 0xD8);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4 * x), _mm256_castsi256_si128(bytes));
+    }
+    reduce_from<K, C>(row, stride, x, columns, out);
+}
+
+EDGEDISTILL_AVX2 void reduce_avx2(const std::uint8_t* row, std::ptrdiff_t stride, int channel_count, int k,
+                                  std::int64_t columns, std::uint8_t* out) {
+    with_constants(k, channel_count, [&](auto block, auto pixel) {
+        reduce_avx2_of<decltype(block)::value, decltype(pixel)::value>(row, stride, columns, out);
+    });
+}
+
 EDGEDISTILL_AVX2 inline __m256i times(__m256i value, int factor) {
     return _mm256_mullo_epi32(value, _mm256_set1_epi32(factor));
 }
@@ -370,7 +470,7 @@ EDGEDISTILL_AVX2 void yuv_avx2(const std::uint8_t* y, const std::uint8_t* u, con
     yuv_from(y, u, v, u_step, x, width, out);
 }
 
-constexpr Kernels avx2{across_avx2, down_avx2, sum_avx2, average_avx2, yuv_avx2};
+constexpr Kernels avx2{across_avx2, down_avx2, sum_avx2, average_avx2, reduce_avx2, yuv_avx2};
 
 #endif
 

@@ -37,6 +37,10 @@ struct Kernels {
     // Sums of k rows -> averages of `columns` whole blocks, rounded as OpenCV does; 1 byte a pixel for 1 channel,
     // else 4. May read 16 bytes past the sums and write 16 past the averages.
     void (*average)(const std::uint16_t* sums, int channels, int k, std::int64_t columns, std::uint8_t* out);
+    // k rows of `columns` whole blocks -> their averages, as sum_rows and average would make them, for 3 or 4 channels.
+    // May write 16 bytes past the averages.
+    void (*reduce)(const std::uint8_t* row, std::ptrdiff_t stride, int channels, int k, std::int64_t columns,
+                   std::uint8_t* out);
     // A row of NV12 or I420 to BGRX. `u_step`: bytes from one U (or V) to the next.
     void (*yuv)(const std::uint8_t* y, const std::uint8_t* u, const std::uint8_t* v, int u_step, int width,
                 std::uint8_t* out);

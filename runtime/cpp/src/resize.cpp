@@ -101,6 +101,16 @@ int AreaReducer::add(const std::uint8_t* row, std::ptrdiff_t stride, int count) 
     return taken;
 }
 
+bool AreaReducer::wholes() const noexcept {
+    const std::int64_t asked = columns_ * k_ * channels_;
+    return channels_ > 1 && (filled_ == 0 || filled_ == k_) && static_cast<std::int64_t>(whole_bytes_) == asked;
+}
+
+const std::uint8_t* AreaReducer::block(const std::uint8_t* rows, std::ptrdiff_t stride) noexcept {
+    kernels().reduce(rows + first_byte_, stride, channels_, k_, columns_, averages_.data());
+    return averages_.data();
+}
+
 void AreaReducer::repeat_last() noexcept {
     for (; filled_ < k_; ++filled_) kernels().sum_rows(last_row_, 0, 1, whole_bytes_, true, sums_.data());
 }
@@ -208,6 +218,12 @@ void Resizer::rows(const std::uint8_t* first, std::ptrdiff_t stride, int count) 
 void Resizer::reduce(const std::uint8_t* first, std::ptrdiff_t stride, int count) noexcept {
     while (count > 0) {
         const bool wanted = seen_reduced_ >= top_ && seen_reduced_ < top_ + crop_.height;
+        if (wanted && count >= k_ && reducer_.wholes()) {
+            reduced_row(reducer_.block(first, stride));
+            first += k_ * stride;
+            count -= k_;
+            continue;
+        }
         const int taken = wanted ? reducer_.add(first, stride, count) : reducer_.skip(count);
         first += taken * stride;
         count -= taken;

@@ -119,12 +119,24 @@ TEST_CASE("the vector loops that average are equal to the portable ones") {
                 kernels().average(ours.data(), channel_count, k, columns, averages.data());
                 portable_kernels().average(expected.data(), channel_count, k, columns, expected_averages.data());
                 const int step = channel_count == 1 ? 1 : 4;
-                for (int at = 0; at < columns * step; ++at) {
-                    if (step == 1 || at % 4 != 3) {
-                        REQUIRE(averages[static_cast<std::size_t>(at)] ==
-                                expected_averages[static_cast<std::size_t>(at)]);
+                const auto same = [&] {
+                    for (int at = 0; at < columns * step; ++at) {
+                        if (step == 1 || at % 4 != 3) {
+                            REQUIRE(averages[static_cast<std::size_t>(at)] ==
+                                    expected_averages[static_cast<std::size_t>(at)]);
+                        }
                     }
-                }
+                };
+                same();
+                if (channel_count == 1) continue;
+                std::fill(averages.begin(), averages.end(), std::uint8_t{0});
+                const auto stride = static_cast<std::ptrdiff_t>(bytes);
+                kernels().reduce(rows.data(), stride, channel_count, k, columns, averages.data());
+                portable_kernels().sum_rows(rows.data(), stride, k, bytes, false, expected.data());
+                portable_kernels().average(expected.data(), channel_count, k, columns, expected_averages.data());
+                same();
+                portable_kernels().reduce(rows.data(), stride, channel_count, k, columns, averages.data());
+                same();
             }
         }
     }

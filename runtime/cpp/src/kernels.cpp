@@ -207,7 +207,8 @@ void yuv_portable(const std::uint8_t* y, const std::uint8_t* u, const std::uint8
     yuv_from(y, u, v, u_step, 0, width, out);
 }
 
-constexpr Kernels portable{across_portable, down_portable, sum_portable, average_portable, reduce_portable, yuv_portable};
+constexpr Kernels portable{across_portable,  down_portable,   sum_portable,
+                           average_portable, reduce_portable, yuv_portable};
 
 #if EDGEDISTILL_X86
 
@@ -361,8 +362,8 @@ EDGEDISTILL_AVX2 inline __m256i square_sums(const std::uint8_t* first, const std
         for (int pixel = 0; pixel < K; pixel += 4) {
             const auto* a = reinterpret_cast<const __m128i*>(first + pixel * C);
             const auto* b = reinterpret_cast<const __m128i*>(second + pixel * C);
-            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(a)),
-                                                         _mm_loadu_si128(b), 1);
+            const __m256i both =
+                _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(a)), _mm_loadu_si128(b), 1);
             const __m256i pairs = _mm256_maddubs_epi16(_mm256_shuffle_epi8(both, order), _mm256_set1_epi8(1));
             sum = _mm256_add_epi16(sum, pairs);
         }

@@ -53,8 +53,8 @@ public:
     // Takes up to `count` rows and returns how many; after each call `done()` says whether it completed a row of
     // blocks.
     int add(const std::uint8_t* row, std::ptrdiff_t stride, int count) noexcept;
-    // The averages of k rows that lie whole in memory, as add() and average() would make them. Not after a part of a row
-    // of blocks, nor where wholes() is false.
+    // The averages of k rows that lie whole in memory, as add() and average() would make them. Not after a part of a
+    // row of blocks, nor where wholes() is false.
     const std::uint8_t* block(const std::uint8_t* rows, std::ptrdiff_t stride) noexcept;
     bool wholes() const noexcept;
     // After the last row: repeats it until the row of blocks is whole.

@@ -2,6 +2,8 @@
 
 #include <array>
 #include <cstring>
+#include <exception>
+#include <future>
 #include <mutex>
 #include <optional>
 #include <system_error>
@@ -139,6 +141,7 @@ struct Bundle::Impl {
         }
         return *form.model;
     }
+    ModelMetadata checked_metadata(Forms& forms, const Stage& stage);
 };
 
 Bundle::Bundle() : impl_(std::make_unique<Impl>()) {}
@@ -205,12 +208,8 @@ void Bundle::load_stage(const fs::path& root, const Stage& stage) {
         refuse(path.string() + ": leads outside " + source_ + "; export the model again");
     }
     Forms forms{read_form(path), std::nullopt};
-    check_sha256(forms.plain, stage.sha256);
-    if (stage.int8_sha256) {
-        forms.int8 = read_form(int8_path(path));
-        check_sha256(*forms.int8, *stage.int8_sha256);
-    }
-    ModelMetadata metadata = read_metadata(impl_->parsed(forms.plain), forms.plain.name);
+    if (stage.int8_sha256) forms.int8 = read_form(int8_path(path));
+    ModelMetadata metadata = impl_->checked_metadata(forms, stage);
     InputSpec resized = stage.input_spec;
     resized.height = metadata.input_spec.height;
     resized.width = metadata.input_spec.width;
@@ -220,6 +219,26 @@ void Bundle::load_stage(const fs::path& root, const Stage& stage) {
     }
     metadata_.push_back(std::move(metadata));
     impl_->stages.push_back(std::move(forms));
+}
+
+// Hashing takes as long as parsing, so both go on at once. A wrong hash is the better explanation of a failed parse.
+ModelMetadata Bundle::Impl::checked_metadata(Forms& forms, const Stage& stage) {
+    // Views of what is hashed: parsing lets go of the form's own.
+    const Form plain = forms.plain;
+    auto hashed = std::async([&] {
+        check_sha256(plain, stage.sha256);
+        if (stage.int8_sha256) check_sha256(*forms.int8, *stage.int8_sha256);
+    });
+    std::exception_ptr failure;
+    ModelMetadata metadata;
+    try {
+        metadata = read_metadata(parsed(forms.plain), forms.plain.name);
+    } catch (...) {
+        failure = std::current_exception();
+    }
+    hashed.get();
+    if (failure) std::rethrow_exception(failure);
+    return metadata;
 }
 
 void Bundle::check_stages_agree(const fs::path& path) const {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <edgedistill/error.hpp>
+#include <future>
 #include <system_error>
 #include <utility>
 
@@ -81,7 +82,14 @@ void EngineCore::compile(const EngineOptions& options) {
     settings.pinning = tuned_.pinning.value_or(false);  // or OpenVINO pins every worker to the same first core
     settings.cache = options.cache;
     settings.max_pixels = options.max_pixels;
-    for (int number = 0; number < streams_; ++number) lanes_.push_back(std::make_unique<Lane>(bundle_, settings));
+    while (lanes_.size() < static_cast<std::size_t>(streams_)) {
+        std::vector<std::future<std::unique_ptr<Lane>>> compiling;
+        for (int number = static_cast<int>(lanes_.size()); number < streams_; ++number) {
+            if (static_cast<int>(compiling.size()) == usable_cores()) break;
+            compiling.push_back(std::async([&] { return std::make_unique<Lane>(bundle_, settings); }));
+        }
+        for (auto& lane : compiling) lanes_.push_back(lane.get());
+    }
     bundle_->forget_models();
 }
 

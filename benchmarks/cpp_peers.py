@@ -44,6 +44,14 @@ def cpp_program(name: str) -> Path:
     return program
 
 
+def cpp_peer(name: str) -> Path:
+    """A program of benchmarks/cpp. Raises UsageError where it is not built."""
+    program = PEERS_BUILD / name
+    if not program.is_file():
+        raise UsageError(f"{name} is not built; run 'make cpp-peers'")
+    return program
+
+
 @dataclass(frozen=True)
 class Limit:
     """One independent single-threaded process per core, each bound to its core, all at once: nothing is shared."""
@@ -63,10 +71,10 @@ class PeerWorkers(Workers):
     def command(self, candidate: str) -> list[str]:
         if candidate not in PROGRAMS:
             return super().command(candidate)
-        program = PEERS_BUILD / PROGRAMS[candidate]
-        if not program.is_file():
-            raise CandidateError(f"{program.name} is not built; run 'make cpp-peers'")
-        return [str(program)]
+        try:
+            return [str(cpp_peer(PROGRAMS[candidate]))]
+        except UsageError as error:
+            raise CandidateError(str(error)) from error
 
     def request(self, entry: Entry) -> dict[str, Any]:
         request = super().request(entry)

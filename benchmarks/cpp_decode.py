@@ -1,0 +1,87 @@
+"""CPU time from JPEG bytes to network pixels: ours, libjpeg-turbo and OpenCV, taking turns in one thread.
+
+    make cpp-peers
+    python -m edgedistill.benchmarks.cpp_decode --out benchmarks/results/cpp-decode.json
+
+The program is benchmarks/cpp/decode.cpp; photographs as in benchmarks/python_runtime.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgedistill import console
+from edgedistill.artifacts import write_json
+from edgedistill.benchmarks.cpp_peers import cpp_peer
+from edgedistill.benchmarks.inputs import InputSet
+from edgedistill.benchmarks.machine import machine_record
+from edgedistill.benchmarks.python_runtime import photographs
+from edgedistill.benchmarks.timing import Spread
+from edgedistill.errors import EdgedistillError, ModelError
+
+FORMAT = "edgedistill-cpp-decode"
+OWN = "edgedistill"
+
+
+def measure(image: InputSet, *, size: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each way and its ratio to ours, round by round: median with the extremes."""
+    command = [str(cpp_peer("edgedistill-decode")), str(image.paths[0]), str(size), str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ModelError(done.stderr.strip() or f"edgedistill-decode ended with code {done.returncode}")
+    answer = json.loads(done.stdout)
+    own = answer["milliseconds"][OWN]
+    ways = {
+        name: {
+            "cpu_ms": Spread.of(values).to_dict(),
+            "ratio_to_ours": Spread.of([value / ours for value, ours in zip(values, own, strict=True)]).to_dict(),
+        }
+        for name, values in answer["milliseconds"].items()
+    }
+    return {"image": image.name, "bytes": image.paths[0].stat().st_size, "reduction": answer["reduction"], "ways": ways}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.cpp_decode", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
+    parser.add_argument("--size", type=int, default=224, help="of the network's input")
+    parser.add_argument("--rounds", type=int, default=50)
+    options = parser.parse_args()
+    machine = machine_record()
+    with tempfile.TemporaryDirectory(prefix="edgedistill-bench-") as scratch:
+        sets, origin = photographs(options.images, Path(scratch))
+        results = [measure(image, size=options.size, rounds=options.rounds) for image in sets]
+    record = {
+        "machine": machine,
+        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.cpp_decode", *sys.argv[1:]]),
+        "images": origin,
+        "size": options.size,
+        "rounds": options.rounds,
+        "results": results,
+    }
+    write_json(options.out, record, format=FORMAT)
+    for result in results:
+        rows = [
+            (name, f"{way['cpu_ms']['median']:.2f}", f"{way['ratio_to_ours']['median']:.2f}")
+            for name, way in result["ways"].items()
+        ]
+        title = f"{result['image']}, {result['bytes'] / 1000:.0f} kB, to {options.size} px"
+        console.out.print(console.table(title, ("", "CPU ms", "of ours"), rows))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except EdgedistillError as problem:
+        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        sys.exit(problem.exit_code)

@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import openvino as ov
+import PIL.Image
 import pytest
 from openvino import opset13 as ops
 
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.cpp
 
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = TESTS.parent / "build" / "cpp" / "bin" / "answer_dump"
+# TIFF, big-endian, one entry: orientation (0x0112), SHORT, 1 value, 6.
+ORIENTATION_6 = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
 # The deployables and the hostile files that the tests of Python's runtime are made of.
 Maker = runpy.run_path(str(TESTS / "runtime" / "conftest.py"))["Maker"]
 HOSTILE = runpy.run_path(str(TESTS / "runtime" / "test_deployables_are_checked_before_use.py"))
@@ -226,6 +229,24 @@ def test_foreign_networks_get_the_same_answers(make: Any, kind: dict[str, Any]) 
 def test_cascades_ask_the_same_stage(make: Any, threshold: float, stage: int, slow_size: int) -> None:
     root = make.cascade(exit_threshold=threshold, slow_size=slow_size, reject_below=0.2)
     assert {answer.stage for answer in assert_same_on_colours(make, root)} == {stage}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (200, 260)], ids=["decoded twice", "decoded once"])
+def test_the_second_stage_sees_what_python_shows_it(make: Any, suffix: str, height: int, width: int) -> None:
+    """As a JPEG the smaller picture is reduced unlike for 32 and 48 pixels, the larger one alike."""
+    root = make.cascade(exit_threshold=0.99, slow_size=48)
+    photos = [make.photo(colour, suffix, height=height, width=width, seed=3) for colour in make.labels]
+    turned = make.folder / "turned.jpg"
+    PIL.Image.open(make.photo("red", height=height, width=width)).save(turned, exif=b"Exif\0\0" + ORIENTATION_6)
+    broken = make.folder / "broken.jpg"
+    broken.write_bytes(turned.read_bytes()[:300])
+    got = dump(root, [f"file\t{path}" for path in (*photos, turned, broken)])
+    *expected, refused = Classifier(root).classify([*photos, turned, broken])
+    assert {answer.stage for answer in expected} == {1}
+    for answer, reference in zip(got.answers[:-1], expected, strict=True):
+        assert_same(answer, reference)
+    assert got.answers[-1]["kind"] == "image" and refused.error is not None
 
 
 def test_unknown_is_unknown_in_both(make: Any) -> None:

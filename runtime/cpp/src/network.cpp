@@ -298,33 +298,53 @@ std::vector<StageRunner> make_runners(const Network& network) {
 
 }  // namespace
 
+namespace {
+
+// Nothing where there is no second stage, or one that sees the first one's pixels.
+std::vector<std::vector<std::uint8_t>> make_room_ahead(const std::vector<StageRunner>& runners) {
+    if (runners.size() < 2 || same_spec(runners[0].spec(), runners[1].spec())) return {};
+    return {runners[0].stage().batch, std::vector<std::uint8_t>(runners[1].image_bytes())};
+}
+
+}  // namespace
+
 struct Worker::Impl {
     explicit Impl(const Network& compiled)
         : network(&compiled),
           runners(make_runners(compiled)),
           preparer(compiled.settings().max_pixels),
+          prepared_ahead(make_room_ahead(runners)),
           logits(compiled.bundle().labels().size()),
           weights(compiled.bundle().labels().size()) {}
 
     bool load(const Frame& frame, const InputSpec& spec, std::uint8_t* out, Prediction& answer);
-    void load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out);
+    bool load_first(const Frame& frame, std::size_t number, Prediction& answer);
+    bool load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out, const Preparer::Second* second);
     void run(StageRunner& runner);
     bool finish(std::size_t stage, const float* raw, Prediction& out);
     void score(const CompiledStage& stage, const float* raw, Prediction& out);
     void accept(const CompiledStage& stage, Prediction& out) const;
-    void ask_later_stages(const Frame& frame, const std::uint8_t* pixels, Prediction& out);
+    void ask_later_stages(const Frame& frame, std::size_t place, Prediction& out);
+    const std::uint8_t* pixels_ahead(std::size_t place) const;
 
     const Network* network;
     std::vector<StageRunner> runners;
     Preparer preparer;
+    // The second stage's pixels of each image of the first stage's batch, from the same decoding where that is
+    // possible.
+    std::vector<std::vector<std::uint8_t>> prepared_ahead;
+    std::vector<bool> is_ahead = std::vector<bool>(prepared_ahead.size());
     std::vector<float> logits;    // [C]
     std::vector<double> weights;  // [C]
 };
 
+namespace {
+
 // False, and `answer` says why, when the image cannot be read.
-bool Worker::Impl::load(const Frame& frame, const InputSpec& spec, std::uint8_t* out, Prediction& answer) {
+template <typename Body>
+bool is_read(const Frame& frame, Prediction& answer, const Body& body) {
     try {
-        load_data(frame, spec, out);
+        body();
         return true;
     } catch (const Error& error) {
         if (error.kind() != ErrorKind::image) throw;
@@ -335,22 +355,42 @@ bool Worker::Impl::load(const Frame& frame, const InputSpec& spec, std::uint8_t*
     return false;
 }
 
-void Worker::Impl::load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out) {
+}  // namespace
+
+bool Worker::Impl::load(const Frame& frame, const InputSpec& spec, std::uint8_t* out, Prediction& answer) {
+    return is_read(frame, answer, [&] { load_data(frame, spec, out, nullptr); });
+}
+
+// Into place `number` of the first stage's batch, and where that costs no decoding, of what the second stage sees.
+bool Worker::Impl::load_first(const Frame& frame, std::size_t number, Prediction& answer) {
+    StageRunner& first = runners[0];
+    if (prepared_ahead.empty()) return load(frame, first.spec(), first.pixels(number), answer);
+    is_ahead[number] = false;
+    const Preparer::Second second{&runners[1].spec(), prepared_ahead[number].data()};
+    return is_read(frame, answer,
+                   [&] { is_ahead[number] = load_data(frame, first.spec(), first.pixels(number), &second); });
+}
+
+// Whether `second` was prepared too.
+bool Worker::Impl::load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out,
+                             const Preparer::Second* second) {
     const Decode decode = network->settings().decode;
     if (const auto* path = std::get_if<fs::path>(&frame.data)) {
-        preparer.load_file(*path, frame.name, spec, decode, out);
-    } else if (const auto* encoded = std::get_if<Bytes>(&frame.data)) {
+        return preparer.load_file(*path, frame.name, spec, decode, out, second);
+    }
+    if (const auto* encoded = std::get_if<Bytes>(&frame.data)) {
         std::array<char, 40> unnamed{"<"};
         const auto end = std::to_chars(unnamed.data() + 1, unnamed.data() + 24, encoded->size).ptr;
         constexpr std::string_view unit = " bytes>";
         std::copy(unit.begin(), unit.end(), end);
         const std::string_view name(unnamed.data(), static_cast<std::size_t>(end - unnamed.data()) + unit.size());
-        preparer.load(*encoded, frame.name.empty() ? name : std::string_view(frame.name), spec, decode, out);
-    } else {
-        constexpr std::string_view unnamed = "image";
-        const auto name = frame.name.empty() ? unnamed : std::string_view(frame.name);
-        preparer.prepare(std::get<ImageView>(frame.data), name, spec, out);
+        return preparer.load(*encoded, frame.name.empty() ? name : std::string_view(frame.name), spec, decode, out,
+                             second);
     }
+    constexpr std::string_view unnamed = "image";
+    const auto name = frame.name.empty() ? unnamed : std::string_view(frame.name);
+    preparer.prepare(std::get<ImageView>(frame.data), name, spec, out);
+    return false;
 }
 
 void Worker::Impl::run(StageRunner& runner) {
@@ -404,18 +444,25 @@ void Worker::Impl::accept(const CompiledStage& stage, Prediction& out) const {
     }
 }
 
-void Worker::Impl::ask_later_stages(const Frame& frame, const std::uint8_t* pixels, Prediction& out) {
+const std::uint8_t* Worker::Impl::pixels_ahead(std::size_t place) const {
+    return !prepared_ahead.empty() && is_ahead[place] ? prepared_ahead[place].data() : nullptr;
+}
+
+// `place`: of the image in the first stage's batch.
+void Worker::Impl::ask_later_stages(const Frame& frame, std::size_t place, Prediction& out) {
     const InputSpec* spec = &runners[0].spec();
+    const std::uint8_t* pixels = runners[0].pixels(place);
     for (std::size_t number = 1; number < runners.size(); ++number) {
         StageRunner& runner = runners[number];
-        if (same_spec(runner.spec(), *spec)) {
-            std::copy_n(pixels, runner.image_bytes(), runner.pixels(0));
-        } else {
-            // It may fail now: the file may have changed since the first stage read it.
-            if (!load(frame, runner.spec(), runner.pixels(0), out)) return;
-            spec = &runner.spec();
-            pixels = runner.pixels(0);
+        const std::uint8_t* ready = number == 1 ? pixels_ahead(place) : nullptr;
+        if (ready == nullptr && same_spec(runner.spec(), *spec)) ready = pixels;
+        if (ready != nullptr) {
+            std::copy_n(ready, runner.image_bytes(), runner.pixels(0));
+        } else if (!load(frame, runner.spec(), runner.pixels(0), out)) {
+            return;  // the file may have changed since the first stage read it
         }
+        spec = &runner.spec();
+        pixels = runner.pixels(0);
         run(runner);
         if (finish(number, runner.scores(0), out)) return;
     }
@@ -440,13 +487,13 @@ void Worker::answer(const Frame* const* frames, std::size_t count, Prediction* o
     for (std::size_t number = 0; number < count; ++number) {
         clear_answer(out[number]);
         out[number].name.assign(frames[number]->name);
-        any = impl_->load(*frames[number], first.spec(), first.pixels(number), out[number]) || any;
+        any = impl_->load_first(*frames[number], number, out[number]) || any;
     }
     if (!any) return;
     impl_->run(first);
     for (std::size_t number = 0; number < count; ++number) {
         if (!out[number].ok() || impl_->finish(0, first.scores(number), out[number])) continue;
-        impl_->ask_later_stages(*frames[number], first.pixels(number), out[number]);
+        impl_->ask_later_stages(*frames[number], number, out[number]);
     }
 }
 

@@ -134,12 +134,31 @@ std::size_t checked_row_bytes(const ImageView& view, std::string_view name) {
     return row_bytes;
 }
 
+// Sends rows to two sinks.
+class Fork final : public RowSink {
+public:
+    Fork(RowSink& first, RowSink& second) : first_(first), second_(second) {}
+    void restart() noexcept override {
+        first_.restart();
+        second_.restart();
+    }
+    void rows(const std::uint8_t* first, std::ptrdiff_t stride, int count) noexcept override {
+        first_.rows(first, stride, count);
+        second_.rows(first, stride, count);
+    }
+
+private:
+    RowSink& first_;
+    RowSink& second_;
+};
+
 }  // namespace
 
 struct Preparer::Impl {
     long long max_pixels;
     JpegDecoder jpeg;
     Resizer resizer;
+    Resizer second_resizer;
     Collector collector;
     Buffer file;
     Buffer pixels;
@@ -147,7 +166,8 @@ struct Preparer::Impl {
 
     explicit Impl(long long limit) : max_pixels(limit) {}
 
-    void load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out);
+    bool load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out,
+              const Second* second);
     void prepare(const ImageView& view, std::string_view name, const InputSpec& spec, std::uint8_t* out);
 
 private:
@@ -161,29 +181,39 @@ private:
     }
 };
 
-void Preparer::Impl::load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode,
-                          std::uint8_t* out) {
+bool Preparer::Impl::load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out,
+                          const Second* second) {
     if (encoded.size == 0) throw_image(name, "the file is empty; delete it or copy it again");
     const ImageHeader header = read_header(encoded, name, max_pixels);
-    const int k = reduction({header.upright_height(), header.upright_width()}, spec);
     const bool is_jpeg = header.kind == ImageKind::jpeg;
     if (!is_jpeg && (std::max(header.height, header.width) > max_side || header.height * header.width > max_area)) {
         throw_image(name, std::to_string(header.width) + "x" + std::to_string(header.height) +
                               " pixels, the limit is 1048576 in each direction; make it smaller");
     }
-    const int scale = is_jpeg && decode == Decode::reduced ? k : 1;
-    const Size upright{(header.upright_height() + scale - 1) / scale, (header.upright_width() + scale - 1) / scale};
-    const bool in_rows = is_jpeg || header.kind == ImageKind::png;
-    const Layout layout = is_jpeg ? JpegDecoder::layout(header) : png_layout(encoded);
-    if (in_rows && header.orientation == 1) {
+    const Size whole{header.upright_height(), header.upright_width()};
+    const int k = reduction(whole, spec);
+    const int second_k = second != nullptr ? reduction(whole, *second->spec) : k;
+    const bool in_dct = is_jpeg && decode == Decode::reduced;
+    const bool both = second != nullptr && (!in_dct || second_k == k);
+    const int scale = in_dct ? k : 1;
+    const Size upright{(whole.height + scale - 1) / scale, (whole.width + scale - 1) / scale};
+    Fork fork(resizer, second_resizer);
+    RowSink& sink = both ? static_cast<RowSink&>(fork) : resizer;
+    const auto begin = [&](Layout layout) {
         resizer.begin(upright, layout, k / scale, spec, out);
-        decode_rows(encoded, header, name, scale, resizer);
+        if (both) second_resizer.begin(upright, layout, second_k / scale, *second->spec, second->out);
+    };
+    const bool in_rows = is_jpeg || header.kind == ImageKind::png;
+    if (in_rows && header.orientation == 1) {
+        begin(is_jpeg ? JpegDecoder::layout(header) : png_layout(encoded));
+        decode_rows(encoded, header, name, scale, sink);
     } else {
         const Picture picture = decode_whole(encoded, header, name, scale);
-        resizer.begin(upright, picture.layout, k / scale, spec, out);
-        send_upright(picture, header.orientation, scratch, resizer);
+        begin(picture.layout);
+        send_upright(picture, header.orientation, scratch, sink);
     }
     trim();
+    return both;
 }
 
 void Preparer::Impl::decode_rows(Bytes encoded, const ImageHeader& header, std::string_view name, int scale,
@@ -256,14 +286,21 @@ void with_memory(std::string_view name, const Body& body) {
 
 }  // namespace
 
-void Preparer::load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out) {
-    with_memory(name, [&] { impl_->load(encoded, name, spec, decode, out); });
+bool Preparer::load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out,
+                    const Second* second) {
+    bool both = false;
+    with_memory(name, [&] { both = impl_->load(encoded, name, spec, decode, out, second); });
+    return both;
 }
 
-void Preparer::load_file(const std::filesystem::path& path, std::string_view name, const InputSpec& spec, Decode decode,
-                         std::uint8_t* out) {
-    with_memory(name,
-                [&] { impl_->load(read_file(path, name, impl_->max_pixels, impl_->file), name, spec, decode, out); });
+bool Preparer::load_file(const std::filesystem::path& path, std::string_view name, const InputSpec& spec, Decode decode,
+                         std::uint8_t* out, const Second* second) {
+    bool both = false;
+    with_memory(name, [&] {
+        const Bytes encoded = read_file(path, name, impl_->max_pixels, impl_->file);
+        both = impl_->load(encoded, name, spec, decode, out, second);
+    });
+    return both;
 }
 
 void Preparer::prepare(const ImageView& pixels, std::string_view name, const InputSpec& spec, std::uint8_t* out) {

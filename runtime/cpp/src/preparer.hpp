@@ -14,18 +14,27 @@ namespace edgedistill::detail {
 // Decodes, turns upright, reduces, crops and resizes with buffers of its own, which grow to the largest image seen and
 // are used again: in the steady state nothing is allocated. One thread at a time.
 //
+// `load` and `load_file` can prepare the same image for a second network; they say whether they did, which they do
+// where one decoding serves both: not where a JPEG would be reduced unlike in the DCT.
+//
 // `out`: uint8 [spec.height, spec.width, 3] BGR, dense. Every function throws Error (ErrorKind::image) that names
 // `name`.
 class Preparer {
 public:
+    struct Second {
+        const InputSpec* spec;
+        std::uint8_t* out;
+    };
+
     explicit Preparer(long long max_pixels);
     ~Preparer();
     Preparer(Preparer&&) noexcept;
     Preparer& operator=(Preparer&&) noexcept;
 
-    void load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out);
-    void load_file(const std::filesystem::path& path, std::string_view name, const InputSpec& spec, Decode decode,
-                   std::uint8_t* out);
+    bool load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out,
+              const Second* second = nullptr);
+    bool load_file(const std::filesystem::path& path, std::string_view name, const InputSpec& spec, Decode decode,
+                   std::uint8_t* out, const Second* second = nullptr);
     void prepare(const ImageView& pixels, std::string_view name, const InputSpec& spec, std::uint8_t* out);
 
 private:

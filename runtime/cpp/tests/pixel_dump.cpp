@@ -78,7 +78,10 @@ void load_image(std::istream& job, const std::string& kind, const InputSpec& spe
     const std::string path = rest_of(job);
     const Decode mode = decode == "full" ? Decode::full : Decode::reduced;
     Preparer& preparer = preparer_for(max_pixels);
-    if (kind == "file") return preparer.load_file(path, path, spec, mode, out);
+    if (kind == "file") {
+        preparer.load_file(path, path, spec, mode, out);
+        return;
+    }
     const bool in_memory = kind == "memory";
     const std::vector<std::uint8_t> data = in_memory ? next_bytes(std::stoul(path)) : contents(path);
     preparer.load({data.data(), data.size()}, in_memory ? "<" + path + " bytes>" : path, spec, mode, out);

@@ -7,7 +7,7 @@
 // the decoded picture.
 #include <time.h>
 
-#include <cstdio> // jpeglib.h needs FILE
+#include <cstdio>  // jpeglib.h needs FILE
 #include <cstdlib>
 #include <fstream>
 #include <functional>
@@ -32,100 +32,89 @@ namespace {
 using edgedistill::Decode;
 
 double cpu_ms() {
-  timespec now{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) * 1e3 +
-         static_cast<double>(now.tv_nsec) / 1e6;
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) * 1e3 + static_cast<double>(now.tv_nsec) / 1e6;
 }
 
 // libjpeg-turbo as its manual has it; `reduction`: 1, 2, 4 or 8, scaled in the
 // DCT.
-cv::Mat turbo(const std::vector<uchar> &data, unsigned reduction) {
-  jpeg_decompress_struct state{};
-  jpeg_error_mgr errors{};
-  state.err = jpeg_std_error(&errors);
-  jpeg_create_decompress(&state);
-  jpeg_mem_src(&state, data.data(), data.size());
-  jpeg_read_header(&state, TRUE);
-  state.out_color_space = JCS_EXT_BGR;
-  state.scale_denom = reduction;
-  jpeg_start_decompress(&state);
-  cv::Mat image(static_cast<int>(state.output_height),
-                static_cast<int>(state.output_width), CV_8UC3);
-  while (state.output_scanline < state.output_height) {
-    JSAMPROW row = image.ptr(static_cast<int>(state.output_scanline));
-    jpeg_read_scanlines(&state, &row, 1);
-  }
-  jpeg_finish_decompress(&state);
-  jpeg_destroy_decompress(&state);
-  return image;
+cv::Mat turbo(const std::vector<uchar>& data, unsigned reduction) {
+    jpeg_decompress_struct state{};
+    jpeg_error_mgr errors{};
+    state.err = jpeg_std_error(&errors);
+    jpeg_create_decompress(&state);
+    jpeg_mem_src(&state, data.data(), data.size());
+    jpeg_read_header(&state, TRUE);
+    state.out_color_space = JCS_EXT_BGR;
+    state.scale_denom = reduction;
+    jpeg_start_decompress(&state);
+    cv::Mat image(static_cast<int>(state.output_height), static_cast<int>(state.output_width), CV_8UC3);
+    while (state.output_scanline < state.output_height) {
+        JSAMPROW row = image.ptr(static_cast<int>(state.output_scanline));
+        jpeg_read_scanlines(&state, &row, 1);
+    }
+    jpeg_finish_decompress(&state);
+    jpeg_destroy_decompress(&state);
+    return image;
 }
 
 // The largest whose picture is no smaller than the network's input.
 unsigned reduction_of(cv::Size picture, int size) {
-  for (const int k : {8, 4, 2}) {
-    if (picture.height / k >= size && picture.width / k >= size)
-      return static_cast<unsigned>(k);
-  }
-  return 1;
-}
-
-cv::Mat resized(const cv::Mat &image, int size) {
-  cv::Mat small;
-  cv::resize(image, small, {size, size}, 0, 0, cv::INTER_LINEAR);
-  return small;
-}
-
-int run(const std::string &path, int size, int rounds) {
-  std::ifstream file(path, std::ios::binary);
-  const std::vector<uchar> data{std::istreambuf_iterator<char>(file), {}};
-  if (data.empty())
-    throw std::runtime_error(path + ": cannot be read");
-  cv::setNumThreads(1);
-  edgedistill::InputSpec spec;
-  spec.height = spec.width = size;
-  edgedistill::detail::Preparer preparer(1 << 28);
-  std::vector<std::uint8_t> pixels(static_cast<std::size_t>(size * size * 3));
-  const auto ours = [&](Decode decode) {
-    preparer.load({data.data(), data.size()}, path, spec, decode,
-                  pixels.data());
-  };
-  const unsigned reduction =
-      reduction_of(cv::imdecode(data, cv::IMREAD_COLOR).size(), size);
-  const std::vector<std::pair<std::string, std::function<void()>>> ways{
-      {"edgedistill", [&] { ours(Decode::reduced); }},
-      {"edgedistill-full", [&] { ours(Decode::full); }},
-      {"opencv", [&] { resized(cv::imdecode(data, cv::IMREAD_COLOR), size); }},
-      {"libjpeg-turbo", [&] { resized(turbo(data, 1), size); }},
-      {"libjpeg-turbo-only", [&] { turbo(data, 1); }},
-      {"libjpeg-turbo-scaled", [&] { resized(turbo(data, reduction), size); }},
-      {"libjpeg-turbo-scaled-only", [&] { turbo(data, reduction); }},
-  };
-  std::map<std::string, std::vector<double>> milliseconds;
-  for (int round = 0; round < rounds + 3; ++round) {
-    for (const auto &[name, way] : ways) {
-      const double start = cpu_ms();
-      for (int again = 0; again < 4; ++again)
-        way();
-      if (round >= 3)
-        milliseconds[name].push_back((cpu_ms() - start) / 4);
+    for (const int k : {8, 4, 2}) {
+        if (picture.height / k >= size && picture.width / k >= size) return static_cast<unsigned>(k);
     }
-  }
-  std::cout << nlohmann::json{{"reduction", reduction},
-                              {"milliseconds", milliseconds}}
-            << '\n';
-  return EXIT_SUCCESS;
+    return 1;
 }
 
-} // namespace
+cv::Mat resized(const cv::Mat& image, int size) {
+    cv::Mat small;
+    cv::resize(image, small, {size, size}, 0, 0, cv::INTER_LINEAR);
+    return small;
+}
 
-int main(int count, char **arguments) {
-  try {
-    if (count != 4)
-      throw std::runtime_error("expected FILE SIZE ROUNDS");
-    return run(arguments[1], std::stoi(arguments[2]), std::stoi(arguments[3]));
-  } catch (const std::exception &error) {
-    std::cerr << "edgedistill-decode: " << error.what() << '\n';
-    return EXIT_FAILURE;
-  }
+int run(const std::string& path, int size, int rounds) {
+    std::ifstream file(path, std::ios::binary);
+    const std::vector<uchar> data{std::istreambuf_iterator<char>(file), {}};
+    if (data.empty()) throw std::runtime_error(path + ": cannot be read");
+    cv::setNumThreads(1);
+    edgedistill::InputSpec spec;
+    spec.height = spec.width = size;
+    edgedistill::detail::Preparer preparer(1 << 28);
+    std::vector<std::uint8_t> pixels(static_cast<std::size_t>(size * size * 3));
+    const auto ours = [&](Decode decode) {
+        preparer.load({data.data(), data.size()}, path, spec, decode, pixels.data());
+    };
+    const unsigned reduction = reduction_of(cv::imdecode(data, cv::IMREAD_COLOR).size(), size);
+    const std::vector<std::pair<std::string, std::function<void()>>> ways{
+        {"edgedistill", [&] { ours(Decode::reduced); }},
+        {"edgedistill-full", [&] { ours(Decode::full); }},
+        {"opencv", [&] { resized(cv::imdecode(data, cv::IMREAD_COLOR), size); }},
+        {"libjpeg-turbo", [&] { resized(turbo(data, 1), size); }},
+        {"libjpeg-turbo-only", [&] { turbo(data, 1); }},
+        {"libjpeg-turbo-scaled", [&] { resized(turbo(data, reduction), size); }},
+        {"libjpeg-turbo-scaled-only", [&] { turbo(data, reduction); }},
+    };
+    std::map<std::string, std::vector<double>> milliseconds;
+    for (int round = 0; round < rounds + 3; ++round) {
+        for (const auto& [name, way] : ways) {
+            const double start = cpu_ms();
+            for (int again = 0; again < 4; ++again) way();
+            if (round >= 3) milliseconds[name].push_back((cpu_ms() - start) / 4);
+        }
+    }
+    std::cout << nlohmann::json{{"reduction", reduction}, {"milliseconds", milliseconds}} << '\n';
+    return EXIT_SUCCESS;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        if (count != 4) throw std::runtime_error("expected FILE SIZE ROUNDS");
+        return run(arguments[1], std::stoi(arguments[2]), std::stoi(arguments[3]));
+    } catch (const std::exception& error) {
+        std::cerr << "edgedistill-decode: " << error.what() << '\n';
+        return EXIT_FAILURE;
+    }
 }

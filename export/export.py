@@ -27,7 +27,7 @@ from edgedistill.export.int8 import MIN_GAIN, Int8Mode, Int8Result, Int8Settings
 from edgedistill.export.int8_training import Int8Training, find_lesson
 from edgedistill.export.network import Network, load_network, load_timm_network, random_images
 from edgedistill.export.onnx_file import write_onnx
-from edgedistill.export.samples import ExportImages, Samples, find_images, load_pixels
+from edgedistill.export.samples import ExportImages, Samples, find_images, load_pixels, manifest_of
 from edgedistill.images import InputSpec, normalize
 from edgedistill.runtime import Bundle
 from edgedistill.runtime.bundle import (
@@ -48,7 +48,7 @@ class ExportSettings:
     """What to export: ``model`` (a model.pt), or ``architecture``, ``weights`` and ``labels`` of any timm checkpoint.
 
     ``out``: the folder, by default openvino/ beside model.pt and openvino-NAME/ beside model-NAME.pt. ``data``: as for
-    training; by default dataset.csv beside model.pt. ``image_size``: another input size, in pixels. ``int8``: 'auto'
+    training; by default dataset.csv of the run that model.pt belongs to. ``image_size``: another input size, in pixels. ``int8``: 'auto'
     ships it where it is faster on this CPU and within ``int8_max_drop`` (top-1 on val), 'on' or 'force' wherever it is
     within, 'off' makes none. ``int8_max_rung``, ``int8_minutes``: the last rung of the ladder to try, and the time for
     all; ``int8_epochs``: of its training. ``certificate`` False: export without proof. ``test_parity``: also certify on the test split, once, for the final evaluation.
@@ -149,7 +149,7 @@ def export_openvino(settings: ExportSettings) -> Path:
     """
     check_target(settings.folder)
     network = _load(settings)
-    manifest = settings.source.with_name("dataset.csv")
+    manifest = manifest_of(settings.source)
     images = find_images(network, manifest=manifest, data=settings.data)
     out = settings.folder
     with building(out) as temporary, torch_threads(settings.threads):
@@ -288,7 +288,7 @@ def _int8_trainer(export: _Export, fused: nn.Module) -> Trainer:
     def trained(pattern: ov.Model, seconds: float) -> ov.Model:
         if export.settings.model is None:
             raise Skip("the network was not trained here, so there are neither its settings nor its soft labels")
-        manifest = export.settings.source.with_name("dataset.csv")
+        manifest = manifest_of(export.settings.source)
         training = Int8Training(
             module=fused,
             network=export.network,
@@ -335,7 +335,7 @@ def _with_test_parity(export: _Export, forms: Forms, certificate: dict[str, Any]
 
 
 def _test_samples(network: Network, model: Path, data: str | None) -> Samples:
-    images = find_images(network, manifest=model.with_name("dataset.csv"), data=data, split="test")
+    images = find_images(network, manifest=manifest_of(model), data=data, split="test")
     if images.missing or images.certificate.source != "test":
         raise DataError(f"{model}: no parity on test: {images.missing or 'the data have no test split'}")
     return images.certificate

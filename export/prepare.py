@@ -101,6 +101,8 @@ def _export(settings: PrepareSettings, model: Path, scratch: Path) -> Path:
             data=settings.data,
             int8="on" if settings.int8 else "off",
             int8_max_drop=settings.int8_max_drop,
+            # Beyond it each rung costs minutes for every model, whether or not the target gains from INT8 at all.
+            int8_max_rung="float-layers",
         )
     )
 

@@ -50,6 +50,14 @@ class ExportImages:
     missing: str = ""
 
 
+def manifest_of(model: Path) -> Path:
+    """dataset.csv beside the model or, for a teacher (teacher/fold-K/model.pt), up to two folders above; else where it
+    would lie."""
+    folders = (model.parent, *list(model.absolute().parents)[1:3])
+    found = (folder / "dataset.csv" for folder in folders if (folder / "dataset.csv").is_file())
+    return next(found, model.with_name("dataset.csv"))
+
+
 def find_images(network: Network, *, manifest: Path, data: str | None, split: str = "val") -> ExportImages:
     """Images by the manifest beside model.pt where there is one; with ``data`` they are looked for there.
 
@@ -59,7 +67,7 @@ def find_images(network: Network, *, manifest: Path, data: str | None, split: st
     """
     if not manifest.is_file():
         if data is None:
-            return _nothing(f"there is no {manifest.name} beside the model; give --data")
+            return _nothing(f"no {manifest.name} beside the model; give --data")
         return _from_source(network, open_source(data))
     dataset = read_dataset(manifest)
     if data is not None:

@@ -1,0 +1,332 @@
+"""Is what the tuner chose better than every setting that one picks by hand? Judged on the test split, read once.
+
+    edgedistill tune runs/NAME --fps-target N --out runs/NAME/tuned-1      (and tuned-2, tuned-3: is it stable?)
+    python -m edgedistill.benchmarks.tuned_score runs/NAME --tuned runs/NAME/tuned-* --out FILE.json
+
+Fixed settings, for every student of the run at the resolution that it was trained at: FP32 one image at a time, FP32
+throughput, INT8 throughput, what OpenVINO's throughput hint picks (benchmark_app's default), and ONNX Runtime with a
+thread per core. All but the last run through our own runtime, so that only the choice differs. FPS: scope files, test
+images, interleaved rounds. The target is the tuner's; the naive program runs in the same rounds. Exit code 0 when the
+score is ahead by the promised margin, runs agree, and val did not mislead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from edgedistill import console
+from edgedistill.artifacts import read_json, write_json
+from edgedistill.benchmarks.machine import machine_record
+from edgedistill.benchmarks.score import score
+from edgedistill.benchmarks.target import BASE, OWN
+from edgedistill.benchmarks.timing import CandidateError, Spread, Worker, WorkerCase, interleave
+from edgedistill.benchmarks.tuner.space import Host, Student
+from edgedistill.benchmarks.tuner.students import find_students
+from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
+from edgedistill.data.manifest import Dataset, read_dataset
+from edgedistill.errors import EdgedistillError, ModelError
+from edgedistill.runtime import Bundle, Engine
+from edgedistill.runtime.bundle import (
+    DeployConfig,
+    LatencySettings,
+    Stage,
+    ThroughputSettings,
+    read_deploy,
+    write_deploy,
+)
+
+FORMAT = "edgedistill-tuned-score"
+MARGIN = 0.03
+STABLE = 0.01
+LOSS = 0.01
+CASCADE_SPEED, CASCADE_DROP = 1.5, 0.003
+FED_IMAGES = 256
+Z = 1.96
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to deploy. ``deploy``: its deploy.json; ``kind``: tuned, fixed, slow-stage or naive."""
+
+    name: str
+    kind: str
+    deploy: Path
+    student: Student
+    mode: str = "throughput"
+    candidate: str = OWN
+
+    def request(self, images: Sequence[str], threads: int) -> dict[str, Any]:
+        model = self.student.root / self.student.model
+        return {
+            "candidate": self.candidate,
+            "deployable": str(self.deploy),
+            "precision": "f32" if self.candidate == BASE else None,
+            "cache_dir": False,
+            "mode": self.mode,
+            "scope": "files",
+            "images": list(images),
+            "threads": threads,
+            "model": str(model),
+            "onnx": str(model.with_suffix(".onnx")),
+            "input_spec": self.student.spec.to_dict(),
+            "temperature": self.student.temperature,
+        }
+
+
+def fixed_settings(student: Student, folder: Path, host: Host) -> list[Contender]:
+    """What one picks by hand for that student; their deploy.json files are written beside its IR's folder."""
+    hint = _hinted(student)
+    usual = ThroughputSettings("f32", host.cores, host.cores)
+    ways = {
+        "f32, one image at a time": (usual, "latency", OWN),
+        "f32, throughput": (usual, "throughput", OWN),
+        "OpenVINO's throughput hint": (hint, "throughput", OWN),
+        "onnxruntime, a thread per core": (usual, "throughput", "onnxruntime"),
+    }
+    if student.int8_sha256 is not None:
+        ways["int8, throughput"] = (dataclasses.replace(usual, precision="int8"), "throughput", OWN)
+    found = []
+    for name, (throughput, mode, candidate) in ways.items():
+        path = _write(student, throughput, folder, f"fixed-{len(list(folder.glob('*.json')))}.json", host)
+        found.append(Contender(f"{student.name} {student.size[0]} px, {name}", "fixed", path, student, mode, candidate))
+    return found
+
+
+def _hinted(student: Student) -> ThroughputSettings:
+    """The precision and streams that OpenVINO chooses for hint THROUGHPUT, read back."""
+    compiled = ov.Core().compile_model(student.root / student.model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
+    precision = {"f32": "f32", "bf16": "bf16"}.get(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+    if precision is None:
+        raise ModelError(f"{student.model}: OpenVINO runs it at a precision that deploy.json does not know")
+    streams = int(compiled.get_property("NUM_STREAMS"))
+    return ThroughputSettings(precision, streams, int(compiled.get_property("INFERENCE_NUM_THREADS")))
+
+
+def _write(student: Student, throughput: ThroughputSettings, folder: Path, name: str, host: Host) -> Path:
+    stage = Stage(student.model, student.sha256, student.spec, student.temperature, None, student.int8_sha256)
+    config = DeployConfig((stage,), LatencySettings(throughput.precision), throughput, cpu=host.cpu)
+    # Beside the IR, where the stage's path leads; links keep the exported folder as it is.
+    root = folder / student.sha256[:12]
+    target = root / Path(student.model).parent
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.mkdir()
+        for path in (student.root / student.model).parent.glob("model*"):
+            (target / path.name).write_bytes(path.read_bytes())
+    write_deploy(root / name, config)
+    return root / name
+
+
+def slow_stage(name: str, deploy: Path, students: Sequence[Student], folder: Path, host: Host) -> Contender | None:
+    """The second stage of a cascade alone, served as the cascade is; None where there is one stage."""
+    config = read_deploy(deploy)
+    if len(config.stages) < 2:
+        return None
+    last = config.stages[-1]
+    student = next(student for student in students if student.sha256 == last.sha256)
+    sized = dataclasses.replace(student, spec=last.input_spec, temperature=last.temperature)
+    path = _write(sized, config.throughput, folder, f"slow-{len(list(folder.glob('*.json')))}.json", host)
+    return Contender(f"{name}: its slow stage alone", "slow-stage", path, sized)
+
+
+def answers(deploy: Path, paths: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(answers, stages), int64 [N] each, of the whole runtime."""
+    with Engine(Bundle.load(deploy), cache_dir=False) as engine:
+        predictions = list(engine.map(paths))
+    bad = next((one.error for one in predictions if one.error is not None), None)
+    if bad is not None:
+        raise ModelError(bad)
+    return np.array([one.index for one in predictions]), np.array([one.stage for one in predictions])
+
+
+def speeds(
+    contenders: Sequence[Contender], images: Sequence[str], *, rounds: int, seconds: float, threads: int
+) -> dict[str, list[float]]:
+    """FPS of each round, the first of which warms up and is left out. Raises ModelError when a contender fails."""
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        cases = []
+        for one in contenders:
+            # Ours share a process as in the tuner's heats; no two libraries share one, nor its thread pool.
+            if one.candidate != OWN or OWN not in workers:
+                module = "tuner.worker" if one.candidate == OWN else "candidates"
+                command = [sys.executable, "-m", f"edgedistill.benchmarks.{module}"]
+                workers[one.candidate] = stack.enter_context(Worker(command))
+            worker = workers[one.candidate]
+            cases.append(WorkerCase.prepare(worker, one.name, one.request(images, threads)))
+        with console.progress("measuring", (rounds + 1) * len(cases)) as bar:
+            slices = interleave(
+                cases, rounds=rounds + 1, seconds=seconds, advance=lambda: bar.update(bar.task_ids[0], advance=1)
+            )
+    found = {}
+    for one, parts in zip(contenders, slices, strict=True):
+        if isinstance(parts, CandidateError):
+            raise ModelError(f"{one.name}: {parts}")
+        found[one.name] = [part.fps for part in parts[1:]]
+    return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A contender with its test accuracy, share of images per stage, FPS and score."""
+
+    contender: Contender
+    accuracy: float
+    shares: list[float]
+    fps: Spread
+    score: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.contender.name,
+            "kind": self.contender.kind,
+            "deployment": read_deploy(self.contender.deploy).throughput.precision,
+            "stages": len(self.shares),
+            "test_accuracy": round(self.accuracy, 5),
+            "shares": [round(share, 4) for share in self.shares],
+            "fps": self.fps.to_dict(),
+            "score": round(self.score, 5),
+        }
+
+
+def judge(
+    contenders: Sequence[Contender],
+    rates: dict[str, list[float]],
+    dataset: Dataset,
+    *,
+    w: float,
+    fps_target: float,
+) -> list[Judged]:
+    """Every contender on every test image. ONNX Runtime and the naive program get the accuracy of the FP32 IR that they
+    run, which the export's certificate holds equal to it."""
+    rows = dataset.rows("test")
+    paths, labels = [str(path) for path in dataset.paths[rows]], dataset.labels[rows]
+    seen: dict[str, tuple[float, list[float]]] = {}
+    judged = []
+    for one in contenders:
+        config = read_deploy(one.deploy)
+        key = repr((config.stages, config.throughput.precision))
+        if key not in seen:
+            found, stage = answers(one.deploy, paths)
+            shares = [float(np.mean(stage == number)) for number in range(len(config.stages))]
+            seen[key] = float(np.mean(found == labels)), shares
+        accuracy, shares = seen[key]
+        fps = Spread.of(rates[one.name])
+        judged.append(Judged(one, accuracy, shares, fps, score(accuracy, fps.median, fps_target, w)))
+    return judged
+
+
+def figures(judged: Sequence[Judged], records: dict[str, dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The promises, each with what was found and whether it was kept."""
+    tuned = [one for one in judged if one.contender.kind == "tuned"]
+    best = max((one for one in judged if one.contender.kind == "fixed"), key=lambda one: one.score)
+    scores = [one.score for one in tuned]
+    found = [
+        _figure(
+            f"{one.contender.name}: score over the best fixed ({best.contender.name})", one.score - best.score, MARGIN
+        )
+        for one in tuned
+    ]
+    if len(tuned) > 1:
+        found.append(_figure("spread of the tuned scores", max(scores) - min(scores), STABLE, most=True))
+    for one in tuned:
+        val = records[one.contender.name]["chosen"]["metric"]
+        images = records[one.contender.name]["val"]["images"]
+        interval = Z * math.sqrt(val * (1 - val) * (1 / images + 1 / count))
+        lost = val - one.accuracy - interval
+        found.append(
+            _figure(f"{one.contender.name}: val minus test accuracy, beyond the interval", lost, LOSS, most=True)
+            | {"val_accuracy": round(val, 5), "test_accuracy": round(one.accuracy, 5), "interval": round(interval, 5)}
+        )
+    for one in judged:
+        slow = next((o for o in judged if o.contender.name == f"{one.contender.name}: its slow stage alone"), None)
+        if slow is not None:
+            name, gain, drop = one.contender.name, one.fps.median / slow.fps.median, slow.accuracy - one.accuracy
+            found.append(_figure(f"{name}: FPS over its slow stage's", gain, CASCADE_SPEED))
+            found.append(_figure(f"{name}: accuracy below its slow stage's", drop, CASCADE_DROP, most=True))
+    return found
+
+
+def _figure(name: str, value: float, target: float, *, most: bool = False) -> dict[str, Any]:
+    kept = value <= target if most else value >= target
+    return {"name": name, "value": round(value, 5), "target": f"{'<=' if most else '>='} {target:g}", "reached": kept}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.tuned_score", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", type=Path, help="run with dataset.csv and exported students")
+    parser.add_argument("--students", type=Path, nargs="*", default=[], help="more openvino/ folders that were tuned")
+    parser.add_argument("--tuned", type=Path, nargs="+", required=True, help="folders that 'edgedistill tune' wrote")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per contender and round")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args()
+    machine, host = machine_record(), Host.here()
+    dataset = read_dataset(options.run / "dataset.csv")
+    students = find_students([options.run, *options.students])
+    records = {
+        f"tuned ({folder.name})": read_json(folder / "tune.json", format=TUNE_FORMAT) for folder in options.tuned
+    }
+    objective = next(iter(records.values()))["objective"]
+    with tempfile.TemporaryDirectory(prefix="edgedistill-score-") as scratch:
+        folder = Path(scratch)
+        contenders = []
+        for name, path in zip(records, options.tuned, strict=True):
+            contenders.append(Contender(name, "tuned", path / "deploy.json", students[0]))
+            slow = slow_stage(name, path / "deploy.json", students, folder, host)
+            contenders += [slow] if slow is not None else []
+        contenders += [one for student in students for one in fixed_settings(student, folder, host)]
+        naive = dataclasses.replace(contenders[-1], name="naive program", kind="naive", mode="latency", candidate=BASE)
+        contenders.append(dataclasses.replace(naive, student=students[0], deploy=_f32_of(contenders, students[0])))
+        test = [str(path) for path in dataset.paths[dataset.rows("test")]]
+        fed = [test[row] for row in np.random.default_rng(0).permutation(len(test))[:FED_IMAGES]]
+        rates = speeds(contenders, fed, rounds=options.rounds, seconds=options.seconds, threads=host.cores)
+        judged = judge(contenders, rates, dataset, w=objective["w"], fps_target=objective["fps_target"])
+    promised = figures(judged, records, len(test))
+    record = {
+        "machine": machine,
+        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.tuned_score", *sys.argv[1:]]),
+        "objective": objective,
+        "test_images": len(test),
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "results": [one.to_dict() for one in sorted(judged, key=lambda one: -one.score)],
+        "chosen": {name: one["chosen"]["key"] for name, one in records.items()},
+        "figures": promised,
+    }
+    write_json(options.out, record, format=FORMAT)
+    rows = [
+        (one["name"], f"{one['test_accuracy']:.4f}", f"{one['fps']['median']:.0f}", f"{one['score']:.4f}")
+        for one in record["results"]
+    ]
+    console.out.print(console.table(objective["words"], ("", "test accuracy", "FPS", "score"), rows))
+    rows = [(one["name"], f"{one['value']:.4f}", one["target"], "yes" if one["reached"] else "NO") for one in promised]
+    console.out.print(console.table("promises", ("", "", "target", "reached"), rows))
+    return 0 if all(one["reached"] for one in promised) else 1
+
+
+def _f32_of(contenders: Sequence[Contender], student: Student) -> Path:
+    return next(one.deploy for one in contenders if one.kind == "fixed" and one.student == student)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (EdgedistillError, CandidateError) as problem:
+        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        sys.exit(getattr(problem, "exit_code", 1))

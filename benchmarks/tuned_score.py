@@ -101,7 +101,7 @@ def fixed_settings(student: Student, folder: Path, host: Host) -> list[Contender
         ways["int8, throughput"] = (dataclasses.replace(usual, precision="int8"), "throughput", OWN)
     found = []
     for name, (throughput, mode, candidate) in ways.items():
-        path = _write(student, throughput, folder, f"fixed-{len(list(folder.glob('*.json')))}.json", host)
+        path = _write(student, throughput, folder, host)
         found.append(Contender(f"{student.name} {student.size[0]} px, {name}", "fixed", path, student, mode, candidate))
     return found
 
@@ -116,10 +116,10 @@ def _hinted(student: Student) -> ThroughputSettings:
     return ThroughputSettings(precision, streams, int(compiled.get_property("INFERENCE_NUM_THREADS")))
 
 
-def _write(student: Student, throughput: ThroughputSettings, folder: Path, name: str, host: Host) -> Path:
+def _write(student: Student, throughput: ThroughputSettings, folder: Path, host: Host) -> Path:
+    """A new deploy.json of that student alone, beside a copy of its IR."""
     stage = Stage(student.model, student.sha256, student.spec, student.temperature, None, student.int8_sha256)
     config = DeployConfig((stage,), LatencySettings(throughput.precision), throughput, cpu=host.cpu)
-    # Beside the IR, where the stage's path leads; links keep the exported folder as it is.
     root = folder / student.sha256[:12]
     target = root / Path(student.model).parent
     if not target.exists():
@@ -127,8 +127,9 @@ def _write(student: Student, throughput: ThroughputSettings, folder: Path, name:
         target.mkdir()
         for path in (student.root / student.model).parent.glob("model*"):
             (target / path.name).write_bytes(path.read_bytes())
-    write_deploy(root / name, config)
-    return root / name
+    path = root / f"deploy-{len(list(root.glob('*.json')))}.json"
+    write_deploy(path, config)
+    return path
 
 
 def slow_stage(name: str, deploy: Path, students: Sequence[Student], folder: Path, host: Host) -> Contender | None:
@@ -139,7 +140,7 @@ def slow_stage(name: str, deploy: Path, students: Sequence[Student], folder: Pat
     last = config.stages[-1]
     student = next(student for student in students if student.sha256 == last.sha256)
     sized = dataclasses.replace(student, spec=last.input_spec, temperature=last.temperature)
-    path = _write(sized, config.throughput, folder, f"slow-{len(list(folder.glob('*.json')))}.json", host)
+    path = _write(sized, config.throughput, folder, host)
     return Contender(f"{name}: its slow stage alone", "slow-stage", path, sized)
 
 
@@ -185,6 +186,7 @@ class Judged:
     """A contender with its test accuracy, share of images per stage, FPS and score."""
 
     contender: Contender
+    precision: str
     accuracy: float
     shares: list[float]
     fps: Spread
@@ -194,7 +196,7 @@ class Judged:
         return {
             "name": self.contender.name,
             "kind": self.contender.kind,
-            "deployment": read_deploy(self.contender.deploy).throughput.precision,
+            "precision": self.precision,
             "stages": len(self.shares),
             "test_accuracy": round(self.accuracy, 5),
             "shares": [round(share, 4) for share in self.shares],
@@ -226,7 +228,9 @@ def judge(
             seen[key] = float(np.mean(found == labels)), shares
         accuracy, shares = seen[key]
         fps = Spread.of(rates[one.name])
-        judged.append(Judged(one, accuracy, shares, fps, score(accuracy, fps.median, fps_target, w)))
+        judged.append(
+            Judged(one, config.throughput.precision, accuracy, shares, fps, score(accuracy, fps.median, fps_target, w))
+        )
     return judged
 
 

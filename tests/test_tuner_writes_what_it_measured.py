@@ -23,6 +23,7 @@ from edgedistill.artifacts import read_json, sha256_file, write_json
 from edgedistill.benchmarks.bench_fps import cascade_notes
 from edgedistill.benchmarks.candidates import cascade_record, preparation_us
 from edgedistill.benchmarks.score import Objective
+from edgedistill.benchmarks.tuned_score import fixed_settings
 from edgedistill.benchmarks.tuner import TuneSettings, tune, valset
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
 from edgedistill.benchmarks.tuner.measure import RealBench
@@ -523,3 +524,16 @@ def test_prepare_writes_all_that_the_target_needs(
         PrepareSettings((run,), None)
     with pytest.raises(UsageError, match=r"no model\.pt"):
         prepare_candidates(PrepareSettings((tmp_path,), tmp_path / "again"))
+
+
+def test_the_tuner_is_compared_with_settings_that_are_what_they_say(run: Path, tmp_path: Path) -> None:
+    student, *_ = find_students([run])
+    found = fixed_settings(student, tmp_path / "fixed", Host.here())
+    assert len({one.deploy for one in found}) == len(found) == 5
+    for one in found:
+        config = read_deploy(one.deploy)
+        assert Bundle.load(one.deploy).config.stages[0].sha256 == student.sha256
+        if "f32" in one.name or "onnxruntime" in one.name:
+            assert config.throughput.precision == "f32"
+        if "int8" in one.name:
+            assert config.throughput.precision == "int8"

@@ -39,8 +39,9 @@ from edgedistill.export.network import Network
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import InputSpec
 from edgedistill.training.loader import Draw, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, train
+from edgedistill.training.loop import Job, train
 from edgedistill.training.losses import LossSettings, Targets, make_targets
+from edgedistill.training.optimizers import Phase
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device
 from edgedistill.training.soft_labels import read_soft_labels

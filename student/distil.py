@@ -25,9 +25,10 @@ from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
 from edgedistill.training.checkpoints import read_model, write_model
 from edgedistill.training.loader import Draw, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, open_validation, train
+from edgedistill.training.loop import Job, open_validation, train
 from edgedistill.training.losses import LossName, LossSettings, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
+from edgedistill.training.optimizers import Phase
 from edgedistill.training.predict import predict_logits, reestimate_batch_norm
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (

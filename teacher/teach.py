@@ -22,7 +22,7 @@ from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
 from edgedistill.training.checkpoints import write_model
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, Validation, open_validation, train
+from edgedistill.training.loop import Job, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
 from edgedistill.training.models import (
     Weights,
@@ -32,6 +32,7 @@ from edgedistill.training.models import (
     model_kwargs_for,
     resolve_name,
 )
+from edgedistill.training.optimizers import Phase
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (

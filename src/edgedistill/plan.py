@@ -18,8 +18,8 @@ from edgedistill.data.checks import check_data
 from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.pipeline import DistillSettings, NamedStudent
-from edgedistill.training.loop import make_optimizer
 from edgedistill.training.models import create_model
+from edgedistill.training.optimizers import make_optimizer
 from edgedistill.training.settings import TrainSettings, choose_device
 
 TRIAL_STEPS = 3

@@ -30,31 +30,16 @@ from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
-from edgedistill.training.loader import Augmentation, Batch, Draw, ImageStore, Schedule, batches, core_count
+from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, batches, core_count
 from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of, to_device
 from edgedistill.training.models import to_channels_last
+from edgedistill.training.optimizers import Phase, learning_rate, make_optimizer, set_learning_rate
 from edgedistill.training.predict import device_of, load_pixels, network_input, predict_pixels
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
 
 VALIDATION_IMAGES = 4096  # kept decoded; their curve is for the eye, temperatures are fitted on all of val
 LOSS_CHECK_STEPS = 50  # reading the loss makes a GPU wait, so it is read this often
-
-
-@dataclass(frozen=True, eq=False)
-class Phase:
-    """Some epochs over one set of rows. The rate falls from ``lr`` to ``final_lr`` on a cosine per step.
-
-    ``average``: the weights at the end of these epochs are averaged.
-    """
-
-    name: str
-    epochs: int
-    draw: Draw
-    lr: float
-    final_lr: float
-    warmup_epochs: float = 0.0
-    average: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,35 +206,6 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.deterministic = deterministic
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Weight decay falls on matrices and kernels alone, not on biases and norms."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # foreach: one kernel over many tensors; on a CPU torch would otherwise loop over each of a network's ~200 tensors.
-    if settings.optimizer == "radam":
-        return torch.optim.RAdam(groups, lr=settings.lr, decoupled_weight_decay=True, foreach=True)
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, foreach=True)
-
-
-def learning_rate(phase: Phase, epoch: int, step: int) -> float:
-    """Linear warm-up, then half a cosine from ``lr`` to ``final_lr`` over the phase; ``epoch`` counts within it."""
-    done = epoch * phase.draw.steps + step
-    total = phase.epochs * phase.draw.steps
-    warmup = round(phase.warmup_epochs * phase.draw.steps)
-    if done < warmup:
-        return phase.lr * (done + 1) / (warmup + 1)
-    share = (done - warmup) / max(1, total - warmup)
-    return phase.final_lr + (phase.lr - phase.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def worker_count(wanted: int | None, device: torch.device) -> int:

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 the job failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -87,6 +88,30 @@ def _data(
     return DataSettings(data, split, max_pixels)
 
 
+def _use_recipe(context: typer.Context, name: str | None) -> str | None:
+    """The recipe's options become defaults, which flags override; 'list' prints all recipes."""
+    if name is None:
+        return None
+    from edgedistill.recipes import read_recipe
+
+    if name == "list":
+        recipes(None, as_json=False)
+        raise typer.Exit
+    # teach leaves aside what is the student's.
+    context.default_map = read_recipe(name, known=_recipe_options()).options
+    return name
+
+
+def _recipe_options() -> set[str]:
+    return set(inspect.signature(distill).parameters) - {"recipe", "data", "out", "resume", "dry_run", "as_json"}
+
+
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", callback=_use_recipe, is_eager=True, help="Preset by name, FILE.toml, or list."),
+]
+
+
 @app.command()
 @takes_training_options(student=False)
 def teach(
@@ -103,6 +128,7 @@ def teach(
     val_fraction: ValFraction = None,
     teacher_image_size: Annotated[int, typer.Option(help="Teacher's input, pixels.")] = 224,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    recipe: RecipeName = None,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
@@ -154,6 +180,7 @@ def distill(
         Path | None, typer.Option(help="Soft labels of an earlier run, in place of teachers.")
     ] = None,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    recipe: RecipeName = None,
     resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
     as_json: Json = False,
@@ -196,6 +223,22 @@ def distill(
     result = pipeline.distill(settings, resume=resume)
     values = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
     _answer(values, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one whole.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the presets of distill and teach, or print one."""
+    from edgedistill import console
+    from edgedistill.recipes import read_recipe, recipe_names
+
+    names = recipe_names() if name is None else [name]
+    found = [read_recipe(each, known=_recipe_options()) for each in names]
+    rows = [(recipe.name, recipe.summary) for recipe in found]
+    shown = console.table("recipes", ("name", "what it is"), rows) if name is None else found[0].text
+    _answer({recipe.name: {"summary": recipe.summary, "options": recipe.options} for recipe in found}, as_json, shown)
 
 
 @app.command("check-data")

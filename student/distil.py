@@ -25,10 +25,11 @@ from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
 from edgedistill.training.checkpoints import read_model, write_model
 from edgedistill.training.loader import Draw, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, open_validation, train
+from edgedistill.training.loop import Job, open_validation, train
 from edgedistill.training.losses import LossName, LossSettings, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
-from edgedistill.training.predict import predict_logits, reestimate_batch_norm
+from edgedistill.training.optimizers import Phase, make_phases
+from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -39,16 +40,14 @@ from edgedistill.training.settings import (
 )
 from edgedistill.training.soft_labels import ids_hash, read_soft_labels
 
-BATCH_NORM_IMAGES = 16_384  # statistics of more images do not move in the fourth digit
-
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings(TrainSettings):
     """TrainSettings with the contest recipe's defaults.
 
     ``distillation`` False trains on hard labels alone under the same budget. ``soft_weight``: share of the soft labels.
-    ``extra_epochs`` more, at a constant ``lr * extra_lr``, whose weights are averaged. ``final_data`` 'train+val' gives
-    these epochs the val images too; then no temperature is fitted, since nothing is left to fit it on.
+    ``final_data`` 'train+val' gives the averaged epochs the val images too; then no temperature is fitted, since
+    nothing is left to fit it on.
     """
 
     name: str = "mbv3s"
@@ -60,8 +59,16 @@ class StudentSettings(TrainSettings):
     soft_weight: float = 0.2
     soft_temperature: float = 1.0
     extra_epochs: int = 4
-    extra_lr: float = 0.1
     final_data: Literal["train", "train+val"] = "train"
+
+    def contradictions(self) -> list[tuple[bool, str]]:
+        return [
+            *super().contradictions(),
+            (
+                self.hard_loss == "bce" and self.loss != "ce" and self.distillation and 0 < self.soft_weight < 1,
+                f"hard_loss='bce' trains sigmoids and loss={self.loss!r} compares softmax probabilities; give --loss ce",
+            ),
+        ]
 
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
@@ -69,8 +76,6 @@ class StudentSettings(TrainSettings):
             ("loss", self.loss in ("ce", "kl", "js"), "ce, kl or js"),
             ("soft_weight", 0 <= self.soft_weight <= 1, "0 to 1"),
             ("soft_temperature", 0 < self.soft_temperature <= 100, "above 0, at most 100"),
-            ("extra_epochs", 0 <= self.extra_epochs <= 1000, "0 or more"),
-            ("extra_lr", 0 < self.extra_lr <= 1, "a share of lr, above 0 to 1"),
             ("final_data", self.final_data in ("train", "train+val"), "train or train+val"),
         ]
 
@@ -176,9 +181,12 @@ def _job(
         identity=wanted,
         store=open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib),
         targets=targets,
-        phases=_phases(settings, labels, np.flatnonzero(dataset.splits[rows] == "train")),
+        phases=_phases(settings, labels, np.flatnonzero(dataset.splits[rows] == "train"), dataset.class_names),
         loss=LossSettings(
-            settings.loss, settings.soft_weight if settings.distillation else 0.0, settings.soft_temperature
+            settings.loss,
+            settings.soft_weight if settings.distillation else 0.0,
+            settings.soft_temperature,
+            settings.loss_against(dataset.labels[dataset.rows("train")], len(dataset.class_names)),
         ),
         spec=spec,
         augment=settings.augmentation(spec),
@@ -187,9 +195,12 @@ def _job(
 
 
 def _phases(
-    settings: StudentSettings, labels: npt.NDArray[np.int32], train_rows: npt.NDArray[np.int64]
+    settings: StudentSettings,
+    labels: npt.NDArray[np.int32],
+    train_rows: npt.NDArray[np.int64],
+    class_names: tuple[str, ...],
 ) -> tuple[Phase, ...]:
-    """The epochs on train, then the extra ones whose weights are averaged, on all rows of the store."""
+    """The epochs on train, then those whose weights are averaged, on all rows of the store."""
 
     def draw(rows: npt.NDArray[np.int64]) -> Draw:
         return Draw(
@@ -198,21 +209,10 @@ def _phases(
             batch_size=min(settings.batch_size, len(train_rows)),
             balanced=settings.balanced_sampling,
             seed=derive(settings.seed, "student"),
+            weights=settings.sampling_weights(labels[rows], class_names),
         )
 
-    first = Phase(
-        "student",
-        settings.epochs,
-        draw(train_rows),
-        settings.lr,
-        settings.lr * settings.final_lr,
-        settings.warmup_epochs,
-    )
-    if not settings.extra_epochs:
-        return (first,)
-    rate = settings.lr * settings.extra_lr
-    everything = draw(np.arange(len(labels)))
-    return (first, Phase("average", settings.extra_epochs, everything, rate, rate, average=True))
+    return make_phases("student", settings, draw(train_rows), last=draw(np.arange(len(labels))))
 
 
 def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> float:

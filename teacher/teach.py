@@ -22,7 +22,7 @@ from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
 from edgedistill.training.checkpoints import write_model
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, Validation, open_validation, train
+from edgedistill.training.loop import Job, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
 from edgedistill.training.models import (
     Weights,
@@ -32,7 +32,8 @@ from edgedistill.training.models import (
     model_kwargs_for,
     resolve_name,
 )
-from edgedistill.training.predict import predict_logits
+from edgedistill.training.optimizers import make_phases
+from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -154,6 +155,11 @@ def _train_fold(settings: TeacherSettings, shared: _Shared, run: RunDir, fold: i
     network = settings.network(len(dataset.class_names))
     model = create_model(settings.name, pretrained=shared.weights, **network)
     model = train(job, model, resume=resume)
+    if settings.averages:
+        seen = dataset.paths[shared.rows[dataset.folds[shared.rows] != fold]]
+        reestimate_batch_norm(
+            model, seen, shared.spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
+        )
     write_model(
         folder / "model.pt",
         model,
@@ -173,7 +179,7 @@ def _train_fold(settings: TeacherSettings, shared: _Shared, run: RunDir, fold: i
         "fold": fold,
         "identity": dict(job.identity),
         "trained_on": job.identity["trained_on"],
-        "epochs_planned": settings.epochs,
+        "epochs_planned": settings.total_epochs,
         "epochs_done": len(job.epochs),
         "architecture": resolve_name(settings.name),
         "model_sha256": sha256_file(folder / "model.pt"),
@@ -192,6 +198,7 @@ def _job(settings: TeacherSettings, shared: _Shared, folder: Path, fold: int) ->
         batch_size=min(settings.batch_size, len(seen)),
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "fold", fold),
+        weights=settings.sampling_weights(labels[seen], dataset.class_names),
     )
     return Job(
         title=f"teacher {fold + 1}/{dataset.fold_count}",
@@ -200,12 +207,8 @@ def _job(settings: TeacherSettings, shared: _Shared, folder: Path, fold: int) ->
         identity=_identity(settings, dataset, fold),
         store=shared.store,
         targets=make_targets(labels, len(dataset.class_names), label_smoothing=settings.label_smoothing),
-        phases=(
-            Phase(
-                "teacher", settings.epochs, draw, settings.lr, settings.lr * settings.final_lr, settings.warmup_epochs
-            ),
-        ),
-        loss=LossSettings(),
+        phases=make_phases("teacher", settings, draw),
+        loss=LossSettings(hard=settings.loss_against(labels[seen], len(dataset.class_names))),
         spec=shared.spec,
         augment=settings.augmentation(shared.spec),
         validation=shared.validation,

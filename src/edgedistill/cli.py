@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 the job failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from edgedistill import __version__
 from edgedistill.errors import EdgedistillError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
+from edgedistill.options import TrainingValues, takes_training_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
@@ -26,23 +28,6 @@ Weights = Annotated[str, typer.Option(help="auto, none, a file, or packaged:NAME
 Folds = Annotated[int, typer.Option(help="K teachers; each labels the images that it did not see.")]
 TestFraction = Annotated[float, typer.Option(help="Share held out for the final evaluation.")]
 ValFraction = Annotated[float | None, typer.Option(help="Share for calibration and tuning (default: 10% to 20%).")]
-TeacherEpochs = Annotated[int | None, typer.Option(help="Epochs of each teacher, always all of them (default: 10).")]
-TeacherBatch = Annotated[int | None, typer.Option(help="Teacher's batch (default: 32).")]
-TeacherRate = Annotated[float | None, typer.Option(help="Teacher's peak learning rate (default: 0.001).")]
-AugmentStrength = Annotated[str, typer.Option(help="none, light (crop, flip) or standard (also colour, affine).")]
-AnyWayUp = Annotated[
-    bool, typer.Option("--any-way-up", help="The subject has no up side: all flips and quarter turns.")
-]
-Resize = Annotated[str, typer.Option(help="squash, or center-crop (throws the borders away).")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-TrainPrecision = Annotated[str, typer.Option(help="Training in auto, f32 or bf16.")]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the networks.")]
-Workers = Annotated[int | None, typer.Option(help="Loader processes (default: chosen for the device).")]
-Optimizer = Annotated[str, typer.Option(help="radam, adamw or sgd.")]
-WarmupEpochs = Annotated[float, typer.Option(help="Epochs in which the learning rate rises.")]
-GradClip = Annotated[float | None, typer.Option(help="Largest norm of a gradient (default: no limit).")]
-CacheGib = Annotated[float | None, typer.Option(help="Memory for prepared images (default: half of what is free).")]
-CheckpointMinutes = Annotated[float, typer.Option(help="The most work that a kill may cost.")]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
 
@@ -79,11 +64,6 @@ def _root(
     pass
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    """The options that were given: those left at None keep the default of the stage's settings."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
     """The one answer on standard output: a JSON object, or tables and paths for people."""
     if as_json:
@@ -108,10 +88,36 @@ def _data(
     return DataSettings(data, split, max_pixels)
 
 
+def _use_recipe(context: typer.Context, name: str | None) -> str | None:
+    """The recipe's options become defaults, which flags override; 'list' prints all recipes."""
+    if name is None:
+        return None
+    from edgedistill.recipes import read_recipe
+
+    if name == "list":
+        recipes(None, as_json=False)
+        raise typer.Exit
+    # teach leaves aside what is the student's.
+    context.default_map = read_recipe(name, known=_recipe_options()).options
+    return name
+
+
+def _recipe_options() -> set[str]:
+    return set(inspect.signature(distill).parameters) - {"recipe", "data", "out", "resume", "dry_run", "as_json"}
+
+
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", callback=_use_recipe, is_eager=True, help="Preset by name, FILE.toml, or list."),
+]
+
+
 @app.command()
+@takes_training_options(student=False)
 def teach(
     data: Data,
     out: Out,
+    training: TrainingValues,
     teacher: Teacher = "effb4",
     teacher_weights: Weights = "auto",
     folds: Folds = 5,
@@ -120,24 +126,9 @@ def teach(
     ] = None,
     test_fraction: TestFraction = 0.2,
     val_fraction: ValFraction = None,
-    seed: Seed = 0,
     teacher_image_size: Annotated[int, typer.Option(help="Teacher's input, pixels.")] = 224,
-    teacher_epochs: TeacherEpochs = None,
-    teacher_batch_size: TeacherBatch = None,
-    teacher_lr: TeacherRate = None,
-    augment: AugmentStrength = "light",
-    any_way_up: AnyWayUp = False,
-    resize: Resize = "squash",
-    optimizer: Optimizer = "radam",
-    warmup_epochs: WarmupEpochs = 0.0,
-    grad_clip: GradClip = None,
-    device: Device = "auto",
-    precision: TrainPrecision = "auto",
-    compile: Compile = False,
-    workers: Workers = None,
-    cache_gib: CacheGib = None,
-    checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    recipe: RecipeName = None,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
@@ -145,37 +136,23 @@ def teach(
     from edgedistill import pipeline
     from edgedistill.teacher import TeacherSettings
 
+    seed = training.teacher["seed"]
     settings = pipeline.TeachSettings(
         data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
         out=out,
         teacher=TeacherSettings(
-            name=teacher,
-            weights=teacher_weights,
-            image_size=teacher_image_size,
-            fold=fold,
-            seed=seed,
-            device=device,
-            precision=precision,  # type: ignore[arg-type]
-            compile=compile,
-            workers=workers,
-            optimizer=optimizer,
-            warmup_epochs=warmup_epochs,
-            grad_clip=grad_clip,
-            cache_gib=cache_gib,
-            checkpoint_minutes=checkpoint_minutes,
-            resize=resize,  # type: ignore[arg-type]
-            augment=augment,  # type: ignore[arg-type]
-            any_way_up=any_way_up,
-            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
+            name=teacher, weights=teacher_weights, image_size=teacher_image_size, fold=fold, **training.teacher
         ),
     )
     path = pipeline.teach(settings, resume=resume)
     _answer({"path": str(path)}, as_json, str(path))
 
 
+@takes_training_options(student=True)
 def distill(
     data: Data,
     out: Out,
+    training: TrainingValues,
     teacher: Teacher = "effb4",
     student: Annotated[
         str, typer.Option(help="Student network: mbv3s, mbv4s, any timm name, NAME@SIZE; several with commas between.")
@@ -188,31 +165,10 @@ def distill(
     folds: Folds = 5,
     test_fraction: TestFraction = 0.2,
     val_fraction: ValFraction = None,
-    seed: Seed = 0,
     image_size: Annotated[int, typer.Option(help="Student's input, pixels.")] = 224,
     teacher_image_size: Annotated[
         int | None, typer.Option(help="Teacher's input, pixels (default: the student's).")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Student's epochs before the averaged ones (default: 20).")] = None,
-    teacher_epochs: TeacherEpochs = None,
-    batch_size: Annotated[int | None, typer.Option(help="Student's batch (default: 256).")] = None,
-    teacher_batch_size: TeacherBatch = None,
-    lr: Annotated[float | None, typer.Option(help="Student's peak learning rate (default: 0.002).")] = None,
-    teacher_lr: TeacherRate = None,
-    soft_weight: Annotated[
-        float | None, typer.Option(help="Share of the soft label in the target (default: 0.2).")
-    ] = None,
-    loss: Annotated[str | None, typer.Option(help="ce, kl or js against the soft labels (default: ce).")] = None,
-    soft_temperature: Annotated[float | None, typer.Option(help="Temperature of the soft labels (default: 1).")] = None,
-    extra_epochs: Annotated[
-        int | None, typer.Option(help="Last epochs, whose weights are averaged (default: 4).")
-    ] = None,
-    final_data: Annotated[str | None, typer.Option(help="Last epochs on: train (default), or train+val.")] = None,
-    cutmix: Annotated[float | None, typer.Option(help="Share of batches with CutMix (default: 0.5).")] = None,
-    balanced: Annotated[bool, typer.Option(help="Draw every class equally often for the student.")] = True,
-    augment: AugmentStrength = "light",
-    any_way_up: AnyWayUp = False,
-    resize: Resize = "squash",
     no_distillation: Annotated[
         bool, typer.Option("--no-distillation", help="No teachers: the student on hard labels alone.")
     ] = False,
@@ -223,16 +179,8 @@ def distill(
     soft_labels: Annotated[
         Path | None, typer.Option(help="Soft labels of an earlier run, in place of teachers.")
     ] = None,
-    optimizer: Optimizer = "radam",
-    warmup_epochs: WarmupEpochs = 0.0,
-    grad_clip: GradClip = None,
-    device: Device = "auto",
-    precision: TrainPrecision = "auto",
-    compile: Compile = False,
-    workers: Workers = None,
-    cache_gib: CacheGib = None,
-    checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    recipe: RecipeName = None,
     resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
     as_json: Json = False,
@@ -243,45 +191,14 @@ def distill(
     from edgedistill.student import StudentSettings
     from edgedistill.teacher import TeacherSettings
 
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "compile": compile,
-        "workers": workers,
-        "optimizer": optimizer,
-        "warmup_epochs": warmup_epochs,
-        "grad_clip": grad_clip,
-        "cache_gib": cache_gib,
-        "checkpoint_minutes": checkpoint_minutes,
-        "resize": resize,
-        "augment": augment,
-        "any_way_up": any_way_up,
-    }
     first, *others = pipeline.parse_students(
         student,
         student_weights,
-        StudentSettings(
-            name=student,
-            image_size=image_size,
-            distillation=not no_distillation,
-            balanced_sampling=balanced,
-            **_given(
-                epochs=epochs,
-                batch_size=batch_size,
-                lr=lr,
-                soft_weight=soft_weight,
-                loss=loss,
-                soft_temperature=soft_temperature,
-                extra_epochs=extra_epochs,
-                final_data=final_data,
-                cutmix_probability=cutmix,
-            ),
-            **shared,
-        ),
+        StudentSettings(name=student, image_size=image_size, distillation=not no_distillation, **training.student),
     )
     if not baseline and baselines not in (None, "none"):
         raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
+    seed = training.student["seed"]
     settings = pipeline.DistillSettings(
         data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
         out=out,
@@ -289,8 +206,7 @@ def distill(
             name=teacher,
             weights=teacher_weights,
             image_size=teacher_image_size or image_size,
-            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
-            **shared,
+            **training.teacher,
         ),
         student=first.settings,
         label=first.label,
@@ -307,6 +223,22 @@ def distill(
     result = pipeline.distill(settings, resume=resume)
     values = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
     _answer(values, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one whole.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the presets of distill and teach, or print one."""
+    from edgedistill import console
+    from edgedistill.recipes import read_recipe, recipe_names
+
+    names = recipe_names() if name is None else [name]
+    found = [read_recipe(each, known=_recipe_options()) for each in names]
+    rows = [(recipe.name, recipe.summary) for recipe in found]
+    shown = console.table("recipes", ("name", "what it is"), rows) if name is None else found[0].text
+    _answer({recipe.name: {"summary": recipe.summary, "options": recipe.options} for recipe in found}, as_json, shown)
 
 
 @app.command("check-data")

@@ -28,6 +28,7 @@ from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, comparison_table, evaluate_test
 from edgedistill.training.models import locate_weights, resolve_name
+from edgedistill.training.optimizers import resolve_optimizer
 from edgedistill.training.settings import TrainSettings
 
 __all__ = [
@@ -152,11 +153,23 @@ class DistillResult:
 
 
 def refuse_early(networks: Iterable[TrainSettings]) -> None:
-    """What can be known to fail before hours of work: networks and files of weights that do not exist. Raises UsageError."""
+    """What can be known to fail before hours of work: networks, optimisers and files of weights that do not exist.
+
+    Raises UsageError.
+    """
     for settings in networks:
         resolve_name(settings.name)
+        resolve_optimizer(settings.optimizer)
+        for doubt in settings.doubts():
+            console.warn(f"{settings.name}: {doubt}")
         if settings.weights not in ("auto", "none"):
             locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}")
+
+
+def refuse_unknown_classes(networks: Iterable[TrainSettings], dataset: Dataset) -> None:
+    """Raises UsageError where a class is to be drawn more often that the data does not have."""
+    for settings in networks:
+        settings.sampling_weights(dataset.labels[dataset.rows("train")], dataset.class_names)
 
 
 def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
@@ -207,6 +220,7 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
     refuse_early([settings.teacher])
     run = RunDir(settings.out)
     dataset = freeze(settings.data, run, resume=resume)
+    refuse_unknown_classes([settings.teacher], dataset)
     record(settings, run, dataset, resume=resume)
     return train_teachers(settings.teacher, dataset, run, resume=resume)
 
@@ -215,9 +229,11 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     """The whole job, from photographs to model.pt and the one evaluation on the test split."""
     needs_teachers = settings.student.distillation and settings.soft_labels is None
     students = [student.settings for student in settings.students]
-    refuse_early([*students, *([settings.teacher] if needs_teachers else [])])
+    networks = [*students, *([settings.teacher] if needs_teachers else [])]
+    refuse_early(networks)
     run = RunDir(settings.out)
     dataset = freeze(settings.data, run, resume=resume)
+    refuse_unknown_classes(networks, dataset)
     record(settings, run, dataset, resume=resume)
     models: dict[str, list[Path]] = {}
     labels = settings.soft_labels

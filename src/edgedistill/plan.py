@@ -18,8 +18,8 @@ from edgedistill.data.checks import check_data
 from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.pipeline import DistillSettings, NamedStudent
-from edgedistill.training.loop import make_optimizer
 from edgedistill.training.models import create_model
+from edgedistill.training.optimizers import make_optimizer
 from edgedistill.training.settings import TrainSettings, choose_device
 
 TRIAL_STEPS = 3
@@ -94,8 +94,9 @@ def make_plan(settings: DistillSettings) -> Plan:
 
 def _teachers(settings: DistillSettings, counts: dict[str, int], classes: int, folds: int) -> PlanStep:
     cost = _measure(settings.teacher, classes)
-    trained = settings.teacher.epochs * counts["train"] * (folds - 1)
-    looked_at = counts["train"] + folds * (counts["val"] * settings.teacher.epochs + counts["test"])
+    epochs = settings.teacher.total_epochs
+    trained = epochs * counts["train"] * (folds - 1)
+    looked_at = counts["train"] + folds * (counts["val"] * epochs + counts["test"])
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)
     # Each fold's model stays; the fold under way also has a checkpoint with two moments per weight.
     disk = cost.weights_mib * (folds + 3)
@@ -106,7 +107,7 @@ def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, 
     """One student and its hard-label baseline where it has one: the same budget."""
     student = named.settings
     cost = _measure(student, classes)
-    epochs = student.epochs + student.extra_epochs
+    epochs = student.total_epochs
     trained = epochs * counts["train"]
     looked_at = epochs * counts["val"] + counts["test"] + counts["train"]
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)

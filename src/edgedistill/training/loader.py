@@ -8,6 +8,7 @@ between processes (and Docker's 64 MB /dev/shm is not needed). What a batch hold
 from __future__ import annotations
 
 import contextlib
+import difflib
 import mmap
 import os
 import signal
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
 from edgedistill import console
-from edgedistill.errors import DataError, ImageError
+from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
 from edgedistill.training.seeds import generator
 
@@ -118,7 +119,8 @@ class Draw:
     """Which images the epochs of one phase see, and in which order.
 
     ``rows``: int64 [N], rows of the store; ``labels``: int [N]. With ``balanced`` each class gives the same number of
-    images per epoch, each image as often as any other of its class over the epochs.
+    images per epoch. ``weights``: one per class number, the chance of its images relative to others; an epoch stays as
+    long as it was. With either, an image is drawn as often as any other of its class over the epochs.
     """
 
     rows: npt.NDArray[np.int64]
@@ -126,9 +128,10 @@ class Draw:
     batch_size: int
     balanced: bool
     seed: int
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.balanced and self.batch_size > len(self.rows):
+        if not self.balanced and not self.weights and self.batch_size > len(self.rows):
             raise DataError(f"batches of {self.batch_size} from {len(self.rows)} images; lower --batch-size")
 
     @property
@@ -139,17 +142,61 @@ class Draw:
     def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [steps, batch_size]: rows of the store for each step."""
         count = self.steps * self.batch_size
-        if not self.balanced:
+        if not self.balanced and not self.weights:
             order = generator(self.seed, "order", epoch).permutation(len(self.rows))[:count]
             return self.rows[order].reshape(self.steps, self.batch_size)
         classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
-        share = -(-count // len(classes))
         drawn = [
-            members[_cycled(len(members), epoch * share, share, self.seed, number)]
-            for number, members in enumerate(classes)
+            members[_cycled(len(members), epoch * quota, quota, self.seed, number)]
+            for number, (members, quota) in enumerate(zip(classes, self._quotas(classes, count), strict=True))
+            if quota
         ]
         order = generator(self.seed, "order", epoch).permutation(np.concatenate(drawn))[:count]
         return self.rows[order].reshape(self.steps, self.batch_size)
+
+    def _quotas(self, classes: Sequence[npt.NDArray[np.int64]], count: int) -> list[int]:
+        """Images per class and epoch, rounded up: together at least ``count``."""
+        if self.balanced:
+            return [-(-count // len(classes))] * len(classes)
+        chances = np.array([len(members) * self.weights[self.labels[members[0]]] for members in classes])
+        return [int(np.ceil(round(share, 9))) for share in count * chances / chances.sum()]
+
+
+def sampling_weights(
+    labels: npt.NDArray[np.int32],
+    class_names: Sequence[str],
+    *,
+    power: float = 0.0,
+    oversample: Sequence[str] = (),
+) -> tuple[float, ...]:
+    """Draw.weights: n_c^-power for a class of n_c images (1: as often as any other class, 0.5: in between), times the
+    factors of ``oversample``, such as ('defective=3',). () when nothing is asked for.
+
+    Raises UsageError for a class that the data does not have and for what cannot be read.
+    """
+    factors = dict(map(parse_oversample, oversample))
+    for name in factors:
+        if name not in class_names:
+            close = difflib.get_close_matches(name, class_names, n=3) or list(class_names)[:5]
+            raise UsageError(f"--oversample {name}: no such class; did you mean {', '.join(close)}?")
+    if not power and not factors:
+        return ()
+    counts = np.maximum(np.bincount(labels, minlength=len(class_names)), 1)
+    return tuple(
+        float(count) ** -power * factors.get(name, 1.0) for name, count in zip(class_names, counts, strict=True)
+    )
+
+
+def parse_oversample(text: str) -> tuple[str, float]:
+    """'defective=3' -> ('defective', 3.0). Raises UsageError."""
+    name, _, factor = text.rpartition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = 0.0
+    if not name or not 0 < value <= 1000:
+        raise UsageError(f"--oversample {text}: expected CLASS=FACTOR with a factor above 0, such as defective=3")
+    return name, value
 
 
 def _cycled(length: int, start: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:

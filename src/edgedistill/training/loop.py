@@ -30,31 +30,17 @@ from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
-from edgedistill.training.loader import Augmentation, Batch, Draw, ImageStore, Schedule, batches, core_count
-from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of, to_device
+from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, batches, core_count
+from edgedistill.training.losses import LossSettings, Targets, loss_of, to_device
+from edgedistill.training.mixing import mix
 from edgedistill.training.models import to_channels_last
+from edgedistill.training.optimizers import Phase, learning_rate, make_optimizer, set_learning_rate, update_average
 from edgedistill.training.predict import device_of, load_pixels, network_input, predict_pixels
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
 
 VALIDATION_IMAGES = 4096  # kept decoded; their curve is for the eye, temperatures are fitted on all of val
 LOSS_CHECK_STEPS = 50  # reading the loss makes a GPU wait, so it is read this often
-
-
-@dataclass(frozen=True, eq=False)
-class Phase:
-    """Some epochs over one set of rows. The rate falls from ``lr`` to ``final_lr`` on a cosine per step.
-
-    ``average``: the weights at the end of these epochs are averaged.
-    """
-
-    name: str
-    epochs: int
-    draw: Draw
-    lr: float
-    final_lr: float
-    warmup_epochs: float = 0.0
-    average: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +120,7 @@ class State:
 
 
 def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
-    """Train ``model`` through all phases; returns it on its device, with averaged weights if a phase averages.
+    """Train ``model`` through all phases; returns it on its device, with averaged weights if the settings ask for an average.
 
     Raises UsageError if the folder holds work and ``resume`` is False, ArtifactError if that work was made with other
     settings, ImageError for a damaged image, ModelError when the loss stops being a finite number.
@@ -143,7 +129,7 @@ def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
     device = choose_device(settings.device)
     configure_torch(device, deterministic=settings.deterministic)
     model = to_channels_last(model, device)
-    averaged = any(phase.average for phase in job.phases)
+    averaged = any(phase.average for phase in job.phases) or settings.ema_decay > 0
     state = State(model, make_optimizer(model, settings), AveragedModel(model) if averaged else None)
     restore(job, state, resume=resume)
     schedule = Schedule([phase.draw for phase, _ in epochs], state.epoch, state.step)
@@ -176,6 +162,8 @@ def train_epoch(
         set_learning_rate(state.optimizer, learning_rate(phase, phase_epoch, state.step))
         torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step))
         loss_sum += train_step(job, state, batch, targets, forward=forward)
+        if state.average is not None and settings.ema_decay:
+            update_average(state.average, state.model, decay=settings.ema_decay)
         state.step += 1
         mark = count(state.tally, batch, mark, device=device)
         show(bar, job, state)
@@ -193,19 +181,15 @@ def train_step(job: Job, state: State, batch: Batch, targets: Targets, *, forwar
     """
     settings = job.settings
     device = device_of(state.model)
-    images, targets = cutmix(
-        to_device(batch.images, device),
-        targets.take(batch.rows),
-        alpha=settings.cutmix_alpha,
-        probability=settings.cutmix_probability,
-        seed=settings.seed,
-        epoch=state.epoch,
-        step=state.step,
-    )
+    images, targets = to_device(batch.images, device), targets.take(batch.rows)
+    if state.epoch < len(job.epochs) - settings.plain_epochs:
+        images, targets = mix(
+            images, targets, settings.mixing(), seed=settings.seed, epoch=state.epoch, step=state.step
+        )
     half = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(images, job.spec))
-    loss = loss_of(logits, targets, job.loss)
+    loss = loss_of(logits, targets, job.loss.at(state.epoch / len(job.epochs)))
     loss.backward()
     if settings.grad_clip is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
@@ -221,35 +205,6 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
         torch.backends.cudnn.deterministic = deterministic
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Weight decay falls on matrices and kernels alone, not on biases and norms."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # foreach: one kernel over many tensors; on a CPU torch would otherwise loop over each of a network's ~200 tensors.
-    if settings.optimizer == "radam":
-        return torch.optim.RAdam(groups, lr=settings.lr, decoupled_weight_decay=True, foreach=True)
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, foreach=True)
-
-
-def learning_rate(phase: Phase, epoch: int, step: int) -> float:
-    """Linear warm-up, then half a cosine from ``lr`` to ``final_lr`` over the phase; ``epoch`` counts within it."""
-    done = epoch * phase.draw.steps + step
-    total = phase.epochs * phase.draw.steps
-    warmup = round(phase.warmup_epochs * phase.draw.steps)
-    if done < warmup:
-        return phase.lr * (done + 1) / (warmup + 1)
-    share = (done - warmup) / max(1, total - warmup)
-    return phase.final_lr + (phase.lr - phase.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def worker_count(wanted: int | None, device: torch.device) -> int:
@@ -292,7 +247,7 @@ def finish_epoch(job: Job, state: State, phase: Phase) -> dict[str, Any]:
     """Average, validate, log, and write the checkpoint from which the next epoch starts; returns the logged row."""
     tally = state.tally
     if phase.average and state.average is not None:
-        state.average.update_parameters(state.model)
+        update_average(state.average, state.model, decay=0.0)
     row: dict[str, Any] = {
         "epoch": state.epoch + 1,
         "phase": phase.name,
@@ -302,7 +257,8 @@ def finish_epoch(job: Job, state: State, phase: Phase) -> dict[str, Any]:
         "wait_fraction": tally.waited_s / max(tally.seconds, 1e-9),
         "seconds": tally.seconds,
     }
-    row |= validate(state.model, job.validation, job)
+    ema = state.average if job.settings.ema_decay else None
+    row |= validate(state.model if ema is None else ema.module, job.validation, job)
     state.epoch, state.step, state.tally = state.epoch + 1, 0, Tally()
     append_jsonl(job.metrics, row)
     save(job, state)

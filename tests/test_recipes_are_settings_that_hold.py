@@ -6,7 +6,7 @@ import json
 import pytest
 
 from edgedistill import cli, pipeline
-from edgedistill.errors import UsageError
+from edgedistill.errors import ModelError, UsageError
 from edgedistill.recipes import read_recipe, recipe_names
 
 SYSTEMS = {"clothing-2nd-place", "gender-status", "mask-gender-age", "eye-disease", "binary-contest"}
@@ -46,6 +46,12 @@ def test_a_recipe_is_valid_for_both_commands_as_early_as_a_run_can_tell(name, se
     assert alone.teacher == settings.teacher
     text = read_recipe(name, known=cli._recipe_options()).text
     assert len(text.splitlines()) < 40
+
+
+def test_a_classifier_that_a_network_cannot_take_is_told_before_teachers_are_trained(settings_of):
+    settings = settings_of("--student", "test_vit", "--image-size", "160", "--pool", "gem")
+    with pytest.raises(ModelError, match="use --pool avg"):
+        pipeline.refuse_early([settings.student])
 
 
 def test_flags_override_a_recipe_and_it_overrides_the_defaults(settings_of):

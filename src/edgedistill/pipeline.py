@@ -27,7 +27,7 @@ from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, comparison_table, evaluate_test
-from edgedistill.training.models import locate_weights, resolve_name
+from edgedistill.training.models import create_model, locate_weights, resolve_name
 from edgedistill.training.optimizers import resolve_optimizer
 from edgedistill.training.settings import TrainSettings
 
@@ -153,13 +153,16 @@ class DistillResult:
 
 
 def refuse_early(networks: Iterable[TrainSettings]) -> None:
-    """What can be known to fail before hours of work: networks, optimisers and files of weights that do not exist.
+    """What can be known to fail before hours of work: networks, optimisers and files of weights that do not exist, and
+    classifiers that a network cannot take.
 
-    Raises UsageError.
+    Raises UsageError and ModelError.
     """
     for settings in networks:
         resolve_name(settings.name)
         resolve_optimizer(settings.optimizer)
+        if not settings.classifier_settings().plain:
+            create_model(settings.name, **settings.network(2))
         for doubt in settings.doubts():
             console.warn(f"{settings.name}: {doubt}")
         if settings.weights not in ("auto", "none"):

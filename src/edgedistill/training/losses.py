@@ -173,7 +173,8 @@ def _weighted_mean(losses: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor
 @functools.lru_cache(maxsize=64)
 def _per_class(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Kept on the device: copying them for each batch would make a GPU wait."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _kl(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Once this module is imported, ``timm.create_model("fcanet50")`` works like any o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,10 +52,17 @@ class FrequencyAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # int(): the exported graph holds the filters as constants.
-        filters = dct_filters(int(x.shape[2]), int(x.shape[3]), self.channels).to(x)
+        filters = _filters_on(int(x.shape[2]), int(x.shape[3]), self.channels, x.device)
         squeezed = (x * filters).sum(dim=(2, 3))
         weights = torch.sigmoid(self.fc2(F.relu(self.fc1(squeezed))))
         return x * weights[:, :, None, None]
+
+
+@functools.lru_cache(maxsize=64)
+def _filters_on(height: int, width: int, channels: int, device: torch.device) -> torch.Tensor:
+    """Kept on the device: copying them for each batch would make a GPU wait."""
+    with torch.inference_mode(False):
+        return dct_filters(height, width, channels).to(device)
 
 
 def dct_filters(height: int, width: int, channels: int) -> torch.Tensor:

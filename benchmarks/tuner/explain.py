@@ -82,7 +82,7 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float) -> list[st
     if len(steps) < 2:
         sentences.append("Nothing that was measured beats the plain FP32 network served as the runtime does unasked.")
     for before, after in itertools.pairwise(steps):
-        sentences.append(f"{after.what[:1].upper()}{after.what[1:]}: {_change(search, before, after)}.")
+        sentences.append(f"- {after.what}: {_change(search, before, after)}.")
     sentences += _given_up(search, chosen)
     if len(outcome.tied) > 1:
         limit = f"{TIE_SCORE:g}" if objective.goal == "score" else "the noise"

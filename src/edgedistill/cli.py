@@ -21,8 +21,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run, such as runs/cells.")]
 Data = Annotated[str, typer.Option("--data", help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")]
-Teacher = Annotated[str, typer.Option(help="Teacher network: effb4, seresnext50, any timm name.")]
-Weights = Annotated[str, typer.Option(help="auto, none, a file, or packaged:NAME.")]
+Teacher = Annotated[
+    str, typer.Option(help="Teacher network: effb4, any timm name, NAME@SIZE; several with commas between vote.")
+]
+Blend = Annotated[
+    str, typer.Option(help="Several teachers' weights: oof (fitted out of fold), score, equal, or 0.45,0.55.")
+]
+Vote = Annotated[str, typer.Option(help="Several teachers: soft (mean of probabilities) or hard (first choices).")]
+Override = Annotated[str, typer.Option(help="NAME:0.9: that teacher alone answers where it is at least so sure.")]
+Tta = Annotated[str, typer.Option(help="Teachers answer for the mean of views: flip, five-crop, scales.")]
+TeacherWeights = Annotated[
+    str, typer.Option(help="auto, none, a file, or packaged:NAME; with several teachers one for all or one for each.")
+]
 Folds = Annotated[int, typer.Option(help="K teachers; each labels the images that it did not see.")]
 TestFraction = Annotated[float, typer.Option(help="Share held out for the final evaluation.")]
 ValFraction = Annotated[float | None, typer.Option(help="Share for calibration and tuning (default: 10% to 20%).")]
@@ -113,7 +123,11 @@ def teach(
     data: Data,
     out: Out,
     teacher: Teacher = "effb4",
-    teacher_weights: Weights = "auto",
+    teacher_weights: TeacherWeights = "auto",
+    teacher_blend: Blend = "oof",
+    teacher_vote: Vote = "soft",
+    teacher_override: Override = "",
+    tta: Tta = "",
     folds: Folds = 5,
     fold: Annotated[
         int | None, typer.Option(help="Train this fold alone (job arrays); the last one writes the soft labels.")
@@ -143,16 +157,15 @@ def teach(
 ) -> None:
     """Train K-fold teachers and store their out-of-fold soft labels: the first half of distill."""
     from edgedistill import pipeline
-    from edgedistill.teacher import TeacherSettings
+    from edgedistill.teacher import BlendSettings, TeacherSettings
 
-    settings = pipeline.TeachSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
-        out=out,
-        teacher=TeacherSettings(
-            name=teacher,
-            weights=teacher_weights,
+    first, ensemble = pipeline.parse_teachers(
+        teacher,
+        teacher_weights,
+        TeacherSettings(
             image_size=teacher_image_size,
             fold=fold,
+            tta=tta,
             seed=seed,
             device=device,
             precision=precision,  # type: ignore[arg-type]
@@ -168,6 +181,13 @@ def teach(
             any_way_up=any_way_up,
             **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
         ),
+        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+    )
+    settings = pipeline.TeachSettings(
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        out=out,
+        teacher=first,
+        ensemble=ensemble,
     )
     path = pipeline.teach(settings, resume=resume)
     _answer({"path": str(path)}, as_json, str(path))
@@ -180,7 +200,11 @@ def distill(
     student: Annotated[
         str, typer.Option(help="Student network: mbv3s, mbv4s, any timm name, NAME@SIZE; several with commas between.")
     ] = "mbv3s",
-    teacher_weights: Weights = "auto",
+    teacher_weights: TeacherWeights = "auto",
+    teacher_blend: Blend = "oof",
+    teacher_vote: Vote = "soft",
+    teacher_override: Override = "",
+    tta: Tta = "",
     student_weights: Annotated[
         str,
         typer.Option(help="auto, none, a file, or packaged:NAME; with several students one for all or one for each."),
@@ -241,7 +265,7 @@ def distill(
     from edgedistill import pipeline
     from edgedistill.errors import UsageError
     from edgedistill.student import StudentSettings
-    from edgedistill.teacher import TeacherSettings
+    from edgedistill.teacher import BlendSettings, TeacherSettings
 
     shared: dict[str, Any] = {
         "seed": seed,
@@ -282,16 +306,22 @@ def distill(
     )
     if not baseline and baselines not in (None, "none"):
         raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
-    settings = pipeline.DistillSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
-        out=out,
-        teacher=TeacherSettings(
-            name=teacher,
-            weights=teacher_weights,
+    first_teacher, ensemble = pipeline.parse_teachers(
+        teacher,
+        teacher_weights,
+        TeacherSettings(
             image_size=teacher_image_size or image_size,
+            tta=tta,
             **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
             **shared,
         ),
+        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+    )
+    settings = pipeline.DistillSettings(
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        out=out,
+        teacher=first_teacher,
+        ensemble=ensemble,
         student=first.settings,
         label=first.label,
         others=tuple(others),

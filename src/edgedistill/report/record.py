@@ -40,8 +40,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels' and of further students
-    'student-NAME' to epoch rows."""
+    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels', of further students
+    'student-NAME' and of further teachers 'teacher-NAME fold-0', ... to epoch rows."""
 
     run: RunDir
     config: dict[str, Any]
@@ -218,12 +218,18 @@ def _read_metrics(run: RunDir, optional: Any) -> dict[str, Rows]:
     folders = sorted((run.root / "teacher").glob("fold-*"), key=lambda path: (len(path.name), path.name))
     students = [run.student, run.hard_label_student]
     students += sorted(path for path in run.root.glob("student-*") if path.is_dir() and path not in students)
+    others = sorted(
+        (run.root / "teacher").glob("*/fold-*"), key=lambda path: (path.parent.name, len(path.name), path.name)
+    )
+    named = {path.name: path for path in folders}
+    named |= {f"teacher-{path.parent.name} {path.name}": path for path in others}
+    named |= {path.name: path for path in students}
     metrics = {}
-    for folder in (*folders, *students):
+    for name, folder in named.items():
         rows = optional(folder / "metrics.jsonl", read_jsonl) or []
         unique = {(str(row.get("phase", "")), row.get("epoch")): row for row in rows if isinstance(row, dict)}
         if unique:
-            metrics[folder.name] = tuple(unique.values())
+            metrics[name] = tuple(unique.values())
     return metrics
 
 

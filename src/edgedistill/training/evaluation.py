@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from edgedistill.metrics import (
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.settings import choose_device
+from edgedistill.training.views import WHOLE, predict_probabilities, views_of
 
 EVALUATION_FORMAT = "edgedistill-evaluation"
 MAJORITY = "majority"
@@ -35,13 +37,27 @@ PAIRED_METRICS: tuple[MetricName, ...] = ("accuracy", "macro_f1")
 Probabilities = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Combination:
+    """A model made of others: ``members``: their names; ``combine``: their probabilities [N, C] to its own."""
+
+    members: tuple[str, ...]
+    combine: Callable[[Sequence[npt.NDArray[Any]]], npt.NDArray[Any]]
+
+
 def evaluate_test(
-    run: RunDir, dataset: Dataset, models: dict[str, list[Path]], *, device: str = "auto", batch_size: int = 64
+    run: RunDir,
+    dataset: Dataset,
+    models: dict[str, list[Path]],
+    *,
+    combinations: Mapping[str, Combination] | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
 ) -> Path:
     """Write evaluation/evaluation.json, test_ids.npy, test_labels.npy and NAME.probs.npy (float32 [N, C]) per model.
 
     ``models``: 'student', 'hard_label_student', 'teacher', 'student-NAME' ... to their model.pt files; several files are an ensemble
-    whose probabilities are averaged. The majority baseline comes from the training labels. Raises DataError without a
+    whose probabilities are averaged. ``combinations``: further models, made of these. The majority baseline comes from the training labels. Raises DataError without a
     test split and ArtifactError for a model of other classes or another data set.
     """
     rows = dataset.rows("test")
@@ -56,6 +72,9 @@ def evaluate_test(
             _probabilities(path, dataset, rows, name=name, device=device, batch_size=batch_size) for path in paths
         ]
         probabilities[name] = np.stack(members).mean(axis=0, dtype=np.float64).astype(np.float32)
+    for name, combination in (combinations or {}).items():
+        members = [probabilities[member] for member in combination.members]
+        probabilities[name] = combination.combine(members).astype(np.float32)
     for name, values in probabilities.items():
         write_array(run.evaluation / f"{name}.probs.npy", values)
     write_array(run.evaluation / "test_ids.npy", dataset.ids[rows].astype(str))
@@ -75,12 +94,14 @@ def evaluate_test(
 
 def pairs_of(names: Iterable[str]) -> list[tuple[str, str]]:
     """Who is compared with whom: each student with the majority, with its own hard-label form and with the first
-    student; the teacher with the first student. 'student' is the first, 'student-NAME' another."""
+    student; the teacher with the first student, and of several each architecture with their combination. 'student' is
+    the first, 'student-NAME' another."""
     known = list(names)
     pairs = [("student", MAJORITY), ("student", "hard_label_student"), ("teacher", "student")]
     for label in [name.removeprefix("student-") for name in known if name.startswith("student-")]:
         name = f"student-{label}"
         pairs += [(name, MAJORITY), (name, f"hard_label_student-{label}"), (name, "student")]
+    pairs += [("teacher", name) for name in known if name.startswith("teacher-")]
     return [(a, b) for a, b in pairs if a in known and b in known]
 
 
@@ -98,13 +119,20 @@ def _probabilities(
         raise ArtifactError(
             f"{path}: trained on other classes or another data set than dataset.csv; evaluate it in its own run"
         )
-    logits = predict_logits(
-        loaded.model.to(choose_device(device)),
-        dataset.paths[rows],
-        loaded.input_spec,
-        batch_size=batch_size,
-        title=f"test images, {name.replace('_', '-')}",
-    )
+    model, paths = loaded.model.to(choose_device(device)), dataset.paths[rows]
+    title = f"test images, {name.replace('_', '-')}"
+    views = views_of(str(loaded.settings.get("tta", "")))
+    if views != (WHOLE,):
+        return predict_probabilities(
+            model,
+            paths,
+            loaded.input_spec,
+            views=views,
+            temperature=loaded.temperature,
+            batch_size=batch_size,
+            title=title,
+        )
+    logits = predict_logits(model, paths, loaded.input_spec, batch_size=batch_size, title=title)
     return softmax(logits, loaded.temperature).astype(np.float32)
 
 

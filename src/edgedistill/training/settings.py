@@ -16,6 +16,8 @@ from edgedistill.images import InputSpec
 OPTIMIZERS = ("radam", "adamw", "sgd")
 # What may differ between a run and its resumption: where and how fast it runs, not what it computes.
 FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold"})
+# Fields that came after the first release, with their defaults: left out at these, older work can still be resumed.
+LATER_FIELDS: dict[str, Any] = {"tta": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,9 @@ class TrainSettings:
 
 def identity(settings: TrainSettings, **more: Any) -> dict[str, Any]:
     """What decides the trained weights, as plain values: a resumed run must agree on all of it."""
-    return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS} | more
+    values = settings_dict(settings)
+    kept = [key for key in values if key not in FREE_FIELDS and LATER_FIELDS.get(key, ...) != values[key]]
+    return {key: values[key] for key in kept} | more
 
 
 def refuse_other_settings(path: object, saved: dict[str, Any], current: dict[str, Any]) -> None:

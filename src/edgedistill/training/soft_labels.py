@@ -7,7 +7,7 @@ labels by id, never by row position.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,18 @@ def _prove_groups(dataset: Dataset, train: npt.NDArray[np.int64]) -> None:
             raise DataError(f"soft labels: group {group!r} lies in two folds; freeze the data set again")
 
 
-def write_soft_labels(folder: Path, dataset: Dataset, results: Iterable[FoldResult]) -> Path:
-    """Prove, then write meta.json, ids.npy, fold.npy and label.log_probs.npy [N, C]; meta.json comes last."""
+def write_soft_labels(
+    folder: Path,
+    dataset: Dataset,
+    results: Iterable[FoldResult],
+    *,
+    teachers: Sequence[Mapping[str, Any]] | None = None,
+    blend: Mapping[str, Any] | None = None,
+) -> Path:
+    """Prove, then write meta.json, ids.npy, fold.npy and label.log_probs.npy [N, C]; meta.json comes last.
+
+    ``teachers``: what meta.json says of them, where ``results`` combine several (by ``blend``).
+    """
     results = sorted(results, key=lambda result: result.fold)
     prove_out_of_fold(dataset, results)
     ids = np.concatenate([result.ids for result in results])
@@ -118,8 +128,9 @@ def write_soft_labels(folder: Path, dataset: Dataset, results: Iterable[FoldResu
             "classes": list(dataset.class_names),
             "n": len(ids),
             "heads": {HEAD: {"kind": "softmax", "file": f"{HEAD}.log_probs.npy", "temperature": 1.0, "views": 1}},
-            "teachers": [result.teacher() for result in results],
-        },
+            "teachers": [result.teacher() for result in results] if teachers is None else list(teachers),
+        }
+        | ({} if blend is None else {"blend": dict(blend)}),
         format=SOFT_LABELS_FORMAT,
     )
     return folder

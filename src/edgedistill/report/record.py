@@ -15,6 +15,7 @@ import numpy.typing as npt
 from edgedistill.artifacts import RunDir, read_array, read_json, read_jsonl
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.errors import ArtifactError, EdgedistillError
+from edgedistill.report.explain_section import Explanation, read_explanation
 
 T = TypeVar("T")
 Rows = tuple[dict[str, Any], ...]
@@ -58,6 +59,7 @@ class RunRecord:
     certificates: tuple[tuple[str, dict[str, Any]], ...]
     benches: tuple[tuple[str, dict[str, Any]], ...]
     tune: dict[str, Any] | None
+    explanation: Explanation | None
     problems: tuple[str, ...]
 
     @property
@@ -140,6 +142,7 @@ def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:
             )
         ),
         tune=optional(run.openvino / "tune.json", lambda path: read_json(path, format="edgedistill-tune")),
+        explanation=optional(run.evaluation / "explain.json", read_explanation),
         problems=tuple(problems),
     )
 

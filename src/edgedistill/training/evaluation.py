@@ -25,7 +25,7 @@ from edgedistill.metrics import (
     paired_bootstrap_difference,
     softmax,
 )
-from edgedistill.training.checkpoints import read_model
+from edgedistill.training.checkpoints import LoadedModel, read_model
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.settings import choose_device
 from edgedistill.training.views import WHOLE, predict_probabilities, views_of
@@ -67,11 +67,16 @@ def evaluate_test(
         )
     labels = dataset.labels[rows]
     probabilities = {MAJORITY: _majority(dataset, len(rows))}
+    temperatures: dict[str, float] = {}
     for name, paths in models.items():
+        loaded = [_load(path, dataset) for path in paths]
         members = [
-            _probabilities(path, dataset, rows, name=name, device=device, batch_size=batch_size) for path in paths
+            _probabilities(member, dataset.paths[rows], name=name, device=device, batch_size=batch_size)
+            for member in loaded
         ]
         probabilities[name] = np.stack(members).mean(axis=0, dtype=np.float64).astype(np.float32)
+        if len(loaded) == 1:
+            temperatures[name] = loaded[0].temperature
     for name, combination in (combinations or {}).items():
         members = [probabilities[member] for member in combination.members]
         probabilities[name] = combination.combine(members).astype(np.float32)
@@ -83,7 +88,10 @@ def evaluate_test(
         "split": "test",
         "n": len(rows),
         "classes": list(dataset.class_names),
-        "models": {name: _row(values, labels) for name, values in probabilities.items()},
+        "models": {
+            name: _row(values, labels) | ({"temperature": temperatures[name]} if name in temperatures else {})
+            for name, values in probabilities.items()
+        },
         "paired": [
             _pair(a, b, metric, probabilities, labels) for a, b in pairs_of(probabilities) for metric in PAIRED_METRICS
         ],
@@ -111,16 +119,20 @@ def _majority(dataset: Dataset, count: int) -> Probabilities:
     return np.tile((counts / max(1, counts.sum())).astype(np.float32), (count, 1))
 
 
-def _probabilities(
-    path: Path, dataset: Dataset, rows: npt.NDArray[np.int64], *, name: str, device: str, batch_size: int
-) -> Probabilities:
+def _load(path: Path, dataset: Dataset) -> LoadedModel:
     loaded = read_model(path)
     if loaded.classes != dataset.class_names or loaded.dataset_hash != dataset.hash:
         raise ArtifactError(
             f"{path}: trained on other classes or another data set than dataset.csv; evaluate it in its own run"
         )
-    model, paths = loaded.model.to(choose_device(device)), dataset.paths[rows]
-    title = f"test images, {name.replace('_', '-')}"
+    return loaded
+
+
+def _probabilities(
+    loaded: LoadedModel, paths: npt.NDArray[np.str_], *, name: str, device: str, batch_size: int
+) -> Probabilities:
+    """float32 [N, C] at the model's own temperature, and for the mean of the views that its settings name."""
+    model, title = loaded.model.to(choose_device(device)), f"test images, {name.replace('_', '-')}"
     views = views_of(str(loaded.settings.get("tta", "")))
     if views != (WHOLE,):
         return predict_probabilities(

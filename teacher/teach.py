@@ -7,6 +7,7 @@ architectures train in the same folds and lie in teacher/NAME/fold-K; the soft l
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,13 @@ from torch import nn
 from edgedistill import console
 from edgedistill.artifacts import RunDir, read_array, read_json, sha256_file, write_array, write_json
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.soft_label_store import check_store, parse_store
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
 from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds
 from edgedistill.training.checkpoints import write_model
+from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
 from edgedistill.training.loop import Job, Phase, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
@@ -36,13 +39,13 @@ from edgedistill.training.models import (
     resolve_name,
 )
 from edgedistill.training.predict import predict_logits
+from edgedistill.training.processes import on_main
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
     choose_device,
     identity,
     refuse_other_settings,
-    refuse_several_processes,
 )
 from edgedistill.training.soft_labels import FoldResult, ids_hash, prove_out_of_fold, write_soft_labels
 from edgedistill.training.views import predict_probabilities, views_of
@@ -60,6 +63,7 @@ class TeacherSettings(TrainSettings):
 
     ``fold``: train this fold alone (job arrays); None: all that remain. ``tta``: views whose mean answer is the soft
     label and the teacher's answer on test, such as 'flip,five-crop,scales' (see training.views); '' for none.
+    ``soft_label_store``: 'float32', 'float16' or 'top-k:N' (see data.soft_label_store).
     """
 
     name: str = "effb4"
@@ -70,10 +74,12 @@ class TeacherSettings(TrainSettings):
     drop_rate: float = 0.2
     fold: int | None = None
     tta: str = ""
+    soft_label_store: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         views_of(self.tta)
+        parse_store(self.soft_label_store)
 
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
@@ -144,18 +150,26 @@ def train_teachers(
     """Train what remains of the folds, then write teacher/oof.json and soft_labels/.
 
     ``ensemble``: further architectures, trained in the same folds. Returns the soft_labels folder; with
-    ``settings.fold`` and other folds still missing, that fold's folder. Raises UsageError if the folders hold work and
-    ``resume`` is False, ArtifactError if that work was made with other settings or data, ImageError for a damaged image.
+    ``settings.fold`` and other folds still missing, that fold's folder. Every process of a launch calls it (see
+    training.processes). Raises UsageError if the folders hold work and ``resume`` is False, ArtifactError if that work
+    was made with other settings or data, ImageError for a damaged image.
     """
-    refuse_several_processes()
     ensemble = ensemble or Ensemble()
+    check_store(parse_store(settings.soft_label_store), len(dataset.class_names))
     members = [_Member(ensemble.label, "", settings)]
     members += [_Member(other.label, other.label, other.settings) for other in ensemble.others]
     wanted = _wanted_folds(settings, dataset)
     if not resume:
-        _refuse_existing_work(run, members, wanted)
+        on_main(lambda: _refuse_existing_work(run, members, wanted))
     for member in members:
         _train_member(member, dataset, run, wanted, resume=resume)
+    return on_main(lambda: _finish(ensemble, members, dataset, run, wanted))
+
+
+def _finish(
+    ensemble: Ensemble, members: Sequence[_Member], dataset: Dataset, run: RunDir, wanted: Sequence[int]
+) -> Path:
+    """The soft labels, once all folds are there; until then the last trained fold's folder."""
     missing = [
         fold
         for fold in range(dataset.fold_count)
@@ -203,7 +217,7 @@ def _refuse_existing_work(run: RunDir, members: Sequence[_Member], folds: Sequen
 
 def _train_member(member: _Member, dataset: Dataset, run: RunDir, wanted: Sequence[int], *, resume: bool) -> None:
     """What remains of one architecture's folds; its images leave the memory when it returns."""
-    todo = [fold for fold in wanted if not _is_done(member, dataset, run, fold)]
+    todo = on_main(lambda: [fold for fold in wanted if not _is_done(member, dataset, run, fold)])
     if todo:
         shared = _prepare(member, dataset)
         for fold in todo:
@@ -229,7 +243,8 @@ def _prepare(member: _Member, dataset: Dataset) -> _Shared:
     settings = member.settings
     choose_device(settings.device)  # a device that is not there is told before images are read
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
-    weights = locate_weights(settings.name, settings.weights, flag="--teacher-weights")
+    deployed_spec(settings, spec)  # refused before images are read where the network cannot change its size
+    weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--teacher-weights"))
     rows = dataset.rows("train")
     store = open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib)
     return _Shared(member, dataset, rows, store, spec, weights, open_validation(dataset, spec, seed=settings.seed))
@@ -237,19 +252,26 @@ def _prepare(member: _Member, dataset: Dataset) -> _Shared:
 
 def _train_fold(shared: _Shared, run: RunDir, fold: int, *, resume: bool) -> None:
     """One teacher, and what it says of its held-out fold; fold.json is written last and marks the fold as done."""
-    settings, dataset, folder = shared.member.settings, shared.dataset, run.teacher(fold, shared.member.folder)
-    job = _job(shared, folder, fold)
+    settings, dataset = shared.member.settings, shared.dataset
+    job = _job(shared, run.teacher(fold, shared.member.folder), fold)
     torch.manual_seed(derive(settings.seed, "initial weights", fold))
     network = settings.network(len(dataset.class_names))
     model = create_model(settings.name, pretrained=shared.weights, **network)
-    model = train(job, model, resume=resume)
+    model = adapt(job, train(job, model, resume=resume), resume=resume)
+    on_main(lambda: _label(job, model, shared, fold))
+
+
+def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
+    """model.pt, what it says of the held-out fold, and fold.json."""
+    settings, dataset, folder = shared.member.settings, shared.dataset, job.folder
+    network = settings.network(len(dataset.class_names))
     write_model(
         folder / "model.pt",
         model,
         architecture=resolve_name(settings.name),
         model_kwargs=model_kwargs_for(settings.name, **network),
         classes=dataset.class_names,
-        input_spec=shared.spec,
+        input_spec=deployed_spec(settings, shared.spec),
         dataset_hash=dataset.hash,
         settings=dict(job.identity),
     )
@@ -267,6 +289,7 @@ def _train_fold(shared: _Shared, run: RunDir, fold: int, *, resume: bool) -> Non
         "model_sha256": sha256_file(folder / "model.pt"),
     }
     write_json(folder / "fold.json", values, format=FOLD_FORMAT)
+    shutil.rmtree(folder / "fixres", ignore_errors=True)
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
 
 
@@ -274,11 +297,11 @@ def _log_probs(
     model: nn.Module, paths: np.ndarray[Any, Any], shared: _Shared, *, title: str
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """float32 [N, C] at T=1: of the whole picture, or of the mean over the views of ``tta``."""
-    tta = shared.member.settings.tta
+    tta, spec = shared.member.settings.tta, deployed_spec(shared.member.settings, shared.spec)
     if not tta:
-        logits = predict_logits(model, paths, shared.spec, title=title)
+        logits = predict_logits(model, paths, spec, title=title)
         return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
-    probabilities = predict_probabilities(model, paths, shared.spec, views=views_of(tta), title=title)
+    probabilities = predict_probabilities(model, paths, spec, views=views_of(tta), title=title)
     return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
 
 
@@ -317,7 +340,7 @@ def _read_fold(folder: Path) -> FoldResult:
     return FoldResult(
         fold=values["fold"],
         ids=read_array(folder / "held_out_ids.npy"),
-        log_probs=read_array(folder / "held_out.log_probs.npy"),
+        log_probs=read_array(folder / "held_out.log_probs.npy", mmap=True),
         trained_on=values["trained_on"],
         epochs_planned=values["epochs_planned"],
         epochs_done=values["epochs_done"],
@@ -333,10 +356,11 @@ def _write_labels(ensemble: Ensemble, members: Sequence[_Member], dataset: Datas
         for member in members
     }
     label_of = dict(zip(dataset.ids.tolist(), dataset.labels.tolist(), strict=True))
+    store = members[0].settings.soft_label_store
     if len(members) == 1:
         (folds,) = results.values()
         _write_quality(run, _fold_rows(folds, label_of))
-        return write_soft_labels(run.soft_labels, dataset, folds)
+        return write_soft_labels(run.soft_labels, dataset, folds, store=store)
     for folds in results.values():
         prove_out_of_fold(dataset, folds)
     blended = blend_folds(ensemble.blend, results, label_of)
@@ -344,7 +368,7 @@ def _write_labels(ensemble: Ensemble, members: Sequence[_Member], dataset: Datas
     rows = {label: _fold_rows(folds, label_of) for label, folds in results.items()}
     _write_quality(run, _fold_rows(blended.folds, label_of), architectures=rows, blend=blend)
     teachers = [result.teacher() | {"label": label} for label, folds in results.items() for result in folds]
-    return write_soft_labels(run.soft_labels, dataset, blended.folds, teachers=teachers, blend=blend)
+    return write_soft_labels(run.soft_labels, dataset, blended.folds, teachers=teachers, blend=blend, store=store)
 
 
 def _fold_rows(results: Sequence[FoldResult], label_of: Mapping[str, int]) -> tuple[list[Quality], Quality]:

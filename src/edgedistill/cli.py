@@ -20,7 +20,9 @@ from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run, such as runs/cells.")]
-Data = Annotated[str, typer.Option("--data", help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")]
+Data = Annotated[
+    str, typer.Option("--data", help="Folder per class, CSV, 'shards/*.tar', elpv, elpv-4class or fashion-mnist.")
+]
 Teacher = Annotated[
     str, typer.Option(help="Teacher network: effb4, any timm name, NAME@SIZE; several with commas between vote.")
 ]
@@ -55,6 +57,16 @@ CacheGib = Annotated[float | None, typer.Option(help="Memory for prepared images
 CheckpointMinutes = Annotated[float, typer.Option(help="The most work that a kill may cost.")]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
+TestSize = Annotated[
+    int | None, typer.Option(help="Student is fine-tuned, evaluated and deployed at this size after training, pixels.")
+]
+TeacherTestSize = Annotated[
+    int | None, typer.Option(help="Teachers are fine-tuned and label at this size after training, pixels.")
+]
+FixresEpochs = Annotated[
+    int, typer.Option(help="Epochs of classifier and last batch-norm at the test size, where there is one.")
+]
+SoftLabelStore = Annotated[str, typer.Option(help="Soft labels on disk: float32, float16, or top-k:N of each image.")]
 
 # What the base install leaves out, and the extra that brings it.
 EXTRAS = {
@@ -62,7 +74,7 @@ EXTRAS = {
         ("torch", "torchvision", "timm", "albumentations", "sklearn", "imagehash", "PIL", "psutil"), "train"
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "nncf"), "export"),
-    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    **dict.fromkeys(("jinja2", "matplotlib", "pytorch_grad_cam"), "report"),
 }
 
 app = typer.Typer(
@@ -95,12 +107,14 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
-    """The one answer on standard output: a JSON object, or tables and paths for people."""
+    """The one answer on standard output: a JSON object, or tables and paths for people; of several processes from one."""
+    from edgedistill import console
+
+    if console.out.quiet:
+        return
     if as_json:
         typer.echo(json.dumps(values, indent=2, default=str))
         return
-    from edgedistill import console
-
     for item in shown:
         if isinstance(item, str):
             typer.echo(item)
@@ -128,6 +142,7 @@ def teach(
     teacher_vote: Vote = "soft",
     teacher_override: Override = "",
     tta: Tta = "",
+    soft_label_store: SoftLabelStore = "float32",
     folds: Folds = 5,
     fold: Annotated[
         int | None, typer.Option(help="Train this fold alone (job arrays); the last one writes the soft labels.")
@@ -136,6 +151,8 @@ def teach(
     val_fraction: ValFraction = None,
     seed: Seed = 0,
     teacher_image_size: Annotated[int, typer.Option(help="Teacher's input, pixels.")] = 224,
+    teacher_test_size: TeacherTestSize = None,
+    fixres_epochs: FixresEpochs = 1,
     teacher_epochs: TeacherEpochs = None,
     teacher_batch_size: TeacherBatch = None,
     teacher_lr: TeacherRate = None,
@@ -164,8 +181,11 @@ def teach(
         teacher_weights,
         TeacherSettings(
             image_size=teacher_image_size,
+            test_size=teacher_test_size,
+            fixres_epochs=fixres_epochs,
             fold=fold,
             tta=tta,
+            soft_label_store=soft_label_store,
             seed=seed,
             device=device,
             precision=precision,  # type: ignore[arg-type]
@@ -205,6 +225,7 @@ def distill(
     teacher_vote: Vote = "soft",
     teacher_override: Override = "",
     tta: Tta = "",
+    soft_label_store: SoftLabelStore = "float32",
     student_weights: Annotated[
         str,
         typer.Option(help="auto, none, a file, or packaged:NAME; with several students one for all or one for each."),
@@ -217,6 +238,9 @@ def distill(
     teacher_image_size: Annotated[
         int | None, typer.Option(help="Teacher's input, pixels (default: the student's).")
     ] = None,
+    test_size: TestSize = None,
+    teacher_test_size: TeacherTestSize = None,
+    fixres_epochs: FixresEpochs = 1,
     epochs: Annotated[int | None, typer.Option(help="Student's epochs before the averaged ones (default: 20).")] = None,
     teacher_epochs: TeacherEpochs = None,
     batch_size: Annotated[int | None, typer.Option(help="Student's batch (default: 256).")] = None,
@@ -281,6 +305,7 @@ def distill(
         "resize": resize,
         "augment": augment,
         "any_way_up": any_way_up,
+        "fixres_epochs": fixres_epochs,
     }
     first, *others = pipeline.parse_students(
         student,
@@ -288,6 +313,7 @@ def distill(
         StudentSettings(
             name=student,
             image_size=image_size,
+            test_size=test_size,
             distillation=not no_distillation,
             balanced_sampling=balanced,
             **_given(
@@ -311,7 +337,9 @@ def distill(
         teacher_weights,
         TeacherSettings(
             image_size=teacher_image_size or image_size,
+            test_size=teacher_test_size,
             tta=tta,
+            soft_label_store=soft_label_store,
             **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
             **shared,
         ),
@@ -341,7 +369,9 @@ def distill(
 
 @app.command("check-data")
 def check_data(
-    data: Annotated[str, typer.Argument(help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")],
+    data: Annotated[
+        str, typer.Argument(help="Folder per class, CSV, 'shards/*.tar', elpv, elpv-4class or fashion-mnist.")
+    ],
     folds: Folds = 5,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
@@ -612,12 +642,19 @@ def package(
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     bench: Annotated[Path | None, typer.Option(help="A bench-fps record (default: those in openvino/).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Compute Grad-CAM of right and wrong test images first (needs torch).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write report.html, one page about the run that opens offline."""
     from edgedistill.artifacts import RunDir
     from edgedistill.report import write_report
 
+    if explain:
+        from edgedistill.report.explain import write_explanations
+
+        write_explanations(RunDir(run))
     path = write_report(RunDir(run), bench=bench)
     _answer({"path": str(path)}, as_json, str(path))
 

@@ -28,6 +28,7 @@ from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
 from edgedistill.training.models import locate_weights, resolve_name
+from edgedistill.training.processes import on_main
 from edgedistill.training.settings import TrainSettings
 
 __all__ = [
@@ -224,12 +225,17 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
     write_json(run.config, values, format=CONFIG_FORMAT)
 
 
+def _frozen(settings: TeachSettings | DistillSettings, run: RunDir, *, resume: bool) -> Dataset:
+    dataset = freeze(settings.data, run, resume=resume)
+    record(settings, run, dataset, resume=resume)
+    return dataset
+
+
 def teach(settings: TeachSettings, *, resume: bool) -> Path:
     """The first half: K teachers and their soft labels. Returns what train_teachers returns."""
     refuse_early(_architectures(settings).values())
     run = RunDir(settings.out)
-    dataset = freeze(settings.data, run, resume=resume)
-    record(settings, run, dataset, resume=resume)
+    dataset = on_main(lambda: _frozen(settings, run, resume=resume))
     return train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
 
 
@@ -244,20 +250,20 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     students = [student.settings for student in settings.students]
     refuse_early([*students, *(_architectures(settings).values() if needs_teachers else [])])
     run = RunDir(settings.out)
-    dataset = freeze(settings.data, run, resume=resume)
-    record(settings, run, dataset, resume=resume)
+    dataset = on_main(lambda: _frozen(settings, run, resume=resume))
     models: dict[str, list[Path]] = {}
     combinations: dict[str, Combination] = {}
     labels = settings.soft_labels
     if needs_teachers:
         labels = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
-        models, combinations = _teacher_models(settings, run, dataset)
+        models, combinations = on_main(lambda: _teacher_models(settings, run, dataset))
     outputs: dict[str, Path] = {}
     for student in settings.students:
         found = _train(settings, student, dataset, run, soft_labels=labels, resume=resume)
         models |= {name: [path] for name, path in found.items()}
         outputs[student.label] = next(iter(found.values()))
-    path = evaluate_test(run, dataset, models, combinations=combinations, device=settings.student.device)
+    device = settings.student.device
+    path = on_main(lambda: evaluate_test(run, dataset, models, combinations=combinations, device=device))
     return DistillResult(run.model, outputs, read_json(path, format=EVALUATION_FORMAT))
 
 
@@ -300,7 +306,7 @@ def _train(
     out = run.model if first else run.model_of(label)
     train_student(student.settings, dataset, run, soft_labels=soft_labels, out=out, resume=resume, folder=folder)
     if first and settings.others:
-        _copy_of(out, run.model_of(label))
+        on_main(lambda: _copy_of(run.model, run.model_of(label)))
     found = {f"{kind}{end}": out}
     if settings.has_baseline(student):
         hard = dataclasses.replace(student.settings, distillation=False)

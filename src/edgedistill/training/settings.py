@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +14,9 @@ from edgedistill.images import InputSpec
 
 OPTIMIZERS = ("radam", "adamw", "sgd")
 # What may differ between a run and its resumption: where and how fast it runs, not what it computes.
-FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold"})
+FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold", "soft_label_store"})
 # Fields that came after the first release, with their defaults: left out at these, older work can still be resumed.
-LATER_FIELDS: dict[str, Any] = {"tta": ""}
+LATER_FIELDS: dict[str, Any] = {"tta": "", "test_size": None, "fixres_epochs": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +24,8 @@ class TrainSettings:
     """One training of one network.
 
     ``name``: a timm or short name. ``weights``: 'auto', 'none', a file or 'packaged:NAME' (see models.locate_weights).
+    ``test_size``: evaluate, label and deploy at this resolution in place of ``image_size``, after ``fixres_epochs`` of
+    fine-tuning of the last layers there (see training.fixres).
     ``lr`` is the peak of a cosine per step that ends at ``lr * final_lr``, after ``warmup_epochs`` of linear rise.
     ``augment``, ``horizontal_flip``, ``any_way_up``, ``color_jitter``: see data.augment.AugmentSettings.
     ``balanced_sampling`` draws every class equally often. ``cutmix_probability`` is per batch. ``workers``: loader
@@ -35,6 +36,8 @@ class TrainSettings:
     name: str
     weights: str = "auto"
     image_size: int = 224
+    test_size: int | None = None
+    fixres_epochs: int = 1
     resize: Literal["squash", "center-crop"] = "squash"
     epochs: int = 10
     batch_size: int = 32
@@ -99,6 +102,8 @@ class TrainSettings:
         return [
             ("name", bool(self.name), "a network, such as mbv3s"),
             ("image_size", 16 <= self.image_size <= 2048, "16 to 2048 pixels"),
+            ("test_size", self.test_size is None or 16 <= self.test_size <= 2048, "16 to 2048 pixels, or None"),
+            ("fixres_epochs", 0 <= self.fixres_epochs <= 1000, "0 or more"),
             ("resize", self.resize in ("squash", "center-crop"), "'squash' or 'center-crop'"),
             ("epochs", 1 <= self.epochs <= 100_000, "1 or more"),
             ("batch_size", 2 <= self.batch_size <= 65_536, "2 or more (batch normalisation needs two)"),
@@ -150,12 +155,3 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     return device
-
-
-def refuse_several_processes() -> None:
-    """Two processes would write the same checkpoints: a launcher's processes get one fold each instead."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "1"):
-        raise UsageError(
-            f"WORLD_SIZE={count}: one training runs in one process; give each process a fold of its own with --fold K"
-        )

@@ -8,6 +8,7 @@ training/checkpoints.py).
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,19 +25,20 @@ from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
 from edgedistill.training.checkpoints import read_model, write_model
+from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.loop import Job, open_validation, train
 from edgedistill.training.losses import LossName, LossSettings, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.optimizers import Phase, make_phases
 from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
+from edgedistill.training.processes import on_main
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
     choose_device,
     identity,
     refuse_other_settings,
-    refuse_several_processes,
 )
 from edgedistill.training.soft_labels import ids_hash, read_soft_labels
 
@@ -93,30 +95,45 @@ def train_student(
     """Train the student and write model.pt to ``out``; returns ``out``.
 
     ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Work in
-    progress lies in ``folder``: by default run.student, or run.hard_label_student without distillation. Raises
-    UsageError if there is work already and ``resume`` is False, ArtifactError if that work or the soft labels belong to
-    other settings or data, ImageError for a damaged image.
+    progress lies in ``folder``: by default run.student, or run.hard_label_student without distillation. Every process
+    of a launch calls it (see training.processes). Raises UsageError if there is work already and ``resume`` is False,
+    ArtifactError if that work or the soft labels belong to other settings or data, ImageError for a damaged image.
     """
-    refuse_several_processes()
     choose_device(settings.device)
     folder = folder or (run.student if settings.distillation else run.hard_label_student)
     soft = _soft_labels(settings, dataset, soft_labels)
     wanted = _identity(settings, dataset, soft)
-    if out.exists():
-        if not resume:
-            raise UsageError(f"{out}: exists already; go on with --resume, or choose another --out")
-        refuse_other_settings(out, read_model(out).settings, wanted)
+    if on_main(lambda: _is_done(out, wanted, resume=resume)):
         return out
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
+    deployed_spec(settings, spec)  # refused before images are read where the network cannot change its size
     job = _job(settings, dataset, spec, soft, folder=folder, wanted=wanted)
     network = settings.network(len(dataset.class_names))
     torch.manual_seed(derive(settings.seed, "initial weights"))
-    weights = locate_weights(settings.name, settings.weights, flag="--student-weights")
+    weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--student-weights"))
     model = train(job, create_model(settings.name, pretrained=weights, **network), resume=resume)
-    seen = dataset.paths[_final_rows(settings, dataset)]
-    reestimate_batch_norm(
-        model, seen, spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
-    )
+    model = adapt(job, model, resume=resume)
+    on_main(lambda: _finish(settings, dataset, job, model, out=out))
+    return out
+
+
+def _is_done(out: Path, wanted: dict[str, Any], *, resume: bool) -> bool:
+    if not out.exists():
+        return False
+    if not resume:
+        raise UsageError(f"{out}: exists already; go on with --resume, or choose another --out")
+    refuse_other_settings(out, read_model(out).settings, wanted, StudentSettings)
+    return True
+
+
+def _finish(settings: StudentSettings, dataset: Dataset, job: Job, model: nn.Module, *, out: Path) -> None:
+    """Batch-norm statistics, the temperature, model.pt."""
+    network, spec = settings.network(len(dataset.class_names)), deployed_spec(settings, job.spec)
+    if settings.test_size is None:  # else training.fixres has measured the statistics, and fine-tuned what follows them
+        seen = dataset.paths[_final_rows(settings, dataset)]
+        reestimate_batch_norm(
+            model, seen, spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
+        )
     write_model(
         out,
         model,
@@ -125,11 +142,11 @@ def train_student(
         classes=dataset.class_names,
         input_spec=spec,
         dataset_hash=dataset.hash,
-        settings=wanted,
+        settings=dict(job.identity),
         temperature=_temperature(settings, dataset, model, spec),
     )
+    shutil.rmtree(job.folder / "fixres", ignore_errors=True)
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
-    return out
 
 
 def _soft_labels(settings: StudentSettings, dataset: Dataset, folder: Path | None) -> npt.NDArray[np.float32] | None:

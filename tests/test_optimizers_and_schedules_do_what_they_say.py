@@ -119,7 +119,7 @@ def test_schedules_that_cannot_be_are_refused(wrong, message):
 def test_work_from_before_an_option_existed_was_made_with_its_default():
     settings = TrainSettings(name="x")
     saved = {key: value for key, value in identity(settings).items() if key not in ("schedule", "oversample")}
-    refuse_other_settings("checkpoint.pt", saved, identity(settings))
+    refuse_other_settings("checkpoint.pt", saved, identity(settings), TrainSettings)
     other = dataclasses.replace(settings, schedule="constant")
     with pytest.raises(ArtifactError, match=r"schedule='cosine' \(now 'constant'\)"):
-        refuse_other_settings("checkpoint.pt", saved, identity(other))
+        refuse_other_settings("checkpoint.pt", saved, identity(other), TrainSettings)

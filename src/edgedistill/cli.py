@@ -22,9 +22,20 @@ from edgedistill.options import TrainingValues, takes_training_options
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run, such as runs/cells.")]
-Data = Annotated[str, typer.Option("--data", help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")]
-Teacher = Annotated[str, typer.Option(help="Teacher network: effb4, seresnext50, any timm name.")]
-Weights = Annotated[str, typer.Option(help="auto, none, a file, or packaged:NAME.")]
+Data = Annotated[
+    str, typer.Option("--data", help="Folder per class, CSV, 'shards/*.tar', elpv, elpv-4class or fashion-mnist.")
+]
+Teacher = Annotated[
+    str, typer.Option(help="Teacher network: effb4, any timm name, NAME@SIZE; several with commas between vote.")
+]
+Blend = Annotated[
+    str, typer.Option(help="Several teachers' weights: oof (fitted out of fold), score, equal, or 0.45,0.55.")
+]
+Vote = Annotated[str, typer.Option(help="Several teachers: soft (mean of probabilities) or hard (first choices).")]
+Override = Annotated[str, typer.Option(help="NAME:0.9: that teacher alone answers where it is at least so sure.")]
+TeacherWeights = Annotated[
+    str, typer.Option(help="auto, none, a file, or packaged:NAME; with several teachers one for all or one for each.")
+]
 Folds = Annotated[int, typer.Option(help="K teachers; each labels the images that it did not see.")]
 TestFraction = Annotated[float, typer.Option(help="Share held out for the final evaluation.")]
 ValFraction = Annotated[float | None, typer.Option(help="Share for calibration and tuning (default: 10% to 20%).")]
@@ -37,7 +48,7 @@ EXTRAS = {
         ("torch", "torchvision", "timm", "albumentations", "sklearn", "imagehash", "PIL", "psutil"), "train"
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "nncf"), "export"),
-    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    **dict.fromkeys(("jinja2", "matplotlib", "pytorch_grad_cam"), "report"),
 }
 
 app = typer.Typer(
@@ -65,12 +76,14 @@ def _root(
 
 
 def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
-    """The one answer on standard output: a JSON object, or tables and paths for people."""
+    """The one answer on standard output: a JSON object, or tables and paths for people; of several processes from one."""
+    from edgedistill import console
+
+    if console.out.quiet:
+        return
     if as_json:
         typer.echo(json.dumps(values, indent=2, default=str))
         return
-    from edgedistill import console
-
     for item in shown:
         if isinstance(item, str):
             typer.echo(item)
@@ -119,7 +132,10 @@ def teach(
     out: Out,
     training: TrainingValues,
     teacher: Teacher = "effb4",
-    teacher_weights: Weights = "auto",
+    teacher_weights: TeacherWeights = "auto",
+    teacher_blend: Blend = "oof",
+    teacher_vote: Vote = "soft",
+    teacher_override: Override = "",
     folds: Folds = 5,
     fold: Annotated[
         int | None, typer.Option(help="Train this fold alone (job arrays); the last one writes the soft labels.")
@@ -134,15 +150,20 @@ def teach(
 ) -> None:
     """Train K-fold teachers and store their out-of-fold soft labels: the first half of distill."""
     from edgedistill import pipeline
-    from edgedistill.teacher import TeacherSettings
+    from edgedistill.teacher import BlendSettings, TeacherSettings
 
+    first, ensemble = pipeline.parse_teachers(
+        teacher,
+        teacher_weights,
+        TeacherSettings(image_size=teacher_image_size, fold=fold, **training.teacher),
+        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+    )
     seed = training.teacher["seed"]
     settings = pipeline.TeachSettings(
         data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
         out=out,
-        teacher=TeacherSettings(
-            name=teacher, weights=teacher_weights, image_size=teacher_image_size, fold=fold, **training.teacher
-        ),
+        teacher=first,
+        ensemble=ensemble,
     )
     path = pipeline.teach(settings, resume=resume)
     _answer({"path": str(path)}, as_json, str(path))
@@ -157,7 +178,10 @@ def distill(
     student: Annotated[
         str, typer.Option(help="Student network: mbv3s, mbv4s, any timm name, NAME@SIZE; several with commas between.")
     ] = "mbv3s",
-    teacher_weights: Weights = "auto",
+    teacher_weights: TeacherWeights = "auto",
+    teacher_blend: Blend = "oof",
+    teacher_vote: Vote = "soft",
+    teacher_override: Override = "",
     student_weights: Annotated[
         str,
         typer.Option(help="auto, none, a file, or packaged:NAME; with several students one for all or one for each."),
@@ -189,7 +213,7 @@ def distill(
     from edgedistill import pipeline
     from edgedistill.errors import UsageError
     from edgedistill.student import StudentSettings
-    from edgedistill.teacher import TeacherSettings
+    from edgedistill.teacher import BlendSettings, TeacherSettings
 
     first, *others = pipeline.parse_students(
         student,
@@ -198,16 +222,18 @@ def distill(
     )
     if not baseline and baselines not in (None, "none"):
         raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
+    first_teacher, ensemble = pipeline.parse_teachers(
+        teacher,
+        teacher_weights,
+        TeacherSettings(image_size=teacher_image_size or image_size, **training.teacher),
+        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+    )
     seed = training.student["seed"]
     settings = pipeline.DistillSettings(
         data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
         out=out,
-        teacher=TeacherSettings(
-            name=teacher,
-            weights=teacher_weights,
-            image_size=teacher_image_size or image_size,
-            **training.teacher,
-        ),
+        teacher=first_teacher,
+        ensemble=ensemble,
         student=first.settings,
         label=first.label,
         others=tuple(others),
@@ -243,7 +269,9 @@ def recipes(
 
 @app.command("check-data")
 def check_data(
-    data: Annotated[str, typer.Argument(help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")],
+    data: Annotated[
+        str, typer.Argument(help="Folder per class, CSV, 'shards/*.tar', elpv, elpv-4class or fashion-mnist.")
+    ],
     folds: Folds = 5,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
@@ -514,12 +542,19 @@ def package(
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     bench: Annotated[Path | None, typer.Option(help="A bench-fps record (default: those in openvino/).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Compute Grad-CAM of right and wrong test images first (needs torch).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write report.html, one page about the run that opens offline."""
     from edgedistill.artifacts import RunDir
     from edgedistill.report import write_report
 
+    if explain:
+        from edgedistill.report.explain import write_explanations
+
+        write_explanations(RunDir(run))
     path = write_report(RunDir(run), bench=bench)
     _answer({"path": str(path)}, as_json, str(path))
 

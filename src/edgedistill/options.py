@@ -13,15 +13,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-Owner = Literal["both", "each", "student", "machine"]
+Owner = Literal["both", "each", "student", "teacher", "machine"]
 
 
 @dataclass(frozen=True)
 class TrainingOption:
-    """One flag. ``field``: of TrainSettings or StudentSettings. A ``default`` of None leaves the settings' own.
+    """One flag. ``field``: of StudentSettings or TeacherSettings. A ``default`` of None leaves the settings' own.
 
     ``owner``: 'both', one flag for student and teachers, with --teacher-NAME where the teachers are to differ; 'each',
-    the student's flag and --teacher-NAME beside it; 'student', distill alone; 'machine', where it runs, one for all.
+    the student's flag and --teacher-NAME beside it; 'student', distill alone; 'teacher', the teachers alone; 'machine',
+    where it runs, one for all.
     ``teacher_help``: what --help says of --teacher-NAME; without it that flag works but is not listed.
     """
 
@@ -64,6 +65,10 @@ def _student(name: str, type: Any, help: str, **more: Any) -> TrainingOption:
     return TrainingOption(name, type, help, "student", **more)
 
 
+def _teacher(name: str, type: Any, default: Any, help: str, **more: Any) -> TrainingOption:
+    return TrainingOption(name, type, help, "teacher", default=default, **more)
+
+
 def _machine(name: str, type: Any, default: Any, help: str, **more: Any) -> TrainingOption:
     return TrainingOption(name, type, help, "machine", default=default, **more)
 
@@ -82,6 +87,15 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
         "Student's peak learning rate (default: 0.002).",
         teacher_help="Teacher's peak learning rate (default: 0.001).",
     ),
+    _each(
+        "test_size",
+        int,
+        "Student is fine-tuned, evaluated and deployed at this size after training, pixels.",
+        teacher_help="Teachers are fine-tuned and label at this size after training, pixels.",
+    ),
+    _both("fixres_epochs", int, 1, "Epochs of classifier and last batch-norm at the test size, where there is one."),
+    _teacher("tta", str, "", "Teachers answer for the mean of views: flip, five-crop, scales."),
+    _teacher("soft_label_store", str, "float32", "Soft labels on disk: float32, float16, or top-k:N of each image."),
     _both("optimizer", str, "radam", "radam, adam, adamw, sgd, ranger, any of timm's, lookahead_NAME."),
     _both("warmup_epochs", float, 0.0, "Epochs in which the learning rate rises."),
     _both("schedule", str, "cosine", "Learning rate: cosine per step, exponential per epoch, or constant."),
@@ -172,7 +186,7 @@ def takes_training_options(*, student: bool) -> Callable[[Callable[..., None]], 
 def _parameters(*, student: bool) -> list[inspect.Parameter]:
     found = []
     for option in TRAINING_OPTIONS:
-        if student or option.owner in ("both", "machine"):
+        if student or option.owner in ("both", "teacher", "machine"):
             found.append(_parameter(option.name, option, option.default, option.help, option.declarations))
         if option.twin is not None:
             flag = option.name.replace("_", "-")
@@ -196,8 +210,9 @@ def _split(given: dict[str, Any]) -> TrainingValues:
     for option in TRAINING_OPTIONS:
         field, value = option.settings_field, given.get(option.name)
         if value is not None and value != []:
-            student[field] = value
-            if option.owner in ("both", "machine"):
+            if option.owner != "teacher":
+                student[field] = value
+            if option.owner in ("both", "teacher", "machine"):
                 teacher[field] = value
         if option.twin is not None and given[option.twin] not in (None, []):
             teacher[field] = given[option.twin]

@@ -12,9 +12,9 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from edgedistill import __version__, console
 from edgedistill.artifacts import RunDir, atomic_path, read_json, settings_dict, sha256_file, sweep, write_json
@@ -25,10 +25,11 @@ from edgedistill.data.sources import open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.student import StudentSettings, train_student
-from edgedistill.teacher import TeacherSettings, train_teachers
-from edgedistill.training.evaluation import EVALUATION_FORMAT, comparison_table, evaluate_test
+from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
+from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
 from edgedistill.training.models import create_model, locate_weights, resolve_name
 from edgedistill.training.optimizers import resolve_optimizer
+from edgedistill.training.processes import on_main
 from edgedistill.training.settings import TrainSettings
 
 __all__ = [
@@ -41,8 +42,11 @@ __all__ = [
     "distill",
     "freeze",
     "parse_students",
+    "parse_teachers",
     "teach",
 ]
+
+T = TypeVar("T", bound=TrainSettings)
 
 CONFIG_FORMAT = "edgedistill-run"
 LIBRARIES = ("torch", "timm", "albumentations", "numpy", "opencv-python", "openvino", "scikit-learn")
@@ -74,7 +78,8 @@ class DistillSettings:
 
     ``label``: the first one's, asked for only where there are others. ``baselines``: which students are trained on hard
     labels too, under the same budget, and compared. ``soft_labels``: a folder of an earlier run over the same data, in
-    place of new teachers. Raises UsageError for two students of one label.
+    place of new teachers. ``ensemble``: further architectures beside ``teacher``, and how they vote. Raises UsageError for
+    two students of one label.
     """
 
     data: DataSettings
@@ -85,6 +90,7 @@ class DistillSettings:
     others: tuple[NamedStudent, ...] = ()
     baselines: Baselines = "first"
     soft_labels: Path | None = None
+    ensemble: Ensemble = field(default_factory=Ensemble)
 
     def __post_init__(self) -> None:
         if self.baselines not in ("all", "first", "none"):
@@ -113,25 +119,41 @@ def parse_students(names: str, weights: str, base: StudentSettings) -> tuple[Nam
 
     ``weights``: one choice for all, or one for each with commas between. Raises UsageError for what cannot be read.
     """
+    return tuple(NamedStudent(label, settings) for label, settings in _parse_networks("student", names, weights, base))
+
+
+def parse_teachers(
+    names: str, weights: str, base: TeacherSettings, *, blend: BlendSettings
+) -> tuple[TeacherSettings, Ensemble]:
+    """'effb4,swinb@384' -> the first teacher and what joins it, each like ``base``; ``weights`` as for students.
+
+    Raises UsageError for what cannot be read and for ``blend`` settings that do not fit.
+    """
+    (label, first), *others = _parse_networks("teacher", names, weights, base)
+    return first, Ensemble(label=label, others=tuple(NamedTeacher(*other) for other in others), blend=blend)
+
+
+def _parse_networks(stage: str, names: str, weights: str, base: T) -> list[tuple[str, T]]:
+    """(label, settings) of each network of --STAGE and --STAGE-weights."""
     parts = [part.strip() for part in names.split(",") if part.strip()]
     choices = [choice.strip() for choice in weights.split(",")]
     if not parts:
-        raise UsageError(f"--student {names!r}: expected networks with commas between, such as mbv3s,lcnet@160")
+        raise UsageError(f"--{stage} {names!r}: expected networks with commas between, such as mbv3s,lcnet@160")
     if len(choices) not in (1, len(parts)):
         raise UsageError(
-            f"--student-weights: {len(choices)} for {len(parts)} students; give one for all, or one for each"
+            f"--{stage}-weights: {len(choices)} for {len(parts)} {stage}s; give one for all, or one for each"
         )
-    students = []
+    networks = []
     for part, choice in zip(parts, choices * len(parts) if len(choices) == 1 else choices, strict=True):
         name, at, size = part.partition("@")
         if at and not size.isdecimal():
-            raise UsageError(f"--student {part}: expected NAME or NAME@SIZE with the size in pixels, such as mbv3s@160")
+            raise UsageError(
+                f"--{stage} {part}: expected NAME or NAME@SIZE with the size in pixels, such as {name}@160"
+            )
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{name}-{int(size)}" if at else name)
         image_size = int(size) if at else base.image_size
-        students.append(
-            NamedStudent(label, dataclasses.replace(base, name=name, weights=choice, image_size=image_size))
-        )
-    return tuple(students)
+        networks.append((label, dataclasses.replace(base, name=name, weights=choice, image_size=image_size)))
+    return networks
 
 
 @dataclass(frozen=True)
@@ -141,6 +163,7 @@ class TeachSettings:
     data: DataSettings
     out: Path
     teacher: TeacherSettings
+    ensemble: Ensemble = field(default_factory=Ensemble)
 
 
 @dataclass(frozen=True)
@@ -218,38 +241,68 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
     write_json(run.config, values, format=CONFIG_FORMAT)
 
 
+def _frozen(
+    settings: TeachSettings | DistillSettings, networks: Iterable[TrainSettings], run: RunDir, *, resume: bool
+) -> Dataset:
+    """The data set of the run, which suits ``networks``, and config.json."""
+    dataset = freeze(settings.data, run, resume=resume)
+    refuse_unknown_classes(networks, dataset)
+    record(settings, run, dataset, resume=resume)
+    return dataset
+
+
 def teach(settings: TeachSettings, *, resume: bool) -> Path:
     """The first half: K teachers and their soft labels. Returns what train_teachers returns."""
-    refuse_early([settings.teacher])
+    networks = list(_architectures(settings).values())
+    refuse_early(networks)
     run = RunDir(settings.out)
-    dataset = freeze(settings.data, run, resume=resume)
-    refuse_unknown_classes([settings.teacher], dataset)
-    record(settings, run, dataset, resume=resume)
-    return train_teachers(settings.teacher, dataset, run, resume=resume)
+    dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
+    return train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
+
+
+def _architectures(settings: TeachSettings | DistillSettings) -> dict[str, TeacherSettings]:
+    """By the folder's name: '' is the first, whose folds lie in teacher/ itself."""
+    return {"": settings.teacher} | {other.label: other.settings for other in settings.ensemble.others}
 
 
 def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     """The whole job, from photographs to model.pt and the one evaluation on the test split."""
     needs_teachers = settings.student.distillation and settings.soft_labels is None
     students = [student.settings for student in settings.students]
-    networks = [*students, *([settings.teacher] if needs_teachers else [])]
+    networks = [*students, *(_architectures(settings).values() if needs_teachers else [])]
     refuse_early(networks)
     run = RunDir(settings.out)
-    dataset = freeze(settings.data, run, resume=resume)
-    refuse_unknown_classes(networks, dataset)
-    record(settings, run, dataset, resume=resume)
+    dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
     models: dict[str, list[Path]] = {}
+    combinations: dict[str, Combination] = {}
     labels = settings.soft_labels
     if needs_teachers:
-        labels = train_teachers(settings.teacher, dataset, run, resume=resume)
-        models["teacher"] = [run.teacher(fold) / "model.pt" for fold in range(dataset.fold_count)]
+        labels = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
+        models, combinations = on_main(lambda: _teacher_models(settings, run, dataset))
     outputs: dict[str, Path] = {}
     for student in settings.students:
         found = _train(settings, student, dataset, run, soft_labels=labels, resume=resume)
         models |= {name: [path] for name, path in found.items()}
         outputs[student.label] = next(iter(found.values()))
-    path = evaluate_test(run, dataset, models, device=settings.student.device)
+    device = settings.student.device
+    path = on_main(lambda: evaluate_test(run, dataset, models, combinations=combinations, device=device))
     return DistillResult(run.model, outputs, read_json(path, format=EVALUATION_FORMAT))
+
+
+def _teacher_models(
+    settings: DistillSettings, run: RunDir, dataset: Dataset
+) -> tuple[dict[str, list[Path]], dict[str, Combination]]:
+    """What the evaluation calls 'teacher': the mean over the folds, of several architectures the blend of their means."""
+    labels = settings.ensemble.labels
+    files = [
+        [run.teacher(fold, folder) / "model.pt" for fold in range(dataset.fold_count)]
+        for folder in _architectures(settings)
+    ]
+    blend = read_blend(run)
+    if blend is None:
+        return {"teacher": files[0]}, {}
+    names = tuple(f"teacher-{label}" for label in labels)
+    return dict(zip(names, files, strict=True)), {"teacher": Combination(names, blend)}
 
 
 def _train(
@@ -275,7 +328,7 @@ def _train(
     out = run.model if first else run.model_of(label)
     train_student(student.settings, dataset, run, soft_labels=soft_labels, out=out, resume=resume, folder=folder)
     if first and settings.others:
-        _copy_of(out, run.model_of(label))
+        on_main(lambda: _copy_of(run.model, run.model_of(label)))
     found = {f"{kind}{end}": out}
     if settings.has_baseline(student):
         hard = dataclasses.replace(student.settings, distillation=False)

@@ -18,9 +18,11 @@ from edgedistill.data.checks import check_data
 from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.pipeline import DistillSettings, NamedStudent
+from edgedistill.teacher import TeacherSettings
 from edgedistill.training.models import create_model
 from edgedistill.training.optimizers import make_optimizer
 from edgedistill.training.settings import TrainSettings, choose_device
+from edgedistill.training.views import views_of
 
 TRIAL_STEPS = 3
 TRIAL_BATCH = 16
@@ -86,21 +88,22 @@ def make_plan(settings: DistillSettings) -> Plan:
     classes = len(dataset.class_names)
     steps = []
     if settings.student.distillation and settings.soft_labels is None:
-        steps.append(_teachers(settings, counts, classes, dataset.fold_count))
+        for teacher in (settings.teacher, *(other.settings for other in settings.ensemble.others)):
+            steps.append(_teachers(teacher, counts, classes, dataset.fold_count))
     for student in settings.students:
         steps += _students(settings, student, counts, classes)
     return Plan(counts, classes, tuple(steps))
 
 
-def _teachers(settings: DistillSettings, counts: dict[str, int], classes: int, folds: int) -> PlanStep:
-    cost = _measure(settings.teacher, classes)
-    epochs = settings.teacher.total_epochs
+def _teachers(teacher: TeacherSettings, counts: dict[str, int], classes: int, folds: int) -> PlanStep:
+    cost = _measure(teacher, classes)
+    epochs, views = teacher.total_epochs, len(views_of(teacher.tta))
     trained = epochs * counts["train"] * (folds - 1)
-    looked_at = counts["train"] + folds * (counts["val"] * epochs + counts["test"])
+    looked_at = counts["train"] * views + folds * (counts["val"] * epochs + counts["test"] * views)
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)
     # Each fold's model stays; the fold under way also has a checkpoint with two moments per weight.
     disk = cost.weights_mib * (folds + 3)
-    return _step(f"{folds} teachers, {settings.teacher.name}", trained + looked_at, seconds, cost, disk)
+    return _step(f"{folds} teachers, {teacher.name}", trained + looked_at, seconds, cost, disk)
 
 
 def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, int], classes: int) -> list[PlanStep]:

@@ -22,6 +22,7 @@ from edgedistill.data.folds import SplitSettings, deal_splits, make_plan
 from edgedistill.data.sources import Source
 from edgedistill.errors import DataError, ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, read_header
+from edgedistill.shard_members import read_file
 
 IMBALANCE_RATIO = 10
 SMALL_SIDE_PX = 32
@@ -144,7 +145,7 @@ class _Image:
 def _look_at(path: Path, max_pixels: int) -> _Image:
     """Never raises for what is in the file."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         return _Image(problem=("unreadable", error.strerror or str(error)))
     sha256 = hashlib.sha256(data).hexdigest()

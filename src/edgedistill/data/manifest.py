@@ -25,6 +25,7 @@ import numpy.typing as npt
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, sha256_file
 from edgedistill.errors import ArtifactError, DataError
+from edgedistill.shard_members import exists, member_of, read_file
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("id", "path", "sha256", "label", "group", "split", "fold")
@@ -107,11 +108,15 @@ def hash_files(paths: Sequence[Path] | Sequence[str] | npt.NDArray[np.str_]) -> 
 
 def _hash_block(paths: Sequence[Path]) -> list[str]:
     try:
-        return [sha256_file(path) for path in paths]
+        return [_sha256(path) for path in paths]
     except OSError as error:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}); 'edgedistill check-data' lists every such file"
         ) from error
+
+
+def _sha256(path: Path | str) -> str:
+    return sha256_file(Path(path)) if member_of(path) is None else hashlib.sha256(read_file(path)).hexdigest()
 
 
 def write_dataset(dataset: Dataset, path: Path) -> None:
@@ -253,11 +258,18 @@ def _check_ids_and_folds(dataset: Dataset, path: Path) -> None:
         raise ArtifactError(f"{path}: fold {empty} of 0..{len(sizes) - 1} has no images; {REMEDY}")
 
 
+def _below(data_root: Path, path: str, id: str) -> str:
+    """Where the image would lie in ``data_root``: under its id, a member in a shard of the same name."""
+    member = member_of(path)
+    return str(
+        data_root / id if member is None else member._replace(shard=str(data_root / Path(member.shard).name)).path
+    )
+
+
 def _relocated(dataset: Dataset, data_root: Path) -> Dataset:
-    exists = os.path.exists  # three times faster than Path.exists on a million rows
     moved, missing = [], []
     for path, id in zip(dataset.paths.tolist(), dataset.ids.tolist(), strict=True):
-        found = path if exists(path) else str(data_root / id)
+        found = path if exists(path) else _below(data_root, path, id)
         moved.append(found)
         if found != path and not exists(found):
             missing.append(id)

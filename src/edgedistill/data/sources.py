@@ -3,6 +3,7 @@
 - a folder of class folders:          photos/cat/1.jpg
 - split folders of class folders:     photos/train/cat/1.jpg, photos/val/..., photos/test/...
 - a CSV file with columns path,label and optionally group and split
+- WebDataset shards:                  'shards/*.tar', one .tar, or a folder of them
 - built-in names: ``elpv``, ``elpv-4class``, ``fashion-mnist``, ``fashion-mnist:FOLDER``
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgedistill.data import fashion_mnist
+from edgedistill.data.shards import find_shards, read_shards
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES
 
@@ -79,12 +81,17 @@ def open_source(data: str, *, cache: Path | None = None) -> Source:
         raise DataError(
             f"{os.fsencode(path).decode(errors='replace')}: the folder's name is not valid UTF-8; rename it"
         )
+    shards = find_shards(data)
+    if shards is not None:
+        return _checked(_shards(shards))
     if path.is_dir():
         return _checked(_folder(path))
     if path.is_file() and path.suffix.lower() == ".csv":
         return _checked(_csv(path))
     if path.exists():
-        raise DataError(f"{path}: neither a folder nor a .csv file; give a folder of class folders or a CSV path,label")
+        raise DataError(
+            f"{path}: neither a folder nor a .csv or .tar file; give a folder of class folders, a CSV path,label or shards"
+        )
     raise UsageError(f"--data {data}: no such folder or file, and not a built-in name ({', '.join(BUILT_IN)})")
 
 
@@ -260,6 +267,22 @@ def _holds_images(folder: Path) -> bool:
         if any(not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names):
             return True
     return False
+
+
+# ---- shards ----
+
+
+def _shards(paths: Sequence[Path]) -> Source:
+    """id = SHARD/KEY with the image's suffix; the shards' own folder is the root."""
+    samples, skipped = read_shards(paths)
+    items = [
+        Item(
+            _id(f"{sample.shard}/{sample.key}{Path(sample.path).suffix}"), Path(sample.path), sample.label, sample.group
+        )
+        for sample in samples
+    ]
+    root = paths[0].absolute().parent
+    return Source(root.name, root, tuple(items), tuple(skipped))
 
 
 # ---- CSV ----

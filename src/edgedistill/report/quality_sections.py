@@ -12,6 +12,7 @@ import numpy.typing as npt
 from edgedistill.errors import ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.images import InputSpec, image_size, load_image, read_bytes
+from edgedistill.metrics import expected_calibration_error, softmax
 from edgedistill.report.blocks import (
     Block,
     Callout,
@@ -34,6 +35,7 @@ from edgedistill.report.wording import (
     METRIC_NAMES,
     count,
     difference_sentence,
+    finite,
     level,
     model_name,
     number,
@@ -227,7 +229,7 @@ def reliability_section(record: RunRecord) -> Section:
     shown = [name for name in ("student", "hard_label_student", "teacher") if name in record.predictions]
     if not shown or record.test_labels is None:
         return Section("reliability", title, (Missing("No test probabilities", record.command("distill")),))
-    figures = []
+    figures = _untempered_figure(record, record.test_labels)
     for name in shown:
         bins = reliability_bins(record.predictions[name], record.test_labels)
         error = (record.evaluation or {}).get("models", {}).get(name, {}).get("ece")
@@ -239,6 +241,23 @@ def reliability_section(record: RunRecord) -> Section:
         "above it too modest. Whiskers are 95% intervals; faint points rest on fewer than ten images."
     )
     return Section("reliability", title, (lead, Charts(tuple(figures))))
+
+
+def _untempered_figure(record: RunRecord, labels: npt.NDArray[np.integer]) -> list[Figure]:
+    """The student as it was before its temperature, beside the calibrated one that follows; [] where it has none."""
+    name = record.main_model
+    temperature = finite((record.evaluation or {}).get("models", {}).get(name, {}).get("temperature"))
+    if temperature is None or temperature <= 0 or temperature == 1 or name not in record.predictions:
+        return []
+    # softmax(z / T) ** T is softmax(z) up to a constant per image.
+    logs = np.log(np.maximum(np.asarray(record.predictions[name].probs), np.finfo(np.float32).tiny))
+    before = softmax(logs, 1 / temperature).astype(np.float32)
+    bins = reliability_bins(Predictions(before, before.argmax(axis=1), before.max(axis=1)), labels)
+    error = percent(expected_calibration_error(before, labels))
+    title = (
+        f"{model_name(name).capitalize()} before its temperature ({number(temperature, 2)}), calibration error {error}"
+    )
+    return [Figure(title, reliability_chart(bins, alt=f"Reliability of the {model_name(name)} at T=1", color="peer"))]
 
 
 def reliability_bins(predictions: Predictions, labels: npt.NDArray[np.integer]) -> list[ReliabilityBin]:

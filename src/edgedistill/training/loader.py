@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from edgedistill import console
 from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
+from edgedistill.training.processes import ALONE, Part, part
 from edgedistill.training.seeds import generator
 
 Augmentation = Callable[[ImageU8, int], ImageU8]
@@ -85,7 +86,7 @@ def open_store(paths: npt.NDArray[np.str_], spec: InputSpec, *, cache_gib: float
     jpeg = np.array([Path(path).suffix.lower() in (".jpg", ".jpeg") for path in paths], dtype=bool)
     image_bytes = spec.height * spec.width * 3
     needed = (len(paths) + int(jpeg.sum())) * image_bytes
-    free = free_memory_bytes() * FREE_MEMORY_SHARE
+    free = free_memory_bytes() * FREE_MEMORY_SHARE / part().local_size
     budget = free if cache_gib is None else cache_gib * 2**30
     if needed > budget:
         console.note(
@@ -249,8 +250,8 @@ class Schedule:
 class _BatchMaker(Dataset[tuple[int, str]]):
     """Augments one batch into its slot of the ring; runs in the workers."""
 
-    def __init__(self, store: ImageStore, augment: Augmentation, *, ring: ImageU8, seed: int) -> None:
-        self.store, self.augment, self.ring, self.seed = store, augment, ring, seed
+    def __init__(self, store: ImageStore, augment: Augmentation, *, ring: ImageU8, seed: int, part: Part) -> None:
+        self.store, self.augment, self.ring, self.seed, self.part = store, augment, ring, seed, part
 
     def __getitem__(self, step: Step) -> tuple[int, str]:  # type: ignore[override]
         slot = step.number % len(self.ring)
@@ -258,9 +259,9 @@ class _BatchMaker(Dataset[tuple[int, str]]):
         seeds = draws.integers(2**31, size=len(step.rows))
         reduced = draws.random(len(step.rows)) < 0.5
         try:
-            for place, row in enumerate(step.rows):
-                image = self.store.image(row, "reduced" if reduced[place] else "full")
-                cv2.cvtColor(self.augment(image, int(seeds[place])), cv2.COLOR_BGR2RGB, dst=self.ring[slot, place])
+            for place, number in enumerate(self.part.of(np.arange(len(step.rows)))):
+                image = self.store.image(step.rows[number], "reduced" if reduced[number] else "full")
+                cv2.cvtColor(self.augment(image, int(seeds[number])), cv2.COLOR_BGR2RGB, dst=self.ring[slot, place])
         except ImageError as error:
             return slot, str(error)  # as a value: torch would bury the message in a worker's traceback
         return slot, ""
@@ -274,8 +275,11 @@ def batches(
     spec: InputSpec,
     seed: int,
     workers: int,
+    part: Part = ALONE,
 ) -> Iterator[Batch]:
     """The batches of ``schedule`` in order, prepared ahead by ``workers`` processes (0: in this one).
+
+    ``part``: of several training processes this one, which gets its share of each batch.
 
     Raises ImageError that names the damaged file.
     """
@@ -286,7 +290,7 @@ def batches(
     slots = IMAGES_AHEAD * workers + 2
     ring = shared_images(slots * size, spec).reshape(slots, size, spec.height, spec.width, 3)
     loader = DataLoader(
-        _BatchMaker(store, augment, ring=ring, seed=seed),
+        _BatchMaker(store, augment, ring=ring, seed=seed, part=part),
         batch_size=None,
         sampler=schedule,  # type: ignore[arg-type]
         num_workers=workers,
@@ -302,7 +306,8 @@ def batches(
         waited = time.perf_counter() - start
         if error:
             raise ImageError(error)
-        yield Batch(ring[slot, : len(step.rows)], step.rows, waited)
+        rows = part.of(step.rows)
+        yield Batch(ring[slot, : len(rows)], rows, waited)
 
 
 def _next_answer(answers: Iterator[tuple[int, str]]) -> tuple[int, str]:

@@ -36,6 +36,7 @@ from edgedistill.training.mixing import mix
 from edgedistill.training.models import to_channels_last
 from edgedistill.training.optimizers import Phase, learning_rate, make_optimizer, set_learning_rate, update_average
 from edgedistill.training.predict import device_of, load_pixels, network_input, predict_pixels
+from edgedistill.training.processes import Part, check_batch, data_parallel, mean_over_all, on_main, part
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
 
@@ -113,6 +114,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
+    part: Part
     epoch: int = 0
     step: int = 0
     tally: Tally = field(default_factory=Tally)
@@ -125,17 +127,20 @@ def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
     Raises UsageError if the folder holds work and ``resume`` is False, ArtifactError if that work was made with other
     settings, ImageError for a damaged image, ModelError when the loss stops being a finite number.
     """
-    settings, epochs = job.settings, job.epochs
+    settings, epochs, this = job.settings, job.epochs, part()
+    for phase in job.phases:
+        check_batch(phase.draw.batch_size, this)
     device = choose_device(settings.device)
     configure_torch(device, deterministic=settings.deterministic)
     model = to_channels_last(model, device)
     averaged = any(phase.average for phase in job.phases) or settings.ema_decay > 0
-    state = State(model, make_optimizer(model, settings), AveragedModel(model) if averaged else None)
+    state = State(model, make_optimizer(model, settings), AveragedModel(model) if averaged else None, this)
     restore(job, state, resume=resume)
     schedule = Schedule([phase.draw for phase, _ in epochs], state.epoch, state.step)
-    forward = torch.compile(model) if settings.compile else model
-    workers = worker_count(settings.workers, device)
-    stream = batches(job.store, schedule, job.augment, spec=job.spec, seed=settings.seed, workers=workers)
+    forward: Any = data_parallel(model, this)
+    forward = torch.compile(forward) if settings.compile else forward
+    workers = worker_count(settings.workers, device, sharers=this.local_size)
+    stream = batches(job.store, schedule, job.augment, spec=job.spec, seed=settings.seed, workers=workers, part=this)
     total = sum(phase.draw.steps for phase, _ in epochs)
     with console.progress(job.title, total) as bar, tensorboard(job, state) as board:
         bar.update(bar.task_ids[0], completed=total - len(schedule))
@@ -160,8 +165,10 @@ def train_epoch(
     while state.step < steps:
         batch = next(stream)
         set_learning_rate(state.optimizer, learning_rate(phase, phase_epoch, state.step))
-        torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step))
-        loss_sum += train_step(job, state, batch, targets, forward=forward)
+        rank = (state.part.rank,) if state.part.rank else ()  # what dropout draws differs from process to process
+        torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step, *rank))
+        weight = state.part.weight(phase.draw.batch_size)
+        loss_sum += train_step(job, state, batch, targets, forward=forward, weight=weight)
         if state.average is not None and settings.ema_decay:
             update_average(state.average, state.model, decay=settings.ema_decay)
         state.step += 1
@@ -170,14 +177,17 @@ def train_epoch(
         due = time.monotonic() - state.saved_at >= 60 * settings.checkpoint_minutes
         if due or state.step % LOSS_CHECK_STEPS == 0 or state.step == steps:
             state.tally.loss = finite(loss_sum.item(), job, state)
-        if due and state.step < steps:
+        if due and state.step < steps and state.part.main:
             save(job, state)
 
 
-def train_step(job: Job, state: State, batch: Batch, targets: Targets, *, forward: Any) -> torch.Tensor:
-    """One batch through the network and one step of the optimiser; returns the detached loss.
+def train_step(
+    job: Job, state: State, batch: Batch, targets: Targets, *, forward: Any, weight: float = 1.0
+) -> torch.Tensor:
+    """One batch through the network and one step of the optimiser; returns the detached loss, of all processes.
 
-    ``targets``: of all images, on the device: nothing here makes the GPU wait.
+    ``targets``: of all images, on the device: nothing here makes the GPU wait. ``weight``: of this process's share of
+    the batch (see processes.Part.weight).
     """
     settings = job.settings
     device = device_of(state.model)
@@ -189,13 +199,13 @@ def train_step(job: Job, state: State, batch: Batch, targets: Targets, *, forwar
     half = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(images, job.spec))
-    loss = loss_of(logits, targets, job.loss.at(state.epoch / len(job.epochs)))
+    loss = loss_of(logits, targets, job.loss.at(state.epoch / len(job.epochs))) * weight
     loss.backward()
     if settings.grad_clip is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return mean_over_all(loss.detach(), state.part)
 
 
 def configure_torch(device: torch.device, *, deterministic: bool) -> None:
@@ -207,11 +217,14 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         torch.backends.cudnn.deterministic = deterministic
 
 
-def worker_count(wanted: int | None, device: torch.device) -> int:
-    """Loader processes: enough to feed a GPU; on a CPU one, since it shares the cores with the network."""
+def worker_count(wanted: int | None, device: torch.device, *, sharers: int = 1) -> int:
+    """Loader processes: enough to feed a GPU; on a CPU one, since it shares the cores with the network.
+
+    ``sharers``: training processes that share this machine's cores.
+    """
     if wanted is not None:
         return wanted
-    return min(16, core_count()) if device.type == "cuda" else 1
+    return min(16, max(1, core_count() // sharers)) if device.type == "cuda" else 1
 
 
 def count(tally: Tally, batch: Batch, mark: float, *, device: torch.device) -> float:
@@ -253,13 +266,15 @@ def finish_epoch(job: Job, state: State, phase: Phase) -> dict[str, Any]:
         "phase": phase.name,
         "train_loss": tally.loss / max(1, tally.steps),
         "lr": state.optimizer.param_groups[0]["lr"],
-        "images_per_s": tally.images / max(tally.seconds, 1e-9),
+        "images_per_s": tally.images * state.part.size / max(tally.seconds, 1e-9),
         "wait_fraction": tally.waited_s / max(tally.seconds, 1e-9),
         "seconds": tally.seconds,
     }
+    state.epoch, state.step, state.tally = state.epoch + 1, 0, Tally()
+    if not state.part.main:
+        return row
     ema = state.average if job.settings.ema_decay else None
     row |= validate(state.model if ema is None else ema.module, job.validation, job)
-    state.epoch, state.step, state.tally = state.epoch + 1, 0, Tally()
     append_jsonl(job.metrics, row)
     save(job, state)
     if not console.err.is_terminal:
@@ -290,7 +305,7 @@ def describe(job: Job, row: Mapping[str, Any]) -> str:
 @contextmanager
 def tensorboard(job: Job, state: State) -> Iterator[Any]:
     """A writer for folder/tensorboard that forgets what a killed run wrote beyond its checkpoint; None if not wanted."""
-    if not job.settings.tensorboard:
+    if not job.settings.tensorboard or not state.part.main:
         yield None
         return
     from torch.utils.tensorboard import SummaryWriter
@@ -321,14 +336,10 @@ def save(job: Job, state: State) -> None:
 
 def restore(job: Job, state: State, *, resume: bool) -> None:
     """Put the checkpoint's values into ``state`` and drop the metrics of what it does not know of."""
-    if not job.checkpoint.exists():
-        write_text(job.metrics, "")
+    values = on_main(lambda: read_checkpoint(job, resume=resume))
+    if values is None:
         return
-    if not resume:
-        raise UsageError(f"{job.folder}: holds work already; go on with --resume, or choose another --out")
-    values = load_tensors(job.checkpoint, format=CHECKPOINT_FORMAT)
     try:
-        refuse_other_settings(job.checkpoint, values["identity"], dict(job.identity))
         state.model.load_state_dict(values["model"])
         state.optimizer.load_state_dict(values["optimizer"])
         if state.average is not None:
@@ -336,6 +347,22 @@ def restore(job: Job, state: State, *, resume: bool) -> None:
         state.epoch, state.step, state.tally = values["epoch"], values["step"], Tally(**values["tally"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{job.checkpoint}: not a checkpoint of this training; delete it to start anew") from error
-    rows = [row for row in read_jsonl(job.metrics) if row["epoch"] <= state.epoch]
-    write_text(job.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    if state.part.main:
+        rows = [row for row in read_jsonl(job.metrics) if row["epoch"] <= state.epoch]
+        write_text(job.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     console.note(f"{job.title}: going on from epoch {state.epoch + 1}, step {state.step}")
+
+
+def read_checkpoint(job: Job, *, resume: bool) -> dict[str, Any] | None:
+    """What ``save`` wrote; None where the training has not begun. Raises as ``train`` does."""
+    if not job.checkpoint.exists():
+        write_text(job.metrics, "")
+        return None
+    if not resume:
+        raise UsageError(f"{job.folder}: holds work already; go on with --resume, or choose another --out")
+    values = load_tensors(job.checkpoint, format=CHECKPOINT_FORMAT)
+    try:
+        refuse_other_settings(job.checkpoint, values["identity"], dict(job.identity), type(job.settings))
+    except (KeyError, AttributeError) as error:
+        raise ArtifactError(f"{job.checkpoint}: not a checkpoint of this training; delete it to start anew") from error
+    return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
@@ -40,7 +39,7 @@ CLASSIFIER_FIELDS = {
     "classifier": "classifier",
 }
 # What may differ between a run and its resumption: where and how fast it runs, not what it computes.
-FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold"})
+FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold", "soft_label_store"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,8 @@ class TrainSettings:
     """One training of one network.
 
     ``name``: a timm or short name. ``weights``: 'auto', 'none', a file or 'packaged:NAME' (see models.locate_weights).
+    ``test_size``: evaluate, label and deploy at this resolution in place of ``image_size``, after ``fixres_epochs`` of
+    fine-tuning of the last layers there (see training.fixres).
     ``optimizer``: radam, adam, adamw, sgd, ranger, over9000, any name of timm.optim, or lookahead_NAME.
     ``lr`` is reached after ``warmup_epochs`` of linear rise. ``schedule``: 'cosine' per step, to ``lr * final_lr``;
     'exponential', ``lr * lr_decay**epoch``; 'constant'.
@@ -70,6 +71,8 @@ class TrainSettings:
     name: str
     weights: str = "auto"
     image_size: int = 224
+    test_size: int | None = None
+    fixres_epochs: int = 1
     resize: Literal["squash", "center-crop"] = "squash"
     epochs: int = 10
     batch_size: int = 32
@@ -275,6 +278,8 @@ class TrainSettings:
         return [
             ("name", bool(self.name), "a network, such as mbv3s"),
             ("image_size", 16 <= self.image_size <= 2048, "16 to 2048 pixels"),
+            ("test_size", self.test_size is None or 16 <= self.test_size <= 2048, "16 to 2048 pixels, or None"),
+            ("fixres_epochs", 0 <= self.fixres_epochs <= 1000, "0 or more"),
             ("resize", self.resize in ("squash", "center-crop"), "'squash' or 'center-crop'"),
             ("epochs", 1 <= self.epochs <= 100_000, "1 or more"),
             ("batch_size", 2 <= self.batch_size <= 65_536, "2 or more (batch normalisation needs two)"),
@@ -319,23 +324,30 @@ class TrainSettings:
         ]
 
 
-DEFAULTS: dict[str, Any] = {
-    field.name: list(field.default) if isinstance(field.default, tuple) else field.default  # as settings_dict has them
-    for field in fields(TrainSettings)
-    if field.default is not MISSING
-}
-
-
 def identity(settings: TrainSettings, **more: Any) -> dict[str, Any]:
     """What decides the trained weights, as plain values: a resumed run must agree on all of it."""
     return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS} | more
 
 
-def refuse_other_settings(path: object, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises ArtifactError that names the first fields in which the saved work differs from what is asked now."""
+def defaults_of(kind: type[TrainSettings]) -> dict[str, Any]:
+    """The defaults of a stage's settings by field, as settings_dict has them."""
+    return {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for field in fields(kind)
+        if field.default is not MISSING
+    }
+
+
+def refuse_other_settings(
+    path: object, saved: dict[str, Any], current: dict[str, Any], kind: type[TrainSettings]
+) -> None:
+    """Raises ArtifactError that names the first fields in which the saved work differs from what is asked now.
+
+    Both are identities; ``kind``: the class of the settings that they come from.
+    """
     keys = sorted(saved.keys() | current.keys())
     # What older work does not name did not exist yet: it was made with the default.
-    saved = {key: DEFAULTS[key] for key in keys if key in DEFAULTS} | saved
+    saved = {key: value for key, value in defaults_of(kind).items() if key in current} | saved
     different = [key for key in keys if saved.get(key) != current.get(key)]
     if different:
         shown = ", ".join(f"{key}={saved.get(key)!r} (now {current.get(key)!r})" for key in different[:3])
@@ -355,12 +367,3 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     return device
-
-
-def refuse_several_processes() -> None:
-    """Two processes would write the same checkpoints: a launcher's processes get one fold each instead."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "1"):
-        raise UsageError(
-            f"WORLD_SIZE={count}: one training runs in one process; give each process a fold of its own with --fold K"
-        )

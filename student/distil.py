@@ -7,7 +7,9 @@ training/checkpoints.py).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +25,10 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
+from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
 from edgedistill.training.checkpoints import read_model, write_model
 from edgedistill.training.loader import Draw, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, open_validation, train
+from edgedistill.training.loop import Job, Phase, open_validation, train, trains_in_half
 from edgedistill.training.losses import LossName, LossSettings, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.predict import predict_logits, reestimate_batch_norm
@@ -34,11 +37,14 @@ from edgedistill.training.settings import (
     TrainSettings,
     choose_device,
     identity,
+    later_field,
     refuse_other_settings,
     refuse_several_processes,
 )
-from edgedistill.training.soft_labels import ids_hash, read_soft_labels
+from edgedistill.training.soft_labels import ids_hash, read_folds, read_soft_labels
 
+# Function matching: the teacher's answer alone, softened. Beyer et al., 2106.05237, found T of 1 to 5 about equal.
+LIVE_DEFAULTS: dict[str, Any] = {"loss": "kl", "soft_weight": 1.0, "soft_temperature": 2.0}
 BATCH_NORM_IMAGES = 16_384  # statistics of more images do not move in the fourth digit
 
 
@@ -47,7 +53,8 @@ class StudentSettings(TrainSettings):
     """TrainSettings with the contest recipe's defaults.
 
     ``distillation`` False trains on hard labels alone under the same budget. ``soft_weight``: share of the soft labels.
-    ``extra_epochs`` more, at a constant ``lr * extra_lr``, whose weights are averaged. ``final_data`` 'train+val' gives
+    ``live_teachers``: the soft labels are what each image's held-out teachers say of the student's own augmented and
+    mixed view (function matching); LIVE_DEFAULTS go well with it. ``extra_epochs`` more, at a constant ``lr * extra_lr``, whose weights are averaged. ``final_data`` 'train+val' gives
     these epochs the val images too; then no temperature is fitted, since nothing is left to fit it on.
     """
 
@@ -62,6 +69,7 @@ class StudentSettings(TrainSettings):
     extra_epochs: int = 4
     extra_lr: float = 0.1
     final_data: Literal["train", "train+val"] = "train"
+    live_teachers: bool = later_field(False)
 
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
@@ -71,6 +79,7 @@ class StudentSettings(TrainSettings):
             ("soft_temperature", 0 < self.soft_temperature <= 100, "above 0, at most 100"),
             ("extra_epochs", 0 <= self.extra_epochs <= 1000, "0 or more"),
             ("extra_lr", 0 < self.extra_lr <= 1, "a share of lr, above 0 to 1"),
+            ("live_teachers", not self.live_teachers or self.soft_weight > 0, "a soft_weight above 0 to go with it"),
             ("final_data", self.final_data in ("train", "train+val"), "train or train+val"),
         ]
 
@@ -87,16 +96,17 @@ def train_student(
 ) -> Path:
     """Train the student and write model.pt to ``out``; returns ``out``.
 
-    ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Work in
-    progress lies in ``folder``: by default run.student, or run.hard_label_student without distillation. Raises
+    ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Live teachers
+    are found in teacher/ beside it. Work in progress lies in ``folder``: by default run.student, or run.hard_label_student without distillation. Raises
     UsageError if there is work already and ``resume`` is False, ArtifactError if that work or the soft labels belong to
     other settings or data, ImageError for a damaged image.
     """
     refuse_several_processes()
-    choose_device(settings.device)
+    device = choose_device(settings.device)
     folder = folder or (run.student if settings.distillation else run.hard_label_student)
     soft = _soft_labels(settings, dataset, soft_labels)
-    wanted = _identity(settings, dataset, soft)
+    live = _live_teachers(settings, dataset, soft_labels)
+    wanted = _identity(settings, dataset, soft, live)
     if out.exists():
         if not resume:
             raise UsageError(f"{out}: exists already; go on with --resume, or choose another --out")
@@ -104,6 +114,10 @@ def train_student(
         return out
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
     job = _job(settings, dataset, spec, soft, folder=folder, wanted=wanted)
+    if live and soft_labels is not None:
+        teachers = open_teachers(live, dataset, device=device, half=trains_in_half(settings, device))
+        folds = read_folds(soft_labels, dataset)[_final_rows(settings, dataset)]
+        job = dataclasses.replace(job, judge=LiveTeachers(teachers, folds, settings.soft_temperature))
     network = settings.network(len(dataset.class_names))
     torch.manual_seed(derive(settings.seed, "initial weights"))
     weights = locate_weights(settings.name, settings.weights, flag="--student-weights")
@@ -135,12 +149,24 @@ def _soft_labels(settings: StudentSettings, dataset: Dataset, folder: Path | Non
     return read_soft_labels(folder, dataset)
 
 
-def _identity(settings: StudentSettings, dataset: Dataset, soft: npt.NDArray[np.float32] | None) -> dict[str, Any]:
+def _live_teachers(settings: StudentSettings, dataset: Dataset, soft_labels: Path | None) -> list[TeacherFile]:
+    if not (settings.distillation and settings.live_teachers) or soft_labels is None:
+        return []
+    return find_teachers(soft_labels, dataset)
+
+
+def _identity(
+    settings: StudentSettings,
+    dataset: Dataset,
+    soft: npt.NDArray[np.float32] | None,
+    live: Sequence[TeacherFile],
+) -> dict[str, Any]:
     """What the student's weights depend on beyond its settings."""
-    labels = "" if soft is None else hashlib.sha256(soft.tobytes()).hexdigest()
-    return identity(
-        settings, dataset_hash=dataset.hash, trained_on=ids_hash(dataset.ids[dataset.rows("train")]), soft_labels=labels
-    )
+    more: dict[str, Any] = {"soft_labels": "" if soft is None else hashlib.sha256(soft.tobytes()).hexdigest()}
+    if live:
+        more["teachers"] = [teacher.sha256 for teacher in live]
+    trained_on = ids_hash(dataset.ids[dataset.rows("train")])
+    return identity(settings, dataset_hash=dataset.hash, trained_on=trained_on, **more)
 
 
 def _final_rows(settings: StudentSettings, dataset: Dataset) -> npt.NDArray[np.int64]:

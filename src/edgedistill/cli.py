@@ -204,6 +204,14 @@ def distill(
     ] = None,
     loss: Annotated[str | None, typer.Option(help="ce, kl or js against the soft labels (default: ce).")] = None,
     soft_temperature: Annotated[float | None, typer.Option(help="Temperature of the soft labels (default: 1).")] = None,
+    live_teachers: Annotated[
+        bool,
+        typer.Option(
+            "--live-teachers",
+            help="Held-out teachers judge the student's own augmented, mixed view; then --loss kl --soft-weight 1"
+            " --soft-temperature 2 unless given.",
+        ),
+    ] = False,
     extra_epochs: Annotated[
         int | None, typer.Option(help="Last epochs, whose weights are averaged (default: 4).")
     ] = None,
@@ -240,9 +248,11 @@ def distill(
     """Train K-fold teachers, store their out-of-fold soft labels, distil them into a student: model.pt."""
     from edgedistill import pipeline
     from edgedistill.errors import UsageError
-    from edgedistill.student import StudentSettings
+    from edgedistill.student import LIVE_DEFAULTS, StudentSettings
     from edgedistill.teacher import TeacherSettings
 
+    if no_distillation and live_teachers:
+        raise UsageError("--no-distillation and --live-teachers contradict each other; give one of them")
     shared: dict[str, Any] = {
         "seed": seed,
         "device": device,
@@ -266,7 +276,9 @@ def distill(
             image_size=image_size,
             distillation=not no_distillation,
             balanced_sampling=balanced,
-            **_given(
+            live_teachers=live_teachers,
+            **(LIVE_DEFAULTS if live_teachers else {})
+            | _given(
                 epochs=epochs,
                 batch_size=batch_size,
                 lr=lr,

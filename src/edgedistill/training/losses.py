@@ -96,12 +96,36 @@ def _js(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     )
 
 
+def draw_partners(
+    draw: np.random.Generator, size: int, folds: npt.NDArray[np.int16] | None = None
+) -> npt.NDArray[np.int64]:
+    """int64 [size]: whom each image of a batch is mixed with.
+
+    ``folds``: int16 [size]; partners then share a fold, and nobody is its own partner unless it is its fold's only one.
+    """
+    if folds is None:
+        return draw.permutation(size)
+    partners = np.empty(size, np.int64)
+    for fold in np.unique(folds):
+        members = draw.permutation(np.flatnonzero(folds == fold))
+        partners[members] = np.roll(members, 1)
+    return partners
+
+
 def cutmix(
-    images: torch.Tensor, targets: Targets, *, alpha: float, probability: float, seed: int, epoch: int, step: int
+    images: torch.Tensor,
+    targets: Targets,
+    *,
+    alpha: float,
+    probability: float,
+    seed: int,
+    epoch: int,
+    step: int,
+    folds: npt.NDArray[np.int16] | None = None,
 ) -> tuple[torch.Tensor, Targets]:
     """Paste one rectangle per batch from shuffled partners; targets mix by the area pasted (Yun et al., 1905.04899).
 
-    ``images``: uint8 [B, H, W, 3], changed in place. Draws derive from (seed, epoch, step).
+    ``images``: uint8 [B, H, W, 3], changed in place. Draws derive from (seed, epoch, step). ``folds``: see draw_partners.
     """
     draw = generator(seed, "cutmix", epoch, step)
     if draw.random() >= probability:
@@ -111,7 +135,7 @@ def cutmix(
     centre_y, centre_x = draw.integers(height), draw.integers(width)
     top, bottom = np.clip([centre_y - int(height * cut) // 2, centre_y + int(height * cut) // 2], 0, height)
     left, right = np.clip([centre_x - int(width * cut) // 2, centre_x + int(width * cut) // 2], 0, width)
-    partner = to_device(draw.permutation(size), images.device)
+    partner = to_device(draw_partners(draw, size, folds), images.device)
     images[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
     kept = 1.0 - float((bottom - top) * (right - left)) / (height * width)
     mixed = (kept * kind + (1 - kept) * kind[partner] for kind in (targets.hard, targets.soft))

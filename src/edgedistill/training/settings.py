@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -119,9 +119,15 @@ class TrainSettings:
         ]
 
 
+def later_field(default: Any) -> Any:
+    """A field that the first runs did not have: at its default it is no part of the identity, so that they resume."""
+    return field(default=default, metadata={"later": True})
+
+
 def identity(settings: TrainSettings, **more: Any) -> dict[str, Any]:
     """What decides the trained weights, as plain values: a resumed run must agree on all of it."""
-    return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS} | more
+    unsaid = {f.name for f in fields(settings) if f.metadata.get("later") and getattr(settings, f.name) == f.default}
+    return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS | unsaid} | more
 
 
 def refuse_other_settings(path: object, saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -162,6 +162,23 @@ def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
     return joined
 
 
+def read_teachers(folder: Path) -> list[dict[str, Any]]:
+    """What meta.json says of each teacher: fold, architecture, sha256 of its model.pt, trained_on (an ids_hash)."""
+    return list(read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT)["teachers"])
+
+
+def read_folds(folder: Path, dataset: Dataset) -> npt.NDArray[np.int16]:
+    """int16 [len(dataset)]: the fold whose teacher labelled each image; -1 where nobody did, so that nobody saw it.
+
+    ``dataset`` may have other folds than the run that made the labels. Raises ArtifactError for a damaged folder.
+    """
+    ids, folds = read_array(folder / "ids.npy"), read_array(folder / "fold.npy")
+    if folds.shape != ids.shape or folds.dtype != np.int16:
+        raise ArtifactError(f"{folder / 'fold.npy'}: {folds.dtype} {folds.shape}, expected int16 {ids.shape}")
+    fold_of = dict(zip(ids.tolist(), folds.tolist(), strict=True))
+    return np.array([fold_of.get(name, -1) for name in dataset.ids.tolist()], np.int16)
+
+
 def _check_arrays(folder: Path, ids: npt.NDArray[Any], log_probs: npt.NDArray[Any], class_count: int) -> None:
     path = folder / f"{HEAD}.log_probs.npy"
     if ids.ndim != 1 or ids.dtype.kind != "U" or len(set(ids.tolist())) != len(ids):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +24,14 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
+from edgedistill.student.calibration import calibrated, teacher_temperatures
 from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
 from edgedistill.training.checkpoints import read_model, write_model
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.loop import Job, Phase, open_validation, train, trains_in_half
 from edgedistill.training.losses import LossName, LossSettings, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
+from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
 from edgedistill.training.predict import predict_logits, reestimate_batch_norm
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
@@ -54,7 +55,10 @@ class StudentSettings(TrainSettings):
 
     ``distillation`` False trains on hard labels alone under the same budget. ``soft_weight``: share of the soft labels.
     ``live_teachers``: the soft labels are what each image's held-out teachers say of the student's own augmented and
-    mixed view (function matching); LIVE_DEFAULTS go well with it. ``extra_epochs`` more, at a constant ``lr * extra_lr``, whose weights are averaged. ``final_data`` 'train+val' gives
+    mixed view (function matching); LIVE_DEFAULTS go well with it. ``calibrate_soft_labels``: each teacher at the
+    temperature that fits val. ``drop_noisy``: leave out the training images whose labels look most wrong to their
+    held-out teachers, at most this share.
+    ``extra_epochs`` more, at a constant ``lr * extra_lr``, whose weights are averaged. ``final_data`` 'train+val' gives
     these epochs the val images too; then no temperature is fitted, since nothing is left to fit it on.
     """
 
@@ -70,6 +74,8 @@ class StudentSettings(TrainSettings):
     extra_lr: float = 0.1
     final_data: Literal["train", "train+val"] = "train"
     live_teachers: bool = later_field(False)
+    calibrate_soft_labels: bool = later_field(False)
+    drop_noisy: float = later_field(0.0)
 
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
@@ -80,6 +86,7 @@ class StudentSettings(TrainSettings):
             ("extra_epochs", 0 <= self.extra_epochs <= 1000, "0 or more"),
             ("extra_lr", 0 < self.extra_lr <= 1, "a share of lr, above 0 to 1"),
             ("live_teachers", not self.live_teachers or self.soft_weight > 0, "a soft_weight above 0 to go with it"),
+            ("drop_noisy", 0 <= self.drop_noisy <= 0.5, "a share of the training images, 0 to 0.5"),
             ("final_data", self.final_data in ("train", "train+val"), "train or train+val"),
         ]
 
@@ -96,33 +103,31 @@ def train_student(
 ) -> Path:
     """Train the student and write model.pt to ``out``; returns ``out``.
 
-    ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Live teachers
-    are found in teacher/ beside it. Work in progress lies in ``folder``: by default run.student, or run.hard_label_student without distillation. Raises
-    UsageError if there is work already and ``resume`` is False, ArtifactError if that work or the soft labels belong to
-    other settings or data, ImageError for a damaged image.
+    ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Where their
+    networks are needed they are found in teacher/ beside it. Work in progress lies in ``folder``: by default
+    run.student, or run.hard_label_student without distillation. Raises UsageError if there is work already and
+    ``resume`` is False, ArtifactError if that work or the soft labels belong to other settings or data, ImageError for
+    a damaged image.
     """
     refuse_several_processes()
     device = choose_device(settings.device)
     folder = folder or (run.student if settings.distillation else run.hard_label_student)
-    soft = _soft_labels(settings, dataset, soft_labels)
-    live = _live_teachers(settings, dataset, soft_labels)
-    wanted = _identity(settings, dataset, soft, live)
+    if out.exists() and not resume:
+        raise UsageError(f"{out}: exists already; go on with --resume, or choose another --out")
+    lesson = _lesson(settings, dataset, soft_labels, device=device, cache=run.root)
+    wanted = _identity(settings, dataset, lesson)
     if out.exists():
-        if not resume:
-            raise UsageError(f"{out}: exists already; go on with --resume, or choose another --out")
         refuse_other_settings(out, read_model(out).settings, wanted)
         return out
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
-    job = _job(settings, dataset, spec, soft, folder=folder, wanted=wanted)
-    if live and soft_labels is not None:
-        teachers = open_teachers(live, dataset, device=device, half=trains_in_half(settings, device))
-        folds = read_folds(soft_labels, dataset)[_final_rows(settings, dataset)]
-        job = dataclasses.replace(job, judge=LiveTeachers(teachers, folds, settings.soft_temperature))
+    job = _job(settings, dataset, spec, lesson, folder=folder, wanted=wanted)
+    if settings.distillation and settings.live_teachers:
+        job = dataclasses.replace(job, judge=_judge(settings, dataset, lesson, device))
     network = settings.network(len(dataset.class_names))
     torch.manual_seed(derive(settings.seed, "initial weights"))
     weights = locate_weights(settings.name, settings.weights, flag="--student-weights")
     model = train(job, create_model(settings.name, pretrained=weights, **network), resume=resume)
-    seen = dataset.paths[_final_rows(settings, dataset)]
+    seen = dataset.paths[_final_rows(settings, dataset, lesson)]
     reestimate_batch_norm(
         model, seen, spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
     )
@@ -141,57 +146,94 @@ def train_student(
     return out
 
 
-def _soft_labels(settings: StudentSettings, dataset: Dataset, folder: Path | None) -> npt.NDArray[np.float32] | None:
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """What the teachers left for the student. ``soft``: float32 [len(dataset), C] log-probabilities; None: hard labels.
+
+    ``folds``: int16 [len(dataset)], which fold's teachers labelled an image. ``dropped``: rows whose labels look wrong.
+    ``teachers``: only if their networks are needed; ``temperatures``: by the sha256 of their files, if calibrated.
+    """
+
+    soft: npt.NDArray[np.float32] | None = None
+    folds: npt.NDArray[np.int16] | None = None
+    teachers: tuple[TeacherFile, ...] = ()
+    temperatures: dict[str, float] | None = None
+    dropped: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def _lesson(
+    settings: StudentSettings, dataset: Dataset, folder: Path | None, *, device: torch.device, cache: Path
+) -> _Lesson:
     if not settings.distillation:
-        return None
+        return _Lesson()
     if folder is None:
         raise UsageError("distillation needs soft labels; train teachers first, or choose --no-distillation")
-    return read_soft_labels(folder, dataset)
+    soft = read_soft_labels(folder, dataset)
+    folds = read_folds(folder, dataset)
+    needed = settings.live_teachers or settings.calibrate_soft_labels
+    teachers = tuple(find_teachers(folder, dataset)) if needed else ()
+    temperatures = None
+    if settings.calibrate_soft_labels:
+        temperatures = teacher_temperatures(teachers, dataset, cache=cache / "teacher_temperatures.json", device=device)
+        by_fold = {teacher.fold: temperatures[teacher.sha256] for teacher in teachers}
+        if len(by_fold) < len(teachers):
+            raise UsageError(
+                "--calibrate-soft-labels: several teachers labelled each fold; it knows one teacher a fold"
+            )
+        soft = calibrated(soft, folds, by_fold)
+    dropped = np.zeros(0, np.int64)
+    if settings.drop_noisy:
+        dropped = rows_to_drop(find_noisy_labels(dataset, soft), dataset, settings.drop_noisy)
+        console.note(f"--drop-noisy: {len(dropped)} of {len(dataset.rows('train'))} training images are left out")
+    return _Lesson(soft, folds, teachers, temperatures, dropped)
 
 
-def _live_teachers(settings: StudentSettings, dataset: Dataset, soft_labels: Path | None) -> list[TeacherFile]:
-    if not (settings.distillation and settings.live_teachers) or soft_labels is None:
-        return []
-    return find_teachers(soft_labels, dataset)
+def _judge(settings: StudentSettings, dataset: Dataset, lesson: _Lesson, device: torch.device) -> LiveTeachers:
+    half = trains_in_half(settings, device)
+    teachers = open_teachers(lesson.teachers, dataset, device=device, half=half, temperatures=lesson.temperatures)
+    if lesson.folds is None:
+        raise UsageError("live teachers need soft labels: their folds say who may judge which image")
+    folds = lesson.folds[_final_rows(settings, dataset, lesson)]
+    return LiveTeachers(teachers, folds, settings.soft_temperature)
 
 
-def _identity(
-    settings: StudentSettings,
-    dataset: Dataset,
-    soft: npt.NDArray[np.float32] | None,
-    live: Sequence[TeacherFile],
-) -> dict[str, Any]:
+def _identity(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> dict[str, Any]:
     """What the student's weights depend on beyond its settings."""
-    more: dict[str, Any] = {"soft_labels": "" if soft is None else hashlib.sha256(soft.tobytes()).hexdigest()}
-    if live:
-        more["teachers"] = [teacher.sha256 for teacher in live]
-    trained_on = ids_hash(dataset.ids[dataset.rows("train")])
+    labels = "" if lesson.soft is None else hashlib.sha256(lesson.soft.tobytes()).hexdigest()
+    more: dict[str, Any] = {"soft_labels": labels}
+    if lesson.teachers and settings.live_teachers:
+        more["teachers"] = [teacher.sha256 for teacher in lesson.teachers]
+        if lesson.temperatures is not None:
+            more["teacher_temperatures"] = [lesson.temperatures[teacher.sha256] for teacher in lesson.teachers]
+    if len(lesson.dropped):
+        more["dropped"] = len(lesson.dropped)
+    trained_on = ids_hash(dataset.ids[np.setdiff1d(dataset.rows("train"), lesson.dropped)])
     return identity(settings, dataset_hash=dataset.hash, trained_on=trained_on, **more)
 
 
-def _final_rows(settings: StudentSettings, dataset: Dataset) -> npt.NDArray[np.int64]:
+def _final_rows(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> npt.NDArray[np.int64]:
     """Rows of the data set that the last epochs see."""
     splits = ("train",) if settings.final_data == "train" else ("train", "val")
-    return np.flatnonzero(np.isin(dataset.splits, splits))
+    return np.setdiff1d(np.flatnonzero(np.isin(dataset.splits, splits)), lesson.dropped)
 
 
 def _job(
     settings: StudentSettings,
     dataset: Dataset,
     spec: InputSpec,
-    soft: npt.NDArray[np.float32] | None,
+    lesson: _Lesson,
     *,
     folder: Path,
     wanted: dict[str, Any],
 ) -> Job:
-    rows = _final_rows(settings, dataset)
+    rows = _final_rows(settings, dataset, lesson)
     if not len(dataset.rows("train")):
         raise DataError("the data set has no training images; freeze it again")
     labels = dataset.labels[rows]
     targets = make_targets(
         labels,
         len(dataset.class_names),
-        soft_log_probs=None if soft is None else soft[rows],
+        soft_log_probs=None if lesson.soft is None else lesson.soft[rows],
         temperature=settings.soft_temperature,
         label_smoothing=settings.label_smoothing,
     )

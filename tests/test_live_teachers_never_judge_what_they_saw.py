@@ -1,17 +1,16 @@
 """Live teachers judge the student's own view of images that they never trained on, and a resumed run stays exact."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import threading
 
-import cv2
 import numpy as np
 import pytest
 import torch
 
 from edgedistill.artifacts import RunDir, read_json, sha256_file, write_json
-from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.student import LIVE_DEFAULTS, StudentSettings, train_student
@@ -23,12 +22,11 @@ from edgedistill.student.live_teachers import (
     open_teachers,
     teacher_view,
 )
-from edgedistill.training.checkpoints import read_model, write_model
+from edgedistill.training.checkpoints import read_model
 from edgedistill.training.losses import Targets, cutmix, draw_partners
-from edgedistill.training.models import create_model, input_spec_for, model_kwargs_for
 from edgedistill.training.predict import network_input
 from edgedistill.training.seeds import generator
-from edgedistill.training.soft_labels import FoldResult, ids_hash, write_soft_labels
+from edgedistill.training.soft_labels import ids_hash
 
 CPU = torch.device("cpu")
 SETTINGS = StudentSettings(
@@ -47,54 +45,6 @@ SETTINGS = StudentSettings(
     live_teachers=True,
     **LIVE_DEFAULTS,
 )
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    torch.set_num_threads(1)
-    root, numbers = tmp_path_factory.mktemp("images"), np.arange(44)
-    labels = (numbers % 3).astype(np.int32)
-    paths = [str(root / f"im{n:03d}.png") for n in numbers]
-    for path, label in zip(paths, labels, strict=True):
-        pixels = generator(0, path[-9:]).integers(0, 120, (40, 40, 3), dtype=np.uint8)
-        pixels[:, :, label] += 100
-        cv2.imwrite(path, pixels)
-    return Dataset(
-        ids=np.array([f"im{n:03d}.png" for n in numbers]),
-        paths=np.array(paths),
-        sha256=np.array([f"{n:064x}" for n in numbers]),
-        labels=labels,
-        groups=np.array([""] * len(numbers)),
-        splits=np.where(numbers < 32, "train", np.where(numbers < 38, "val", "test")),
-        folds=np.where(numbers < 32, numbers // 3 % 2, -1).astype(np.int16),
-        class_names=("a", "b", "c"),
-    )
-
-
-@pytest.fixture(scope="module")
-def taught(dataset, tmp_path_factory):
-    """A run with two teachers of 40 px (the student has 32) and the labels that they wrote."""
-    run, results = RunDir(tmp_path_factory.mktemp("taught")), []
-    for fold in range(2):
-        torch.manual_seed(fold)
-        network = {"class_count": 3, "image_size": 40, "drop_rate": 0.0, "drop_path_rate": 0.0}
-        write_model(
-            run.teacher(fold) / "model.pt",
-            create_model("test_efficientnet", pretrained=None, **network),
-            architecture="test_efficientnet",
-            model_kwargs=model_kwargs_for("test_efficientnet", **network),
-            classes=dataset.class_names,
-            input_spec=input_spec_for("test_efficientnet", 40),
-            dataset_hash=dataset.hash,
-            settings={},
-        )
-        own = dataset.ids[dataset.folds == fold]
-        others = dataset.ids[(dataset.splits == "train") & (dataset.folds != fold)]
-        log_probs = np.full((len(own), 3), np.log(1 / 3), np.float32)
-        digest = sha256_file(run.teacher(fold) / "model.pt")
-        results.append(FoldResult(fold, own, log_probs, ids_hash(others), 1, 1, "test_efficientnet", digest))
-    write_soft_labels(run.soft_labels, dataset, results)
-    return run
 
 
 def test_partners_share_a_fold_and_nobody_is_its_own():
@@ -148,8 +98,9 @@ def test_teachers_see_the_students_pixels_at_their_own_size_and_scale():
     assert torch.allclose(larger, teacher_view(flat, spec)[:, :, :1, :1].expand_as(larger), atol=1e-4)
 
 
-def test_the_engine_on_a_cpu_says_what_torch_says(taught, capsys):
-    loaded = read_model(taught.teacher(0) / "model.pt")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_the_engine_on_a_cpu_says_what_torch_says(taught_run, capsys):
+    loaded = read_model(taught_run.teacher(0) / "model.pt")
     network = open_network(loaded.model, loaded.input_spec, device=CPU, half=False, name="teacher")
     assert type(network).__name__ == "_OpenVinoNetwork"
     for count in (1, 5, 3):
@@ -175,15 +126,15 @@ def test_the_engine_on_a_cpu_says_what_torch_says(taught, capsys):
 def interrupt_after(checkpoint, writes, done):
     seen: set[int] = set()
     while len(seen) < writes and not done.wait(0.001):
-        if checkpoint.exists():
+        with contextlib.suppress(FileNotFoundError):  # a finished training removes it
             seen.add(checkpoint.stat().st_mtime_ns)
     if len(seen) >= writes:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_with_live_teachers_resumes_to_the_same_bytes(dataset, taught, tmp_path):
+def test_a_run_with_live_teachers_resumes_to_the_same_bytes(tiny_dataset, taught_run, tmp_path):
     whole, broken, stops = RunDir(tmp_path / "whole"), RunDir(tmp_path / "broken"), 0
-    train_student(SETTINGS, dataset, whole, soft_labels=taught.soft_labels, out=whole.model, resume=False)
+    train_student(SETTINGS, tiny_dataset, whole, soft_labels=taught_run.soft_labels, out=whole.model, resume=False)
     for writes in (4, 10_000):
         done = threading.Event()
         watcher = threading.Thread(
@@ -192,7 +143,9 @@ def test_a_run_with_live_teachers_resumes_to_the_same_bytes(dataset, taught, tmp
         watcher.start()
         try:
             try:
-                train_student(SETTINGS, dataset, broken, soft_labels=taught.soft_labels, out=broken.model, resume=True)
+                train_student(
+                    SETTINGS, tiny_dataset, broken, soft_labels=taught_run.soft_labels, out=broken.model, resume=True
+                )
             finally:
                 done.set()
                 watcher.join()
@@ -202,31 +155,31 @@ def test_a_run_with_live_teachers_resumes_to_the_same_bytes(dataset, taught, tmp
     assert broken.model.read_bytes() == whole.model.read_bytes()
     saved = read_model(whole.model).settings
     assert saved["live_teachers"] is True
-    assert saved["teachers"] == [sha256_file(taught.teacher(fold) / "model.pt") for fold in range(2)]
+    assert saved["teachers"] == [sha256_file(taught_run.teacher(fold) / "model.pt") for fold in range(2)]
     stored = dataclasses.replace(SETTINGS, live_teachers=False)
     with pytest.raises(ArtifactError, match=r"model.pt: made with live_teachers=True \(now None\)"):
-        train_student(stored, dataset, whole, soft_labels=taught.soft_labels, out=whole.model, resume=True)
+        train_student(stored, tiny_dataset, whole, soft_labels=taught_run.soft_labels, out=whole.model, resume=True)
 
 
-def test_teachers_that_are_gone_or_saw_the_fold_are_refused(dataset, taught, tmp_path):
-    files = find_teachers(taught.soft_labels, dataset)
-    assert [(file.fold, file.path) for file in files] == [(k, taught.teacher(k) / "model.pt") for k in range(2)]
+def test_teachers_that_are_gone_or_saw_the_fold_are_refused(tiny_dataset, taught_run, tmp_path):
+    files = find_teachers(taught_run.soft_labels, tiny_dataset)
+    assert [(file.fold, file.path) for file in files] == [(k, taught_run.teacher(k) / "model.pt") for k in range(2)]
     elsewhere = tmp_path / "run" / "soft_labels"
     elsewhere.mkdir(parents=True)
-    for path in taught.soft_labels.iterdir():
+    for path in taught_run.soft_labels.iterdir():
         (elsewhere / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ArtifactError, match=r"meta.json: the teacher of fold 0 .* does not lie in .*teacher; give"):
-        find_teachers(elsewhere, dataset)
+        find_teachers(elsewhere, tiny_dataset)
     for fold in range(2):
         (tmp_path / "run" / "teacher" / f"fold-{fold}").mkdir(parents=True)
         target = tmp_path / "run" / "teacher" / f"fold-{fold}" / "model.pt"
-        target.write_bytes((taught.teacher(fold) / "model.pt").read_bytes())
+        target.write_bytes((taught_run.teacher(fold) / "model.pt").read_bytes())
     meta = read_json(elsewhere / "meta.json", format="edgedistill-soft-labels")
-    meta["teachers"][1]["trained_on"] = ids_hash(dataset.ids[dataset.splits == "train"])
+    meta["teachers"][1]["trained_on"] = ids_hash(tiny_dataset.ids[tiny_dataset.splits == "train"])
     write_json(elsewhere / "meta.json", meta, format="edgedistill-soft-labels")
     with pytest.raises(ArtifactError, match="the teacher of fold 1 did not train on exactly the other folds"):
-        find_teachers(elsewhere, dataset)
-    relabelled = dataclasses.replace(dataset, labels=np.roll(dataset.labels, 1))
+        find_teachers(elsewhere, tiny_dataset)
+    relabelled = dataclasses.replace(tiny_dataset, labels=np.roll(tiny_dataset.labels, 1))
     with pytest.raises(ArtifactError, match=r"model.pt: trained on other classes or another data set"):
         open_teachers(files, relabelled, device=CPU, half=False)
 

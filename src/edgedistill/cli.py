@@ -212,6 +212,13 @@ def distill(
             " --soft-temperature 2 unless given.",
         ),
     ] = False,
+    calibrate_soft_labels: Annotated[
+        bool,
+        typer.Option("--calibrate-soft-labels", help="Each fold's teacher at the temperature that fits val."),
+    ] = False,
+    drop_noisy: Annotated[
+        float, typer.Option(help="Leave out at most this share of the training images: labels that look wrong.")
+    ] = 0.0,
     extra_epochs: Annotated[
         int | None, typer.Option(help="Last epochs, whose weights are averaged (default: 4).")
     ] = None,
@@ -251,8 +258,14 @@ def distill(
     from edgedistill.student import LIVE_DEFAULTS, StudentSettings
     from edgedistill.teacher import TeacherSettings
 
-    if no_distillation and live_teachers:
-        raise UsageError("--no-distillation and --live-teachers contradict each other; give one of them")
+    teacher_flags = {
+        "--live-teachers": live_teachers,
+        "--calibrate-soft-labels": calibrate_soft_labels,
+        "--drop-noisy": drop_noisy,
+    }
+    for flag, given in teacher_flags.items():
+        if no_distillation and given:
+            raise UsageError(f"--no-distillation and {flag} contradict each other; give one of them")
     shared: dict[str, Any] = {
         "seed": seed,
         "device": device,
@@ -277,6 +290,8 @@ def distill(
             distillation=not no_distillation,
             balanced_sampling=balanced,
             live_teachers=live_teachers,
+            calibrate_soft_labels=calibrate_soft_labels,
+            drop_noisy=drop_noisy,
             **(LIVE_DEFAULTS if live_teachers else {})
             | _given(
                 epochs=epochs,

@@ -28,7 +28,9 @@ from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, comparison_table, evaluate_test
 from edgedistill.training.models import locate_weights, resolve_name
+from edgedistill.training.noisy_labels import write_noisy_labels
 from edgedistill.training.settings import TrainSettings
+from edgedistill.training.soft_labels import read_soft_labels
 
 __all__ = [
     "DataSettings",
@@ -208,7 +210,18 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
     run = RunDir(settings.out)
     dataset = freeze(settings.data, run, resume=resume)
     record(settings, run, dataset, resume=resume)
-    return train_teachers(settings.teacher, dataset, run, resume=resume)
+    path = train_teachers(settings.teacher, dataset, run, resume=resume)
+    if path == run.soft_labels:  # else other folds are still missing
+        _look_for_noisy_labels(run, dataset, path)
+    return path
+
+
+def _look_for_noisy_labels(run: RunDir, dataset: Dataset, soft_labels: Path) -> None:
+    """noisy_labels.csv, which the report shows."""
+    path = run.root / "noisy_labels.csv"
+    suspects = write_noisy_labels(path, dataset, read_soft_labels(soft_labels, dataset))
+    if suspects:
+        console.note(f"{suspects} training images look like another class to a teacher that never saw them: {path}")
 
 
 def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
@@ -224,6 +237,8 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     if needs_teachers:
         labels = train_teachers(settings.teacher, dataset, run, resume=resume)
         models["teacher"] = [run.teacher(fold) / "model.pt" for fold in range(dataset.fold_count)]
+    if labels is not None:
+        _look_for_noisy_labels(run, dataset, labels)
     outputs: dict[str, Path] = {}
     for student in settings.students:
         found = _train(settings, student, dataset, run, soft_labels=labels, resume=resume)

@@ -23,6 +23,7 @@ from edgedistill.report.charts import PERCENT, PLAIN, POINTS, ReliabilityBin, Se
 from edgedistill.report.quality_sections import reliability_bins
 from edgedistill.report.record import Predictions
 from edgedistill.report.wording import difference_sentence, duration, percent
+from edgedistill.training.noisy_labels import write_noisy_labels
 
 CLASSES = ("bird", "cat", "dog", "fish", "fox", "snake")
 FOLDS = 5
@@ -141,6 +142,11 @@ class FakeRun:
         ]
         values = {"folds": rows, "all": {"n": 200, "accuracy": 0.82, "macro_f1": 0.781, "log_loss": 0.6, "ece": 0.038}}
         write_json(run.root / "teacher" / "oof.json", values, format="edgedistill-oof")
+        soft = np.full((len(dataset), len(dataset.class_names)), np.nan, np.float32)
+        soft[train] = np.log(0.02 / (len(dataset.class_names) - 1))
+        soft[train, dataset.labels[train]] = np.log(0.98)
+        soft[train[0], [dataset.labels[train[0]], dataset.labels[train[0]] - 1]] = np.log([0.02, 0.98])
+        write_noisy_labels(run.root / "noisy_labels.csv", dataset, soft)
 
     def training(self, run: RunDir) -> None:
         rng = np.random.default_rng(self.seed + 1)
@@ -461,6 +467,7 @@ def test_a_whole_run_fills_every_section(full_run: RunDir) -> None:
         "images/photo 00007.png, images/photo 00008.png and 1 more",
         "Not measured. benchmark_app: not on the PATH.",
         "--out 'runs/my cells'",
+        "1 training images look like another class",
     ):
         assert expected in page.text
 
@@ -551,6 +558,7 @@ PARTS: dict[str, tuple[Callable[[RunDir], Path], str]] = {
         "No hard-label student to compare with: distill --data photos/animals",
     ),
     "oof": (lambda run: run.root / "teacher" / "oof.json", "The out-of-fold soft labels are not finished: distill"),
+    "noisy labels": (lambda run: run.root / "noisy_labels.csv", "No out-of-fold disagreement: distill"),
     "data": (lambda run: run.dataset, "No frozen manifest dataset.csv: distill"),
     "check-data": (
         lambda run: run.root / "data_report.json",
@@ -665,9 +673,9 @@ def test_the_most_confident_mistakes_come_first(full_run: RunDir) -> None:
     labels = np.load(full_run.evaluation / "test_labels.npy")
     wrong = np.sort(probs.max(1)[probs.argmax(1) != labels])[::-1][:24]
     pictures = [attributes for tag, attributes in page.tags if tag == "img" and attributes.get("class") != "sheet"]
-    assert len(pictures) == len(wrong)
+    assert len(pictures) == len(wrong) + 1  # and the one label that looks wrong
     shown = re.findall(r"said \w+ (\d+\.\d)% true", page.text)
-    assert shown == [f"{100 * probability:.1f}" for probability in wrong]
+    assert shown == [*(f"{100 * probability:.1f}" for probability in wrong), "98.0"]
 
 
 def test_leaking_folds_and_groups_are_called_out(copied_run: RunDir) -> None:

@@ -212,13 +212,18 @@ def distill(
     """Train K-fold teachers, store their out-of-fold soft labels, distil them into a student: model.pt."""
     from edgedistill import pipeline
     from edgedistill.errors import UsageError
-    from edgedistill.student import StudentSettings
+    from edgedistill.student import LIVE_DEFAULTS, StudentSettings
     from edgedistill.teacher import BlendSettings, TeacherSettings
 
+    for field in ("live_teachers", "calibrate_soft_labels", "drop_noisy"):
+        if no_distillation and training.student[field]:
+            flag = field.replace("_", "-")
+            raise UsageError(f"--no-distillation and --{flag} contradict each other; give one of them")
+    values = (LIVE_DEFAULTS if training.student["live_teachers"] else {}) | training.student
     first, *others = pipeline.parse_students(
         student,
         student_weights,
-        StudentSettings(name=student, image_size=image_size, distillation=not no_distillation, **training.student),
+        StudentSettings(name=student, image_size=image_size, distillation=not no_distillation, **values),
     )
     if not baseline and baselines not in (None, "none"):
         raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
@@ -247,8 +252,8 @@ def distill(
         _answer(plan.to_dict(), as_json, plan.table())
         return
     result = pipeline.distill(settings, resume=resume)
-    values = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
-    _answer(values, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
+    answer = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
+    _answer(answer, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
 
 
 @app.command()

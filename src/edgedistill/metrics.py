@@ -7,7 +7,7 @@ the largest probability, the first of equal ones. All functions raise DataError 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +98,54 @@ def paired_bootstrap_difference(
     everything = np.arange(len(labels))[None]
     p_value = mcnemar_exact(a, b, labels) if metric == "accuracy" else None
     return PairedDifference(float((of_a(everything) - of_b(everything))[0]), _interval(values), p_value)
+
+
+def hierarchical_difference(
+    metric: MetricName,
+    a: Sequence[Ints],
+    b: Sequence[Ints],
+    labels: Sequence[Ints],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedDifference:
+    """metric(a) - metric(b), mean over the seeds of an experiment, with the interval over seeds and images.
+
+    ``a``, ``b``: answers (class indices, int [N]) of both models in each seed; ``labels``: the truth of each seed's test
+    images. Seeds are drawn with replacement, then in each the images, the same for a and b; if all seeds have the same
+    labels the test set is one and its images are drawn once for all. No p-value. Raises DataError for unequal lengths.
+    """
+    if (
+        not labels
+        or not len(a) == len(b) == len(labels)
+        or any(not x.shape == y.shape == z.shape or not len(z) for x, y, z in zip(a, b, labels, strict=True))
+    ):
+        raise DataError("answers and labels of each seed must be of one length, above 0; run the missing arms")
+    classes = 1 + max(int(max(x.max(), y.max(), z.max())) for x, y, z in zip(a, b, labels, strict=True))
+    one_test_set = all(np.array_equal(labels[0], other) for other in labels[1:])
+
+    def difference(number: int, rows: Ints) -> float:
+        truth = labels[number][rows]
+        first, second = (_answers_statistic(metric, x[number][rows], truth, classes) for x in (a, b))
+        return first - second
+
+    everything = [difference(number, np.arange(len(truth))) for number, truth in enumerate(labels)]
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        shared = rng.integers(0, len(labels[0]), len(labels[0])) if one_test_set else None
+        numbers = rng.integers(0, len(labels), len(labels))
+        rows = [rng.integers(0, len(labels[n]), len(labels[n])) if shared is None else shared for n in numbers]
+        drawn.append(np.mean([difference(n, r) for n, r in zip(numbers.tolist(), rows, strict=True)]))
+    return PairedDifference(float(np.mean(everything)), _interval(np.array(drawn)), None)
+
+
+def _answers_statistic(metric: MetricName, answers: Ints, truth: Ints, classes: int) -> float:
+    if metric == "accuracy":
+        return float((answers == truth).mean())
+    if metric == "macro_f1":
+        return float(_macro_f1(answers[None].astype(np.int64), truth[None].astype(np.int64), classes)[0])
+    raise DataError(f"metric {metric!r} needs more than answers; expected accuracy or macro_f1")
 
 
 def mcnemar_exact(a: Floats, b: Floats, labels: Ints) -> float:

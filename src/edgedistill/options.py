@@ -111,6 +111,20 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
     _student("soft_weight", float, "Share of the soft label in the target (default: 0.2)."),
     _student("loss", str, "ce, kl or js against the soft labels (default: ce)."),
     _student("soft_temperature", float, "Temperature of the soft labels (default: 1)."),
+    _student(
+        "live_teachers",
+        bool,
+        "Held-out teachers judge the student's own augmented, mixed view; then --loss kl --soft-weight 1"
+        " --soft-temperature 2 unless given.",
+        default=False,
+    ),
+    _student("calibrate_soft_labels", bool, "Each fold's teacher at the temperature that fits val.", default=False),
+    _student(
+        "drop_noisy",
+        float,
+        "Leave out at most this share of the training images: labels that look wrong.",
+        default=0.0,
+    ),
     _each("extra_epochs", int, "Last epochs, whose weights are averaged (default: 4)."),
     _each("swa_start", float, "SWA from this share of the epochs on, in place of extra epochs (default: none)."),
     _each("swa_lr", float, "SWA's constant rate, a share of the peak (default: 0.5)."),

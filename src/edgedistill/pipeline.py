@@ -28,9 +28,11 @@ from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
 from edgedistill.training.models import create_model, locate_weights, resolve_name
+from edgedistill.training.noisy_labels import write_noisy_labels
 from edgedistill.training.optimizers import resolve_optimizer
 from edgedistill.training.processes import on_main
 from edgedistill.training.settings import TrainSettings
+from edgedistill.training.soft_labels import read_soft_labels
 
 __all__ = [
     "DataSettings",
@@ -79,7 +81,7 @@ class DistillSettings:
     ``label``: the first one's, asked for only where there are others. ``baselines``: which students are trained on hard
     labels too, under the same budget, and compared. ``soft_labels``: a folder of an earlier run over the same data, in
     place of new teachers. ``ensemble``: further architectures beside ``teacher``, and how they vote. Raises UsageError for
-    two students of one label.
+    two students of one label, and for what contradicts each other.
     """
 
     data: DataSettings
@@ -103,6 +105,17 @@ class DistillSettings:
             )
         if not self.student.distillation and self.soft_labels is not None:
             raise UsageError("--no-distillation and --soft-labels contradict each other; give one of them")
+        if self.soft_labels is None and self.ensemble.others:
+            self._refuse_what_needs_one_architecture()
+
+    def _refuse_what_needs_one_architecture(self) -> None:
+        blend = self.ensemble.blend
+        if self.student.calibrate_soft_labels:
+            raise UsageError("--calibrate-soft-labels knows one teacher a fold; give --teacher one network")
+        if self.student.live_teachers and (blend.vote != "soft" or blend.override):
+            raise UsageError(
+                "--live-teachers average what several architectures say; leave --teacher-vote and --teacher-override away"
+            )
 
     @property
     def students(self) -> tuple[NamedStudent, ...]:
@@ -257,7 +270,18 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
     refuse_early(networks)
     run = RunDir(settings.out)
     dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
-    return train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
+    path = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
+    if path == run.soft_labels:  # else other folds are still missing
+        on_main(lambda: _look_for_noisy_labels(run, dataset, path))
+    return path
+
+
+def _look_for_noisy_labels(run: RunDir, dataset: Dataset, soft_labels: Path) -> None:
+    """noisy_labels.csv, which the report shows."""
+    path = run.root / "noisy_labels.csv"
+    suspects = write_noisy_labels(path, dataset, read_soft_labels(soft_labels, dataset))
+    if suspects:
+        console.note(f"{suspects} training images look like another class to a teacher that never saw them: {path}")
 
 
 def _architectures(settings: TeachSettings | DistillSettings) -> dict[str, TeacherSettings]:
@@ -279,6 +303,8 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     if needs_teachers:
         labels = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
         models, combinations = on_main(lambda: _teacher_models(settings, run, dataset))
+    if labels is not None:
+        on_main(lambda: _look_for_noisy_labels(run, dataset, labels))
     outputs: dict[str, Path] = {}
     for student in settings.students:
         found = _train(settings, student, dataset, run, soft_labels=labels, resume=resume)

@@ -114,11 +114,17 @@ def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, 
     trained = epochs * counts["train"]
     looked_at = epochs * counts["val"] + counts["test"] + counts["train"]
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)
-    names = ["student"] if student.distillation else []
-    names += ["hard-label student"] if settings.has_baseline(named) or not student.distillation else []
+    judging = 0.0
+    if student.distillation and student.live_teachers:
+        teachers = (settings.teacher, *(other.settings for other in settings.ensemble.others))
+        per_image = sum(_measure(teacher, classes).seconds_per_image for teacher in teachers)
+        judging = FORWARD_SHARE * trained * per_image
+    named_seconds = {"student": seconds + judging} if student.distillation else {}
+    if settings.has_baseline(named) or not student.distillation:
+        named_seconds["hard-label student"] = seconds
     return [
         _step(f"{name}, {named.label or student.name}", trained + looked_at, seconds, cost, 5 * cost.weights_mib)
-        for name in names
+        for name, seconds in named_seconds.items()
     ]
 
 

@@ -297,12 +297,12 @@ def mistakes_section(record: RunRecord) -> Section:
     if not len(wrong):
         return Section("mistakes", title, (Callout("good", f"The student got all {len(labels):,} test images right."),))
     worst = wrong[np.argsort(-student.confidence[wrong], kind="stable")][:MAX_PICTURES]
-    paths = _paths_of(record, [str(ids[row]) for row in worst])
+    paths = paths_of(record, [str(ids[row]) for row in worst])
     names = record.class_names
     pictures = []
     for row in worst:
         image_id, predicted, true = str(ids[row]), int(student.predicted[row]), int(labels[row])
-        data, problem = _thumbnail(paths.get(image_id))
+        data, problem = thumbnail(paths.get(image_id))
         pictures.append(
             Picture(
                 data=data,
@@ -321,14 +321,14 @@ def mistakes_section(record: RunRecord) -> Section:
     return Section("mistakes", title, (lead, Gallery(tuple(pictures))))
 
 
-def _paths_of(record: RunRecord, ids: list[str]) -> dict[str, str]:
+def paths_of(record: RunRecord, ids: list[str]) -> dict[str, str]:
     if record.dataset is None:
         return {}
     rows = np.flatnonzero(np.isin(record.dataset.ids, ids))
     return {str(record.dataset.ids[row]): str(record.dataset.paths[row]) for row in rows}
 
 
-def _thumbnail(path: str | None) -> tuple[str, str]:
+def thumbnail(path: str | None) -> tuple[str, str]:
     """(JPEG data URI, '') with the picture's own aspect, never enlarged; ('', why) where it cannot be shown."""
     if path is None:
         return "", "not in dataset.csv"

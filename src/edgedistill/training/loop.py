@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,11 +63,25 @@ def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validati
     return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows]) if len(rows) else None
 
 
+class Judge(Protocol):
+    """Soft targets for a batch as the network sees it, augmented and mixed.
+
+    ``folds``: int16 [N], of the rows of the store; images are mixed with images of their own fold. Called with images
+    [B, H, W, 3] RGB 0-255 on the device and their rows, int64 [B]; returns float32 [B, C] probabilities there.
+    """
+
+    @property
+    def folds(self) -> npt.NDArray[np.int16]: ...
+
+    def __call__(self, images: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """All that one training needs. ``identity``: plain values on which a resumed run must agree.
 
-    ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``.
+    ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``; with a
+    ``judge`` the soft ones are its answers instead.
     """
 
     title: str
@@ -81,6 +95,7 @@ class Job:
     spec: InputSpec
     augment: Augmentation
     validation: Validation | None = None
+    judge: Judge | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -194,9 +209,17 @@ def train_step(
     images, targets = to_device(batch.images, device), targets.take(batch.rows)
     if state.epoch < len(job.epochs) - settings.plain_epochs:
         images, targets = mix(
-            images, targets, settings.mixing(), seed=settings.seed, epoch=state.epoch, step=state.step
+            images,
+            targets,
+            settings.mixing(),
+            seed=settings.seed,
+            epoch=state.epoch,
+            step=state.step,
+            folds=None if job.judge is None else job.judge.folds[batch.rows],
         )
-    half = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    if job.judge is not None:
+        targets = Targets(targets.hard, job.judge(images, batch.rows))
+    half = trains_in_half(settings, device)
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(images, job.spec))
     loss = loss_of(logits, targets, job.loss.at(state.epoch / len(job.epochs))) * weight
@@ -206,6 +229,11 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return mean_over_all(loss.detach(), state.part)
+
+
+def trains_in_half(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether networks compute in bfloat16: if asked for, and by default on a GPU."""
+    return settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
 
 
 def configure_torch(device: torch.device, *, deterministic: bool) -> None:

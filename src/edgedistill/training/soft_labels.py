@@ -234,3 +234,26 @@ def open_soft_labels(folder: Path, dataset: Dataset) -> SoftLabels:
     row_of = np.full(len(dataset), -1, np.int64)
     row_of[train] = [stored[name] for name in dataset.ids[train].tolist()]
     return SoftLabels(store, row_of)
+
+
+def read_teachers(folder: Path) -> list[dict[str, Any]]:
+    """What meta.json says of each teacher: fold, architecture, sha256 of its model.pt, trained_on (an ids_hash)."""
+    return list(read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT)["teachers"])
+
+
+def blend_of(folder: Path) -> dict[str, Any] | None:
+    """How several architectures became one label (teacher.ensemble.Blended.to_dict); None where there is but one."""
+    blend = read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT).get("blend")
+    return None if blend is None else dict(blend)
+
+
+def read_folds(folder: Path, dataset: Dataset) -> npt.NDArray[np.int16]:
+    """int16 [len(dataset)]: the fold whose teacher labelled each image; -1 where nobody did, so that nobody saw it.
+
+    ``dataset`` may have other folds than the run that made the labels. Raises ArtifactError for a damaged folder.
+    """
+    ids, folds = read_array(folder / "ids.npy"), read_array(folder / "fold.npy")
+    if folds.shape != ids.shape or folds.dtype != np.int16:
+        raise ArtifactError(f"{folder / 'fold.npy'}: {folds.dtype} {folds.shape}, expected int16 {ids.shape}")
+    fold_of = dict(zip(ids.tolist(), folds.tolist(), strict=True))
+    return np.array([fold_of.get(name, -1) for name in dataset.ids.tolist()], np.int16)

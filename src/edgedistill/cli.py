@@ -44,6 +44,18 @@ GradClip = Annotated[float | None, typer.Option(help="Largest norm of a gradient
 CacheGib = Annotated[float | None, typer.Option(help="Memory for prepared images (default: half of what is free).")]
 CheckpointMinutes = Annotated[float, typer.Option(help="The most work that a kill may cost.")]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
+LabelColumnNames = Annotated[
+    str, typer.Option("--label-columns", help="CSV columns, one attribute each, with commas between: mask,gender,age.")
+]
+MultiLabel = Annotated[
+    bool, typer.Option("--multi-label", help="The CSV column label holds several labels per image: a|b; | for none.")
+]
+OneHotColumns = Annotated[str, typer.Option("--one-hot-columns", help="CSV columns with 0 or 1, a label each: a,b,c.")]
+Regression = Annotated[str, typer.Option("--regression", help="CSV columns of numbers to learn beside: age.")]
+RegressionWeight = Annotated[float, typer.Option("--regression-weight", help="Weight of their loss.")]
+MissingLabels = Annotated[
+    str, typer.Option("--missing-labels", help="error, or ignore: images without a label are left out of its loss.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
 
 # What the base install leaves out, and the extra that brings it.
@@ -98,14 +110,34 @@ def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
             console.out.print(item)
 
 
+def _labels(columns: str, multi_label: bool, one_hot: str, *, regression: str, weight: float, missing: str) -> Any:
+    from edgedistill.data.label_columns import LabelColumns
+
+    return LabelColumns(
+        attributes=_listed(columns),
+        multi_label=multi_label,
+        one_hot=_listed(one_hot),
+        regression=_listed(regression),
+        regression_weight=weight,
+        missing=missing,  # type: ignore[arg-type]
+    )
+
+
 def _data(
-    data: str, folds: int, test_fraction: float, val_fraction: float | None, *, seed: int, max_pixels: int
+    data: str,
+    folds: int,
+    test_fraction: float,
+    val_fraction: float | None,
+    *,
+    seed: int,
+    max_pixels: int,
+    labels: Any,
 ) -> Any:
     from edgedistill.data.folds import SplitSettings
     from edgedistill.pipeline import DataSettings
 
     split = SplitSettings(folds=folds, test_fraction=test_fraction, val_fraction=val_fraction, seed=seed)
-    return DataSettings(data, split, max_pixels)
+    return DataSettings(data, split, max_pixels, labels)
 
 
 @app.command()
@@ -138,6 +170,12 @@ def teach(
     cache_gib: CacheGib = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    label_columns: LabelColumnNames = "",
+    multi_label: MultiLabel = False,
+    one_hot_columns: OneHotColumns = "",
+    regression: Regression = "",
+    regression_weight: RegressionWeight = 0.1,
+    missing_labels: MissingLabels = "error",
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
@@ -145,8 +183,16 @@ def teach(
     from edgedistill import pipeline
     from edgedistill.teacher import TeacherSettings
 
+    labels = _labels(
+        label_columns,
+        multi_label,
+        one_hot_columns,
+        regression=regression,
+        weight=regression_weight,
+        missing=missing_labels,
+    )
     settings = pipeline.TeachSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
         out=out,
         teacher=TeacherSettings(
             name=teacher,
@@ -233,6 +279,12 @@ def distill(
     cache_gib: CacheGib = None,
     checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    label_columns: LabelColumnNames = "",
+    multi_label: MultiLabel = False,
+    one_hot_columns: OneHotColumns = "",
+    regression: Regression = "",
+    regression_weight: RegressionWeight = 0.1,
+    missing_labels: MissingLabels = "error",
     resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
     as_json: Json = False,
@@ -282,8 +334,16 @@ def distill(
     )
     if not baseline and baselines not in (None, "none"):
         raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
+    labels = _labels(
+        label_columns,
+        multi_label,
+        one_hot_columns,
+        regression=regression,
+        weight=regression_weight,
+        missing=missing_labels,
+    )
     settings = pipeline.DistillSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
         out=out,
         teacher=TeacherSettings(
             name=teacher,
@@ -314,6 +374,12 @@ def check_data(
     data: Annotated[str, typer.Argument(help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")],
     folds: Folds = 5,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    label_columns: LabelColumnNames = "",
+    multi_label: MultiLabel = False,
+    one_hot_columns: OneHotColumns = "",
+    regression: Regression = "",
+    regression_weight: RegressionWeight = 0.1,
+    missing_labels: MissingLabels = "error",
     plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -322,12 +388,23 @@ def check_data(
     from edgedistill.data import checks
     from edgedistill.data.sources import open_source
 
-    report = checks.check_data(open_source(data), folds=folds, max_pixels=max_pixels)
+    labels = _labels(
+        label_columns,
+        multi_label,
+        one_hot_columns,
+        regression=regression,
+        weight=regression_weight,
+        missing=missing_labels,
+    )
+    report = checks.check_data(open_source(data, labels=labels), folds=folds, max_pixels=max_pixels)
     if plot is not None:
         checks.plot_data(report, plot)
-    classes = console.table(
-        f"{report.name}: {report.summary()}", ("class", "images"), list(report.class_counts.items())
-    )
+    title = f"{report.name}: {report.summary()}"
+    if report.heads is None:
+        classes = console.table(title, ("class", "images"), list(report.class_counts.items()))
+    else:
+        counted = [(head, name, count) for head, counts in report.heads.items() for name, count in counts.items()]
+        classes = console.table(title, ("head", "class", "images"), counted)
     findings = console.table("findings", ("", "what", "found", "files", "remedy"), report.rows())
     shown = [classes, *([findings] if report.findings else []), *([str(plot)] if plot is not None else [])]
     _answer(report.to_dict(), as_json, *shown)

@@ -20,8 +20,9 @@ from edgedistill import __version__, console
 from edgedistill.artifacts import RunDir, atomic_path, read_json, settings_dict, sha256_file, sweep, write_json
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
-from edgedistill.data.sources import open_source
+from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.student import StudentSettings, train_student
@@ -49,11 +50,13 @@ LIBRARIES = ("torch", "timm", "albumentations", "numpy", "opencv-python", "openv
 
 @dataclass(frozen=True)
 class DataSettings:
-    """``data``: a folder, a CSV or a built-in name. ``max_pixels``: larger images are refused as bombs."""
+    """``data``: a folder, a CSV or a built-in name. ``max_pixels``: larger images are refused as bombs. ``labels``: the
+    label columns of a CSV."""
 
     data: str
     split: SplitSettings
     max_pixels: int = DEFAULT_MAX_PIXELS
+    labels: LabelColumns = SINGLE_LABEL
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
             raise UsageError(f"{run.root}: holds a run already; go on with --resume, or choose another --out")
         root = Path(settings.data)
         return read_dataset(run.dataset, data_root=root if root.is_dir() else None)
-    source = open_source(settings.data)
+    source = open_source(settings.data, labels=settings.labels)
     report = check_data(source, settings=settings.split, max_pixels=settings.max_pixels)
     if report.errors:
         raise DataError(f"{settings.data}: {report.summary()}; see 'edgedistill check-data {settings.data}'")

@@ -17,16 +17,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgedistill import console
+from edgedistill import console, task_metrics
 from edgedistill.artifacts import RunDir
 from edgedistill.data.manifest import Dataset
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
 from edgedistill.training.checkpoints import read_model, write_model
+from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.loop import Job, Phase, open_validation, train
-from edgedistill.training.losses import LossName, LossSettings, make_targets
+from edgedistill.training.losses import LossName, LossSettings, Targets, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.predict import predict_logits, reestimate_batch_norm
 from edgedistill.training.seeds import derive
@@ -104,7 +105,7 @@ def train_student(
         return out
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
     job = _job(settings, dataset, spec, soft, folder=folder, wanted=wanted)
-    network = settings.network(len(dataset.class_names))
+    network = settings.network(len(dataset.outputs))
     torch.manual_seed(derive(settings.seed, "initial weights"))
     weights = locate_weights(settings.name, settings.weights, flag="--student-weights")
     model = train(job, create_model(settings.name, pretrained=weights, **network), resume=resume)
@@ -117,11 +118,12 @@ def train_student(
         model,
         architecture=resolve_name(settings.name),
         model_kwargs=model_kwargs_for(settings.name, **network),
-        classes=dataset.class_names,
+        classes=dataset.outputs,
         input_spec=spec,
         dataset_hash=dataset.hash,
         settings=wanted,
         temperature=_temperature(settings, dataset, model, spec),
+        task=dataset.task,
     )
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
     return out
@@ -139,7 +141,11 @@ def _identity(settings: StudentSettings, dataset: Dataset, soft: npt.NDArray[np.
     """What the student's weights depend on beyond its settings."""
     labels = "" if soft is None else hashlib.sha256(soft.tobytes()).hexdigest()
     return identity(
-        settings, dataset_hash=dataset.hash, trained_on=ids_hash(dataset.ids[dataset.rows("train")]), soft_labels=labels
+        settings,
+        task=dataset.task,
+        dataset_hash=dataset.hash,
+        trained_on=ids_hash(dataset.ids[dataset.rows("train")]),
+        soft_labels=labels,
     )
 
 
@@ -161,28 +167,40 @@ def _job(
     rows = _final_rows(settings, dataset)
     if not len(dataset.rows("train")):
         raise DataError("the data set has no training images; freeze it again")
-    labels = dataset.labels[rows]
-    targets = make_targets(
-        labels,
-        len(dataset.class_names),
-        soft_log_probs=None if soft is None else soft[rows],
-        temperature=settings.soft_temperature,
-        label_smoothing=settings.label_smoothing,
-    )
     return Job(
         title=folder.name.replace("-hard-labels", ", hard labels"),
         folder=folder,
         settings=settings,
         identity=wanted,
         store=open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib),
-        targets=targets,
-        phases=_phases(settings, labels, np.flatnonzero(dataset.splits[rows] == "train")),
+        targets=_targets(settings, dataset, rows, soft),
+        phases=_phases(settings, dataset.sampling_labels[rows], np.flatnonzero(dataset.splits[rows] == "train")),
         loss=LossSettings(
             settings.loss, settings.soft_weight if settings.distillation else 0.0, settings.soft_temperature
         ),
         spec=spec,
         augment=settings.augmentation(spec),
         validation=open_validation(dataset, spec, seed=settings.seed),
+        task=dataset.task,
+    )
+
+
+def _targets(
+    settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64], soft: npt.NDArray[np.float32] | None
+) -> Targets:
+    chosen = None if soft is None else soft[rows]
+    temperature, smoothing = settings.soft_temperature, settings.label_smoothing
+    if dataset.task is not None and dataset.values is not None:
+        values = dataset.values[rows]
+        return make_task_targets(
+            dataset.task, values, soft_scores=chosen, temperature=temperature, label_smoothing=smoothing
+        )
+    return make_targets(
+        dataset.labels[rows],
+        len(dataset.class_names),
+        soft_log_probs=chosen,
+        temperature=temperature,
+        label_smoothing=smoothing,
     )
 
 
@@ -216,7 +234,7 @@ def _phases(
 
 
 def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> float:
-    """Fitted on val, which must be unseen for that."""
+    """Fitted on val, which must be unseen for that; one for all heads together."""
     val = dataset.rows("val")
     if settings.final_data == "train+val":
         console.note("temperature 1.0, not fitted: the last epochs trained on val (--final-data train+val)")
@@ -225,4 +243,6 @@ def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, 
         console.note("temperature 1.0, not fitted: the data set has no val split")
         return 1.0
     logits = predict_logits(model, dataset.paths[val], spec, batch_size=settings.batch_size)
+    if dataset.task is not None and dataset.values is not None:
+        return task_metrics.fit_temperature(dataset.task, logits, dataset.values[val])
     return fit_temperature(logits, dataset.labels[val])

@@ -20,7 +20,9 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
+from edgedistill.task_metrics import Scored, summary
 from edgedistill.training.checkpoints import write_model
+from edgedistill.training.heads import make_task_targets, scores_of
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
 from edgedistill.training.loop import Job, Phase, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
@@ -126,7 +128,9 @@ def _refuse_existing_work(run: RunDir, folds: Sequence[int]) -> None:
 def _identity(settings: TeacherSettings, dataset: Dataset, fold: int) -> dict[str, Any]:
     """What a teacher's weights depend on beyond its settings: the images that it may see."""
     seen = dataset.ids[(dataset.splits == "train") & (dataset.folds != fold)]
-    return identity(settings, dataset_hash=dataset.hash, held_out_fold=fold, trained_on=ids_hash(seen))
+    return identity(
+        settings, task=dataset.task, dataset_hash=dataset.hash, held_out_fold=fold, trained_on=ids_hash(seen)
+    )
 
 
 def _is_done(settings: TeacherSettings, dataset: Dataset, run: RunDir, fold: int) -> bool:
@@ -151,7 +155,7 @@ def _train_fold(settings: TeacherSettings, shared: _Shared, run: RunDir, fold: i
     dataset, folder = shared.dataset, run.teacher(fold)
     job = _job(settings, shared, folder, fold)
     torch.manual_seed(derive(settings.seed, "initial weights", fold))
-    network = settings.network(len(dataset.class_names))
+    network = settings.network(len(dataset.outputs))
     model = create_model(settings.name, pretrained=shared.weights, **network)
     model = train(job, model, resume=resume)
     write_model(
@@ -159,14 +163,18 @@ def _train_fold(settings: TeacherSettings, shared: _Shared, run: RunDir, fold: i
         model,
         architecture=resolve_name(settings.name),
         model_kwargs=model_kwargs_for(settings.name, **network),
-        classes=dataset.class_names,
+        classes=dataset.outputs,
         input_spec=shared.spec,
         dataset_hash=dataset.hash,
         settings=dict(job.identity),
+        task=dataset.task,
     )
     held_out = shared.rows[dataset.folds[shared.rows] == fold]
     logits = predict_logits(model, dataset.paths[held_out], shared.spec, title=f"labelling fold {fold + 1}")
-    log_probs = torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
+    if dataset.task is None:
+        log_probs = torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
+    else:
+        log_probs = scores_of(dataset.task, logits)
     write_array(folder / "held_out_ids.npy", dataset.ids[held_out].astype(str))
     write_array(folder / "held_out.log_probs.npy", log_probs)
     values = {
@@ -184,11 +192,15 @@ def _train_fold(settings: TeacherSettings, shared: _Shared, run: RunDir, fold: i
 
 def _job(settings: TeacherSettings, shared: _Shared, folder: Path, fold: int) -> Job:
     dataset, rows = shared.dataset, shared.rows
-    labels = dataset.labels[rows]
+    smoothing = settings.label_smoothing
+    if dataset.task is None or dataset.values is None:
+        targets = make_targets(dataset.labels[rows], len(dataset.class_names), label_smoothing=smoothing)
+    else:
+        targets = make_task_targets(dataset.task, dataset.values[rows], label_smoothing=smoothing)
     seen = np.flatnonzero(dataset.folds[rows] != fold)
     draw = Draw(
         rows=seen,
-        labels=labels[seen],
+        labels=dataset.sampling_labels[rows][seen],
         batch_size=min(settings.batch_size, len(seen)),
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "fold", fold),
@@ -199,7 +211,7 @@ def _job(settings: TeacherSettings, shared: _Shared, folder: Path, fold: int) ->
         settings=settings,
         identity=_identity(settings, dataset, fold),
         store=shared.store,
-        targets=make_targets(labels, len(dataset.class_names), label_smoothing=settings.label_smoothing),
+        targets=targets,
         phases=(
             Phase(
                 "teacher", settings.epochs, draw, settings.lr, settings.lr * settings.final_lr, settings.warmup_epochs
@@ -209,6 +221,7 @@ def _job(settings: TeacherSettings, shared: _Shared, folder: Path, fold: int) ->
         spec=shared.spec,
         augment=settings.augmentation(shared.spec),
         validation=shared.validation,
+        task=dataset.task,
     )
 
 
@@ -228,13 +241,13 @@ def _read_fold(folder: Path) -> FoldResult:
 
 def _write_quality(dataset: Dataset, results: Sequence[FoldResult], run: RunDir) -> None:
     """teacher/oof.json and a table: per fold and over all training images."""
-    label_of = dict(zip(dataset.ids.tolist(), dataset.labels.tolist(), strict=True))
-    labels = [np.array([label_of[name] for name in result.ids.tolist()], np.int32) for result in results]
+    row_of = {name: row for row, name in enumerate(dataset.ids.tolist())}
+    places = [np.array([row_of[name] for name in result.ids.tolist()], np.int64) for result in results]
     folds = [
-        {"fold": result.fold} | _quality(np.exp(result.log_probs), truth)
-        for result, truth in zip(results, labels, strict=True)
+        {"fold": result.fold} | _quality(dataset, result.log_probs, rows)
+        for result, rows in zip(results, places, strict=True)
     ]
-    everything = _quality(np.exp(np.concatenate([result.log_probs for result in results])), np.concatenate(labels))
+    everything = _quality(dataset, np.concatenate([result.log_probs for result in results]), np.concatenate(places))
     write_json(run.root / "teacher" / "oof.json", {"folds": folds, "all": everything}, format=OOF_FORMAT)
     rows = [
         [str(values.get("fold", "all")), values["n"], *(f"{values[name]:.4f}" for name in METRICS)]
@@ -243,7 +256,11 @@ def _write_quality(dataset: Dataset, results: Sequence[FoldResult], run: RunDir)
     console.err.print(console.table("teachers, out of fold", ("fold", "images", *METRICS), rows))
 
 
-def _quality(probabilities: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _quality(dataset: Dataset, scores: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Of the images ``rows`` of the data set, by what their held-out teachers said of them."""
+    if dataset.task is not None and dataset.values is not None:
+        return summary(Scored(dataset.task, dataset.task.probabilities(scores), dataset.values[rows]))
+    probabilities, labels = np.exp(scores), dataset.labels[rows]
     return {
         "n": len(labels),
         "accuracy": accuracy(probabilities, labels),

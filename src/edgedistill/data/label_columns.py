@@ -189,7 +189,7 @@ def _numbers(path: Path, name: str, lines: Sequence[int], cells: Sequence[str], 
     filled = np.array([bool(cell) for cell in cells])
 
     def refuse(wrong: np.ndarray, what: str) -> None:
-        _refuse(path, name, [lines[row] for row in np.flatnonzero(wrong & filled)], len(cells), what)
+        _refuse(path, name, [lines[row] for row in np.flatnonzero(wrong & filled).tolist()], len(cells), what)
 
     refuse(~np.isfinite(values), "not a finite number with a point for decimals; mend it")
     if share:

@@ -214,8 +214,8 @@ def _read_columns(path: Path) -> tuple[dict[str, list[npt.NDArray[Any]]], dict[s
             for lines, rows in _chunks(reader):
                 if more:
                     _check_widths(rows, lines, path, width=len(header))
-                    for number, column in enumerate(more.values(), start=width):
-                        column.extend(row[number] for row in rows)
+                    for number, cells in enumerate(more.values(), start=width):
+                        cells.extend(row[number] for row in rows)
                     rows = [row[:width] for row in rows]
                 for name, column in zip(COLUMNS, _checked_columns(rows, lines, path), strict=True):
                     if name == "label":

@@ -29,7 +29,9 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
+from edgedistill.tasks import Task, Values
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
+from edgedistill.training.heads import task_loss, validation_metrics
 from edgedistill.training.loader import Augmentation, Batch, Draw, ImageStore, Schedule, batches, core_count
 from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of, to_device
 from edgedistill.training.models import to_channels_last
@@ -61,11 +63,12 @@ class Phase:
 class Validation:
     """Images that nobody trains on; their metrics are logged after each epoch and decide nothing.
 
-    ``pixels``: uint8 [N, H, W, 3] BGR; ``labels``: int32 [N].
+    ``pixels``: uint8 [N, H, W, 3] BGR; ``labels``: int32 [N]; ``values``: float32 [N, V] of a task with several heads.
     """
 
     pixels: ImageU8
     labels: npt.NDArray[np.int32]
+    values: Values | None = None
 
 
 def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validation | None:
@@ -73,14 +76,18 @@ def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validati
     rows = dataset.rows("val")
     if len(rows) > VALIDATION_IMAGES:
         rows = np.sort(generator(seed, "validation").choice(rows, VALIDATION_IMAGES, replace=False))
-    return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows]) if len(rows) else None
+    if not len(rows):
+        return None
+    values = None if dataset.values is None else dataset.values[rows]
+    return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows], values)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """All that one training needs. ``identity``: plain values on which a resumed run must agree.
 
-    ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``.
+    ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``. ``task``: of
+    a network with several heads.
     """
 
     title: str
@@ -94,6 +101,7 @@ class Job:
     spec: InputSpec
     augment: Augmentation
     validation: Validation | None = None
+    task: Task | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -205,7 +213,8 @@ def train_step(job: Job, state: State, batch: Batch, targets: Targets, *, forwar
     half = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(images, job.spec))
-    loss = loss_of(logits, targets, job.loss)
+    task = job.task
+    loss = loss_of(logits, targets, job.loss) if task is None else task_loss(logits, targets, job.loss, task)
     loss.backward()
     if settings.grad_clip is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
@@ -315,6 +324,8 @@ def validate(model: nn.Module, validation: Validation | None, job: Job) -> dict[
     if validation is None:
         return {}
     logits = predict_pixels(model, validation.pixels, job.spec, batch_size=job.settings.batch_size)
+    if job.task is not None and validation.values is not None:
+        return validation_metrics(job.task, logits, validation.values)
     probabilities = softmax(logits)
     return {
         "val_accuracy": accuracy(probabilities, validation.labels),

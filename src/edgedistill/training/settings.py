@@ -12,6 +12,7 @@ from edgedistill.artifacts import settings_dict
 from edgedistill.data.augment import Augment, AugmentSettings, Strength
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
 
 OPTIMIZERS = ("radam", "adamw", "sgd")
 # What may differ between a run and its resumption: where and how fast it runs, not what it computes.
@@ -119,8 +120,9 @@ class TrainSettings:
         ]
 
 
-def identity(settings: TrainSettings, **more: Any) -> dict[str, Any]:
+def identity(settings: TrainSettings, *, task: Task | None = None, **more: Any) -> dict[str, Any]:
     """What decides the trained weights, as plain values: a resumed run must agree on all of it."""
+    more |= {} if task is None else {"task": task.to_dict()}
     return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS} | more
 
 

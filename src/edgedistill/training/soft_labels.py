@@ -18,6 +18,7 @@ import numpy.typing as npt
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, DataError
+from edgedistill.training.heads import head_files, read_scores, write_scores
 
 SOFT_LABELS_FORMAT = "edgedistill-soft-labels"
 HEAD = "label"
@@ -25,7 +26,8 @@ HEAD = "label"
 
 @dataclass(frozen=True, eq=False)
 class FoldResult:
-    """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1.
+    """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1 (with
+    several heads: the scores [n, D] of heads.scores_of).
 
     ``trained_on``: ids_hash of the images that it trained on. ``epochs``: planned and done, which must agree.
     """
@@ -110,14 +112,19 @@ def write_soft_labels(folder: Path, dataset: Dataset, results: Iterable[FoldResu
     order = np.argsort(ids, kind="stable")
     write_array(folder / "ids.npy", ids[order].astype(str))
     write_array(folder / "fold.npy", folds[order])
-    write_array(folder / f"{HEAD}.log_probs.npy", log_probs[order])
+    if dataset.task is None:
+        write_array(folder / f"{HEAD}.log_probs.npy", log_probs[order])
+        heads = {HEAD: {"kind": "softmax", "file": f"{HEAD}.log_probs.npy", "temperature": 1.0, "views": 1}}
+    else:
+        write_scores(folder, dataset.task, log_probs[order])
+        heads = head_files(dataset.task)
     write_json(
         folder / "meta.json",
         {
             "dataset_hash": dataset.hash,
-            "classes": list(dataset.class_names),
+            "classes": list(dataset.outputs),
             "n": len(ids),
-            "heads": {HEAD: {"kind": "softmax", "file": f"{HEAD}.log_probs.npy", "temperature": 1.0, "views": 1}},
+            "heads": heads,
             "teachers": [result.teacher() for result in results],
         },
         format=SOFT_LABELS_FORMAT,
@@ -126,7 +133,8 @@ def write_soft_labels(folder: Path, dataset: Dataset, results: Iterable[FoldResu
 
 
 def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
-    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train.
+    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train. With several heads:
+    their scores, [len(dataset), D] (see heads.scores_of).
 
     Raises ArtifactError when the labels belong to other images, other classes or another format.
     """
@@ -134,22 +142,27 @@ def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
     meta = read_json(meta_path, format=SOFT_LABELS_FORMAT)
     again = "train the teachers again with 'edgedistill teach', or give the --soft-labels of this data set"
     classes = tuple(meta.get("classes", ()))
-    if len(classes) != len(dataset.class_names):
+    if len(classes) != len(dataset.outputs):
         raise ArtifactError(
-            f"{meta_path}: {len(classes)} classes, but the data set has {len(dataset.class_names)}; {again}"
+            f"{meta_path}: {len(classes)} classes, but the data set has {len(dataset.outputs)}; {again}"
         )
-    if classes != dataset.class_names:
+    if classes != dataset.outputs:
         raise ArtifactError(
             f"{meta_path}: classes {', '.join(classes[:5])}, but the data set has "
-            f"{', '.join(dataset.class_names[:5])}; {again}"
+            f"{', '.join(dataset.outputs[:5])}; {again}"
         )
     if meta.get("dataset_hash") != dataset.hash:
         raise ArtifactError(
             f"{meta_path}: made for another data set ({str(meta.get('dataset_hash'))[:12]}..., "
             f"this one is {dataset.hash[:12]}...); {again}"
         )
-    ids, log_probs = read_array(folder / "ids.npy"), read_array(folder / f"{HEAD}.log_probs.npy")
-    _check_arrays(folder, ids, log_probs, len(classes))
+    ids = read_array(folder / "ids.npy")
+    _check_ids(folder, ids)
+    if dataset.task is None:
+        log_probs = read_array(folder / f"{HEAD}.log_probs.npy")
+        _check_arrays(folder, ids, log_probs, len(classes))
+    else:
+        log_probs = read_scores(folder, dataset, len(ids))
     train = dataset.rows("train")
     if set(ids.tolist()) != set(dataset.ids[train].tolist()):
         raise ArtifactError(
@@ -162,10 +175,13 @@ def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
     return joined
 
 
-def _check_arrays(folder: Path, ids: npt.NDArray[Any], log_probs: npt.NDArray[Any], class_count: int) -> None:
-    path = folder / f"{HEAD}.log_probs.npy"
+def _check_ids(folder: Path, ids: npt.NDArray[Any]) -> None:
     if ids.ndim != 1 or ids.dtype.kind != "U" or len(set(ids.tolist())) != len(ids):
         raise ArtifactError(f"{folder / 'ids.npy'}: expected distinct strings [N], got {ids.dtype} {ids.shape}")
+
+
+def _check_arrays(folder: Path, ids: npt.NDArray[Any], log_probs: npt.NDArray[Any], class_count: int) -> None:
+    path = folder / f"{HEAD}.log_probs.npy"
     if log_probs.shape != (len(ids), class_count) or log_probs.dtype != np.float32:
         raise ArtifactError(
             f"{path}: {log_probs.dtype} {log_probs.shape}, expected float32 {(len(ids), class_count)}; make it again"

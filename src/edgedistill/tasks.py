@@ -95,8 +95,9 @@ class Task:
         names = [head.name for head in self.heads]
         if not names or len(set(names)) != len(names):
             raise ArtifactError(f"heads {', '.join(names) or 'none'}: expected one or more with names of their own")
-        if all(head.kind == "regression" for head in self.heads):
-            raise ArtifactError("only regression heads: expected classes beside them")
+        kinds = [head.kind == "regression" for head in self.heads]
+        if kinds[0] or kinds != sorted(kinds):
+            raise ArtifactError("a regression head stands first or alone; expected it behind heads of classes")
         if len(set(self.outputs)) != len(self.outputs):
             raise ArtifactError("two outputs have the same name; rename a head or a class")
 
@@ -179,6 +180,18 @@ class Task:
                 wanted = truth if head.kind == "softmax" else truth >= 0.5
                 right &= ((answers_of(head, own) == wanted) | np.isnan(truth)).all(axis=1)
         return right
+
+    def comparable(self, probabilities: Floats) -> npt.NDArray[np.float64]:
+        """Probabilities with the values of regression heads in standard deviations: differences of one scale."""
+        scaled = probabilities.astype(np.float64)
+        for head, part in self.slices():
+            if head.kind == "regression":
+                scaled[:, part] = (scaled[:, part] - head.mean) / head.std
+        return scaled
+
+    def score(self, logits: Floats, values: Values) -> float:
+        """The share of images on which every known label is right: of one label per image, the accuracy."""
+        return float(self.right(self.probabilities(logits), values).mean())
 
     def margins(self, logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:
         """float64 [N]: how far the logits are from another answer in any head: the gap between a softmax head's two

@@ -113,9 +113,9 @@ def _answer(prediction: Prediction, engine: Engine, top_k: int) -> Answer:
     if prediction.index >= 0 and prediction.heads:
         return _heads_answer(prediction, engine.heads)
     if prediction.index >= 0 and top_k == 1 and engine.multi_label:
-        shares = prediction.probabilities
-        pairs = [(labels[number], float(shares[number])) for number in prediction.accepted]
-        return Answer(prediction.name, *(tuple(part) for part in zip(*pairs or [("none", None)], strict=True)))
+        found = prediction.accepted
+        shares = tuple(float(prediction.probabilities[number]) for number in found)
+        return Answer(prediction.name, tuple(labels[number] for number in found) or ("none",), shares or (None,))
     if top_k == 1 or prediction.index < 0:
         return Answer(prediction.name, (prediction.label,), (float(prediction.probability),))
     best = np.argsort(-prediction.probabilities, kind="stable")[:top_k]

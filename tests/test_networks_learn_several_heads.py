@@ -17,10 +17,11 @@ from sklearn.metrics import average_precision_score, f1_score
 from typer.testing import CliRunner
 
 from edgedistill import task_metrics
-from edgedistill.artifacts import read_array, read_json
+from edgedistill.artifacts import RunDir, read_array, read_json
 from edgedistill.cli import app
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.errors import ArtifactError, DataError
+from edgedistill.report import write_report
 from edgedistill.runtime import Classifier
 from edgedistill.task_metrics import Scored
 from edgedistill.tasks import Head, Task, sigmoid, softmax
@@ -308,6 +309,13 @@ def test_predict_prints_what_each_head_says(
     cli("predict", attributes / "openvino", image, "--csv", tmp_path / "answers.csv")
     row = next(csv.reader((tmp_path / "answers.csv").open()).__iter__())
     assert row == ["image", "error", "label", "probability"]
+
+
+def test_the_report_shows_each_head(attributes: Path, many: Path) -> None:
+    for run, words in ((attributes, ("color: accuracy", "size: MAE")), (many, ("labels: mAP", "average precision"))):
+        page = write_report(RunDir(run)).read_text(encoding="utf-8")
+        assert "Each head on the test split" in page and all(word in page for word in words)
+        assert "could not be understood" not in page
 
 
 def test_the_tuner_refuses_several_labels(attributes: Path, many: Path, cli: Cli) -> None:

@@ -181,6 +181,7 @@ def test_options_that_contradict_are_refused(photos: Path) -> None:
     for options in (
         {"attributes": ("a",), "multi_label": True}, {"one_hot": ("a", "a")}, {"attributes": ("path",)},
         {"missing": "ignore"}, {"regression": ("age",), "regression_weight": 0.0}, {"attributes": ("a",), "missing": "x"},
+        {"attributes": ("a",), "regression_weight": 0.5},
     ):  # fmt: skip
         with pytest.raises(UsageError):
             LabelColumns(**options)  # type: ignore[arg-type]

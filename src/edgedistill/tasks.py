@@ -274,7 +274,11 @@ def _head(entry: Mapping[str, Any]) -> Head:
     ]
     if unknown or wrong or not all(isinstance(text, str) for text in texts):
         raise ArtifactError(f"head {str(entry.get('name'))[:60]!r}: {unknown or wrong or 'not text'} cannot be read")
-    return Head(texts[0], texts[1], tuple(classes), **{name: float(number) for name, number in numbers.items()})  # type: ignore[arg-type]
+    try:
+        values = {name: float(number) for name, number in numbers.items()}
+    except OverflowError as error:
+        raise ArtifactError(f"head {str(entry.get('name'))[:60]!r}: a number is out of range") from error
+    return Head(texts[0], texts[1], tuple(classes), **values)  # type: ignore[arg-type]
 
 
 def softmax(logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:

@@ -24,6 +24,7 @@ SEPARATOR = "|"
 RESERVED = frozenset({"path", "group", "split"})
 SHOWN_LINES = 5
 MAX_LABELS = 10_000
+DEFAULT_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class LabelColumns:
     multi_label: bool = False
     one_hot: tuple[str, ...] = ()
     regression: tuple[str, ...] = ()
-    regression_weight: float = 0.1
+    regression_weight: float = DEFAULT_WEIGHT
     missing: Literal["error", "ignore"] = "error"
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class LabelColumns:
             raise UsageError(f"--missing-labels {self.missing}: expected error or ignore")
         if not 0 < self.regression_weight < math.inf:
             raise UsageError(f"--regression-weight {self.regression_weight:g}: expected a number above 0")
+        if self.regression_weight != DEFAULT_WEIGHT and not self.regression:
+            raise UsageError("--regression-weight needs --regression, which names the columns that it weighs")
         if self.missing == "ignore" and not self:
             raise UsageError(
                 "--missing-labels ignore needs --label-columns, --multi-label, --one-hot-columns or --regression"

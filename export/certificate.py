@@ -234,8 +234,6 @@ class _Cpp:
 def _cpp_runtime(forms: Forms, samples: Samples, torch: tuple[Logits, Logits], threads: int | None) -> _Cpp:
     """``torch``: its logits on files and on frames. TIFFs, which the C++ runtime does not read, are left out."""
     runtime = CppRuntime.find()
-    if not (forms.task.is_single or forms.task.is_multi_label):
-        runtime = "it does not know networks with several heads yet"
     if isinstance(runtime, str):
         return _Cpp([], [], [{"name": "cpp-runtime", "reason": runtime}])
     wanted = [("files", "f32", "reduced", torch[0]), ("frames", "f32", "full", torch[1])]

@@ -78,10 +78,6 @@ def package(settings: PackageSettings) -> Package:
     Raises ArtifactError when the folder is no deployable, the C++ programs are not built, or a library is missing.
     """
     bundle = _load(settings.path)
-    if bundle.heads:
-        raise UsageError(
-            f"{settings.path}: several heads, which the C++ programs do not know yet; use the Python runtime"
-        )
     programs = find_programs(settings.programs)
     out = settings.out or default_out(bundle.root)
     name = out.name.removesuffix(".tgz").removesuffix(".tar.gz")

@@ -82,6 +82,8 @@ def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
 
     ``train``: the train images as they lie on this machine. Raises Skip where settings or soft labels are not at hand.
     """
+    if network.heads is not None:
+        raise Skip("training with quantisation knows one label per image")
     saved = dict(network.settings)
     if not saved:
         raise Skip("the network was not trained here, so there are neither its settings nor its soft labels")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgedistill import console
+from edgedistill import console, task_metrics
 from edgedistill.artifacts import RunDir
 from edgedistill.data.manifest import Dataset
 from edgedistill.errors import DataError, UsageError
@@ -29,9 +29,10 @@ from edgedistill.student.calibration import calibrated, teacher_temperatures
 from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
 from edgedistill.training.checkpoints import read_model, write_model
 from edgedistill.training.fixres import adapt, deployed_spec
+from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.loop import Job, open_validation, train, trains_in_half
-from edgedistill.training.losses import LossName, LossSettings, make_targets
+from edgedistill.training.losses import LossName, LossSettings, Targets, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
 from edgedistill.training.optimizers import Phase, make_phases
@@ -85,6 +86,14 @@ class StudentSettings(TrainSettings):
             ),
         ]
 
+    def single_label_only(self) -> list[tuple[bool, str]]:
+        return [
+            *super().single_label_only(),
+            (self.live_teachers, "--live-teachers"),
+            (self.calibrate_soft_labels, "--calibrate-soft-labels"),
+            (self.drop_noisy > 0, "--drop-noisy"),
+        ]
+
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
             *super().checks(),
@@ -115,6 +124,7 @@ def train_student(
     training.processes). Raises UsageError if there is work already and ``resume`` is False, ArtifactError if that work or
     the soft labels belong to other settings or data, ImageError for a damaged image.
     """
+    settings.refuse_for(dataset.task)
     device = choose_device(settings.device)
     folder = folder or (run.student if settings.distillation else run.hard_label_student)
     on_main(lambda: _refuse_existing_work(out, resume=resume))
@@ -127,7 +137,7 @@ def train_student(
     job = _job(settings, dataset, spec, lesson, folder=folder, wanted=wanted)
     if settings.distillation and settings.live_teachers:
         job = dataclasses.replace(job, judge=_judge(settings, dataset, lesson, device))
-    network = settings.network(len(dataset.class_names))
+    network = settings.network(len(dataset.outputs))
     torch.manual_seed(derive(settings.seed, "initial weights"))
     weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--student-weights"))
     model = train(job, create_model(settings.name, pretrained=weights, **network), resume=resume)
@@ -152,7 +162,7 @@ def _finish(
     settings: StudentSettings, dataset: Dataset, lesson: _Lesson, job: Job, model: nn.Module, *, out: Path
 ) -> None:
     """Batch-norm statistics, the temperature, model.pt."""
-    network, spec = settings.network(len(dataset.class_names)), deployed_spec(settings, job.spec)
+    network, spec = settings.network(len(dataset.outputs)), deployed_spec(settings, job.spec)
     if settings.test_size is None:  # else training.fixres has measured the statistics, and fine-tuned what follows them
         seen = dataset.paths[_final_rows(settings, dataset, lesson)]
         reestimate_batch_norm(
@@ -163,11 +173,12 @@ def _finish(
         model,
         architecture=resolve_name(settings.name),
         model_kwargs=model_kwargs_for(settings.name, **network),
-        classes=dataset.class_names,
+        classes=dataset.outputs,
         input_spec=spec,
         dataset_hash=dataset.hash,
         settings=dict(job.identity),
         temperature=_temperature(settings, dataset, model, spec),
+        task=dataset.task,
     )
     shutil.rmtree(job.folder / "fixres", ignore_errors=True)
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
@@ -236,7 +247,7 @@ def _identity(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> d
     if len(lesson.dropped):
         more["dropped"] = len(lesson.dropped)
     trained_on = ids_hash(dataset.ids[_train_rows(dataset, lesson)])
-    return identity(settings, dataset_hash=dataset.hash, trained_on=trained_on, **more)
+    return identity(settings, task=dataset.task, dataset_hash=dataset.hash, trained_on=trained_on, **more)
 
 
 def _train_rows(dataset: Dataset, lesson: _Lesson) -> npt.NDArray[np.int64]:
@@ -262,22 +273,14 @@ def _job(
     rows = _final_rows(settings, dataset, lesson)
     if not len(dataset.rows("train")):
         raise DataError("the data set has no training images; freeze it again")
-    labels = dataset.labels[rows]
-    targets = make_targets(
-        labels,
-        len(dataset.class_names),
-        soft_log_probs=None if lesson.soft is None else lesson.soft[rows],
-        temperature=settings.soft_temperature,
-        label_smoothing=settings.label_smoothing,
-    )
     return Job(
         title=folder.name.replace("-hard-labels", ", hard labels"),
         folder=folder,
         settings=settings,
         identity=wanted,
         store=open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib),
-        targets=targets,
-        phases=_phases(settings, labels, np.flatnonzero(dataset.splits[rows] == "train"), dataset.class_names),
+        targets=_targets(settings, dataset, rows, lesson),
+        phases=_phases(settings, dataset, rows),
         loss=LossSettings(
             settings.loss,
             settings.soft_weight if settings.distillation else 0.0,
@@ -287,16 +290,31 @@ def _job(
         spec=spec,
         augment=settings.augmentation(spec),
         validation=open_validation(dataset, spec, seed=settings.seed),
+        task=dataset.task,
     )
 
 
-def _phases(
-    settings: StudentSettings,
-    labels: npt.NDArray[np.int32],
-    train_rows: npt.NDArray[np.int64],
-    class_names: tuple[str, ...],
-) -> tuple[Phase, ...]:
+def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64], lesson: _Lesson) -> Targets:
+    chosen = None if lesson.soft is None else lesson.soft[rows]
+    temperature, smoothing = settings.soft_temperature, settings.label_smoothing
+    if dataset.task is not None and dataset.values is not None:
+        values = dataset.values[rows]
+        return make_task_targets(
+            dataset.task, values, soft_scores=chosen, temperature=temperature, label_smoothing=smoothing
+        )
+    return make_targets(
+        dataset.labels[rows],
+        len(dataset.class_names),
+        soft_log_probs=chosen,
+        temperature=temperature,
+        label_smoothing=smoothing,
+    )
+
+
+def _phases(settings: StudentSettings, dataset: Dataset, store_rows: npt.NDArray[np.int64]) -> tuple[Phase, ...]:
     """The epochs on train, then those whose weights are averaged, on all rows of the store."""
+    labels = dataset.sampling_labels[store_rows]
+    train_rows = np.flatnonzero(dataset.splits[store_rows] == "train")
 
     def draw(rows: npt.NDArray[np.int64]) -> Draw:
         return Draw(
@@ -305,14 +323,14 @@ def _phases(
             batch_size=min(settings.batch_size, len(train_rows)),
             balanced=settings.balanced_sampling,
             seed=derive(settings.seed, "student"),
-            weights=settings.sampling_weights(labels[rows], class_names),
+            weights=settings.sampling_weights(labels[rows], dataset.class_names),
         )
 
     return make_phases("student", settings, draw(train_rows), last=draw(np.arange(len(labels))))
 
 
 def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> float:
-    """Fitted on val, which must be unseen for that."""
+    """Fitted on val, which must be unseen for that; one for all heads together."""
     val = dataset.rows("val")
     if settings.final_data == "train+val":
         console.note("temperature 1.0, not fitted: the last epochs trained on val (--final-data train+val)")
@@ -321,4 +339,6 @@ def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, 
         console.note("temperature 1.0, not fitted: the data set has no val split")
         return 1.0
     logits = predict_logits(model, dataset.paths[val], spec, batch_size=settings.batch_size)
+    if dataset.task is not None and dataset.values is not None:
+        return task_metrics.fit_temperature(dataset.task, logits, dataset.values[val])
     return fit_temperature(logits, dataset.labels[val])

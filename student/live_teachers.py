@@ -221,8 +221,8 @@ class LiveTeachers:
         logits = [judge.network(teacher_view(images, judge.spec)) / judge.temperature for judge in judges]
         if len(logits) > 1:  # the ensemble is a mean of probabilities, as in the evaluation
             shares = [judge.weight / sum(judge.weight for judge in judges) for judge in judges]
-            mean = sum(share * torch.softmax(each, dim=1) for share, each in zip(shares, logits, strict=True))
-            logits = [mean.clamp_min(1e-12).log()]
+            parts = [share * torch.softmax(each, dim=1) for share, each in zip(shares, logits, strict=True)]
+            logits = [torch.stack(parts).sum(dim=0).clamp_min(1e-12).log()]
         return torch.softmax(logits[0] / self.temperature, dim=1)
 
 

@@ -24,9 +24,11 @@ from edgedistill.data.soft_label_store import check_store, parse_store
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
+from edgedistill.task_metrics import Scored, summary
 from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds
 from edgedistill.training.checkpoints import write_model
 from edgedistill.training.fixres import adapt, deployed_spec
+from edgedistill.training.heads import make_task_targets, scores_of
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
 from edgedistill.training.loop import Job, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
@@ -81,6 +83,13 @@ class TeacherSettings(TrainSettings):
         super().__post_init__()
         views_of(self.tta)
         parse_store(self.soft_label_store)
+
+    def single_label_only(self) -> list[tuple[bool, str]]:
+        return [
+            *super().single_label_only(),
+            (bool(self.tta), f"--tta {self.tta}"),
+            (self.soft_label_store != "float32", f"--soft-label-store {self.soft_label_store}"),
+        ]
 
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
@@ -156,6 +165,9 @@ def train_teachers(
     was made with other settings or data, ImageError for a damaged image.
     """
     ensemble = ensemble or Ensemble()
+    settings.refuse_for(dataset.task)
+    if dataset.task is not None and ensemble.others:
+        raise UsageError("several teachers vote on one label per image, and these images have more; give --teacher one")
     check_store(parse_store(settings.soft_label_store), len(dataset.class_names))
     members = [_Member(ensemble.label, "", settings)]
     members += [_Member(other.label, other.label, other.settings) for other in ensemble.others]
@@ -228,7 +240,9 @@ def _train_member(member: _Member, dataset: Dataset, run: RunDir, wanted: Sequen
 def _identity(settings: TeacherSettings, dataset: Dataset, fold: int) -> dict[str, Any]:
     """What a teacher's weights depend on beyond its settings: the images that it may see."""
     seen = dataset.ids[(dataset.splits == "train") & (dataset.folds != fold)]
-    return identity(settings, dataset_hash=dataset.hash, held_out_fold=fold, trained_on=ids_hash(seen))
+    return identity(
+        settings, task=dataset.task, dataset_hash=dataset.hash, held_out_fold=fold, trained_on=ids_hash(seen)
+    )
 
 
 def _is_done(member: _Member, dataset: Dataset, run: RunDir, fold: int) -> bool:
@@ -256,7 +270,7 @@ def _train_fold(shared: _Shared, run: RunDir, fold: int, *, resume: bool) -> Non
     settings, dataset = shared.member.settings, shared.dataset
     job = _job(shared, run.teacher(fold, shared.member.folder), fold)
     torch.manual_seed(derive(settings.seed, "initial weights", fold))
-    network = settings.network(len(dataset.class_names))
+    network = settings.network(len(dataset.outputs))
     model = create_model(settings.name, pretrained=shared.weights, **network)
     model = adapt(job, train(job, model, resume=resume), resume=resume)
     on_main(lambda: _label(job, model, shared, fold))
@@ -265,7 +279,7 @@ def _train_fold(shared: _Shared, run: RunDir, fold: int, *, resume: bool) -> Non
 def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
     """model.pt, what it says of the held-out fold, and fold.json."""
     settings, dataset, folder = shared.member.settings, shared.dataset, job.folder
-    network = settings.network(len(dataset.class_names))
+    network = settings.network(len(dataset.outputs))
     if settings.averages and settings.test_size is None:  # else training.fixres has measured the statistics
         seen = dataset.paths[shared.rows[dataset.folds[shared.rows] != fold]]
         reestimate_batch_norm(
@@ -276,10 +290,11 @@ def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
         model,
         architecture=resolve_name(settings.name),
         model_kwargs=model_kwargs_for(settings.name, **network),
-        classes=dataset.class_names,
+        classes=dataset.outputs,
         input_spec=deployed_spec(settings, shared.spec),
         dataset_hash=dataset.hash,
         settings=dict(job.identity),
+        task=dataset.task,
     )
     held_out = shared.rows[dataset.folds[shared.rows] == fold]
     log_probs = _log_probs(model, dataset.paths[held_out], shared, title=f"labelling fold {fold + 1}")
@@ -302,22 +317,29 @@ def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
 def _log_probs(
     model: nn.Module, paths: np.ndarray[Any, Any], shared: _Shared, *, title: str
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32 [N, C] at T=1: of the whole picture, or of the mean over the views of ``tta``."""
+    """float32 [N, C] at T=1: of the whole picture, or of the mean over the views of ``tta``; with several heads their
+    scores, [N, D]."""
     tta, spec = shared.member.settings.tta, deployed_spec(shared.member.settings, shared.spec)
-    if not tta:
-        logits = predict_logits(model, paths, spec, title=title)
-        return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
-    probabilities = predict_probabilities(model, paths, spec, views=views_of(tta), title=title)
-    return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    if tta:
+        probabilities = predict_probabilities(model, paths, spec, views=views_of(tta), title=title)
+        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    logits = predict_logits(model, paths, spec, title=title)
+    if shared.dataset.task is not None:
+        return scores_of(shared.dataset.task, logits)
+    return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
 
 
 def _job(shared: _Shared, folder: Path, fold: int) -> Job:
     settings, dataset, rows = shared.member.settings, shared.dataset, shared.rows
-    labels = dataset.labels[rows]
+    labels, smoothing = dataset.labels[rows], settings.label_smoothing
+    if dataset.task is None or dataset.values is None:
+        targets = make_targets(labels, len(dataset.class_names), label_smoothing=smoothing)
+    else:
+        targets = make_task_targets(dataset.task, dataset.values[rows], label_smoothing=smoothing)
     seen = np.flatnonzero(dataset.folds[rows] != fold)
     draw = Draw(
         rows=seen,
-        labels=labels[seen],
+        labels=dataset.sampling_labels[rows][seen],
         batch_size=min(settings.batch_size, len(seen)),
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "fold", fold),
@@ -329,12 +351,13 @@ def _job(shared: _Shared, folder: Path, fold: int) -> Job:
         settings=settings,
         identity=_identity(settings, dataset, fold),
         store=shared.store,
-        targets=make_targets(labels, len(dataset.class_names), label_smoothing=settings.label_smoothing),
+        targets=targets,
         phases=make_phases("teacher", settings, draw),
         loss=LossSettings(hard=settings.loss_against(labels[seen], len(dataset.class_names))),
         spec=shared.spec,
         augment=settings.augmentation(shared.spec),
         validation=shared.validation,
+        task=dataset.task,
     )
 
 
@@ -358,30 +381,31 @@ def _write_labels(ensemble: Ensemble, members: Sequence[_Member], dataset: Datas
         member.label: [_read_fold(run.teacher(fold, member.folder)) for fold in range(dataset.fold_count)]
         for member in members
     }
-    label_of = dict(zip(dataset.ids.tolist(), dataset.labels.tolist(), strict=True))
     store = members[0].settings.soft_label_store
     if len(members) == 1:
         (folds,) = results.values()
-        _write_quality(run, _fold_rows(folds, label_of))
+        _write_quality(run, _fold_rows(folds, dataset))
         return write_soft_labels(run.soft_labels, dataset, folds, store=store)
     for folds in results.values():
         prove_out_of_fold(dataset, folds)
+    label_of = dict(zip(dataset.ids.tolist(), dataset.labels.tolist(), strict=True))
     blended = blend_folds(ensemble.blend, results, label_of)
     blend = blended.to_dict(ensemble.blend, ensemble.labels)
-    rows = {label: _fold_rows(folds, label_of) for label, folds in results.items()}
-    _write_quality(run, _fold_rows(blended.folds, label_of), architectures=rows, blend=blend)
+    rows = {label: _fold_rows(folds, dataset) for label, folds in results.items()}
+    _write_quality(run, _fold_rows(blended.folds, dataset), architectures=rows, blend=blend)
     teachers = [result.teacher() | {"label": label} for label, folds in results.items() for result in folds]
     return write_soft_labels(run.soft_labels, dataset, blended.folds, teachers=teachers, blend=blend, store=store)
 
 
-def _fold_rows(results: Sequence[FoldResult], label_of: Mapping[str, int]) -> tuple[list[Quality], Quality]:
+def _fold_rows(results: Sequence[FoldResult], dataset: Dataset) -> tuple[list[Quality], Quality]:
     """The quality of each fold's answers, and of all together."""
-    labels = [np.array([label_of[name] for name in result.ids.tolist()], np.int32) for result in results]
+    row_of = {name: row for row, name in enumerate(dataset.ids.tolist())}
+    places = [np.array([row_of[name] for name in result.ids.tolist()], np.int64) for result in results]
     folds = [
-        {"fold": result.fold} | _quality(np.exp(result.log_probs), truth)
-        for result, truth in zip(results, labels, strict=True)
+        {"fold": result.fold} | _quality(dataset, result.log_probs, rows)
+        for result, rows in zip(results, places, strict=True)
     ]
-    return folds, _quality(np.exp(np.concatenate([result.log_probs for result in results])), np.concatenate(labels))
+    return folds, _quality(dataset, np.concatenate([result.log_probs for result in results]), np.concatenate(places))
 
 
 def _write_quality(
@@ -411,7 +435,11 @@ def _write_quality(
     console.err.print(console.table("teachers, out of fold", (title, "images", *METRICS), rows))
 
 
-def _quality(probabilities: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Quality:
+def _quality(dataset: Dataset, scores: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Quality:
+    """Of the images ``rows`` of the data set, by what their held-out teachers said of them."""
+    if dataset.task is not None and dataset.values is not None:
+        return summary(Scored(dataset.task, dataset.task.probabilities(scores), dataset.values[rows]))
+    probabilities, labels = np.exp(scores), dataset.labels[rows]
     return {
         "n": len(labels),
         "accuracy": accuracy(probabilities, labels),

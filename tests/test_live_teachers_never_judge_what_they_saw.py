@@ -159,7 +159,7 @@ def test_a_run_with_live_teachers_resumes_to_the_same_bytes(tiny_dataset, taught
     assert saved["live_teachers"] is True
     assert saved["teachers"] == [sha256_file(taught_run.teacher(fold) / "model.pt") for fold in range(2)]
     stored = dataclasses.replace(SETTINGS, live_teachers=False)
-    with pytest.raises(ArtifactError, match=r"model.pt: made with live_teachers=True \(now None\)"):
+    with pytest.raises(ArtifactError, match=r"model.pt: made with live_teachers=True \(now False\)"):
         train_student(stored, tiny_dataset, whole, soft_labels=taught_run.soft_labels, out=whole.model, resume=True)
 
 

@@ -17,7 +17,7 @@ import typer
 from edgedistill import __version__
 from edgedistill.errors import EdgedistillError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
-from edgedistill.options import TrainingValues, takes_training_options
+from edgedistill.options import TrainingValues, listed, takes_label_columns, takes_training_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
@@ -92,13 +92,20 @@ def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
 
 
 def _data(
-    data: str, folds: int, test_fraction: float, val_fraction: float | None, *, seed: int, max_pixels: int
+    data: str,
+    folds: int,
+    test_fraction: float,
+    val_fraction: float | None,
+    *,
+    seed: int,
+    max_pixels: int,
+    labels: Any,
 ) -> Any:
     from edgedistill.data.folds import SplitSettings
     from edgedistill.pipeline import DataSettings
 
     split = SplitSettings(folds=folds, test_fraction=test_fraction, val_fraction=val_fraction, seed=seed)
-    return DataSettings(data, split, max_pixels)
+    return DataSettings(data, split, max_pixels, labels)
 
 
 def _use_recipe(context: typer.Context, name: str | None) -> str | None:
@@ -127,10 +134,12 @@ RecipeName = Annotated[
 
 @app.command()
 @takes_training_options(student=False)
+@takes_label_columns
 def teach(
     data: Data,
     out: Out,
     training: TrainingValues,
+    labels: Any,
     teacher: Teacher = "effb4",
     teacher_weights: TeacherWeights = "auto",
     teacher_blend: Blend = "oof",
@@ -160,7 +169,7 @@ def teach(
     )
     seed = training.teacher["seed"]
     settings = pipeline.TeachSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
         out=out,
         teacher=first,
         ensemble=ensemble,
@@ -170,10 +179,12 @@ def teach(
 
 
 @takes_training_options(student=True)
+@takes_label_columns
 def distill(
     data: Data,
     out: Out,
     training: TrainingValues,
+    labels: Any,
     teacher: Teacher = "effb4",
     student: Annotated[
         str, typer.Option(help="Student network: mbv3s, mbv4s, any timm name, NAME@SIZE; several with commas between.")
@@ -235,7 +246,7 @@ def distill(
     )
     seed = training.student["seed"]
     settings = pipeline.DistillSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
         out=out,
         teacher=first_teacher,
         ensemble=ensemble,
@@ -273,10 +284,12 @@ def recipes(
 
 
 @app.command("check-data")
+@takes_label_columns
 def check_data(
     data: Annotated[
         str, typer.Argument(help="Folder per class, CSV, 'shards/*.tar', elpv, elpv-4class or fashion-mnist.")
     ],
+    labels: Any,
     folds: Folds = 5,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
@@ -287,12 +300,15 @@ def check_data(
     from edgedistill.data import checks
     from edgedistill.data.sources import open_source
 
-    report = checks.check_data(open_source(data), folds=folds, max_pixels=max_pixels)
+    report = checks.check_data(open_source(data, labels=labels), folds=folds, max_pixels=max_pixels)
     if plot is not None:
         checks.plot_data(report, plot)
-    classes = console.table(
-        f"{report.name}: {report.summary()}", ("class", "images"), list(report.class_counts.items())
-    )
+    title = f"{report.name}: {report.summary()}"
+    if report.heads is None:
+        classes = console.table(title, ("class", "images"), list(report.class_counts.items()))
+    else:
+        counted = [(head, name, count) for head, counts in report.heads.items() for name, count in counts.items()]
+        classes = console.table(title, ("head", "class", "images"), counted)
     findings = console.table("findings", ("", "what", "found", "files", "remedy"), report.rows())
     shown = [classes, *([findings] if report.findings else []), *([str(plot)] if plot is not None else [])]
     _answer(report.to_dict(), as_json, *shown)
@@ -405,15 +421,15 @@ def bench_fps(
 
     if vs is None:
         vs = f"naive,{CPP}" if find_cpp_program(CPP_PROGRAM) else "naive"
-    peers = tuple(PEERS) if vs == "all" else () if vs == "none" else _listed(vs)
+    peers = tuple(PEERS) if vs == "all" else () if vs == "none" else listed(vs)
     settings = BenchSettings(
         path=path,
-        scopes=_listed(scope),
+        scopes=listed(scope),
         vs=peers,
         images=tuple(images or ()),
         rounds=rounds,
         seconds=seconds,
-        precisions=_listed(precision),
+        precisions=listed(precision),
         fps_target=fps_target,
         accuracy=accuracy,
         weight=weight,
@@ -424,10 +440,6 @@ def bench_fps(
     result = bench(settings)
     files = [str(file) for file in (result.out, result.plot) if file is not None]
     _answer(result.record, as_json, *result.tables(), *result.notes, *files)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @app.command()
@@ -469,7 +481,7 @@ def tune(
     from edgedistill.benchmarks.tuner import tune as find_best
     from edgedistill.errors import UsageError
 
-    if not all(part.isdecimal() for part in _listed(sizes)):
+    if not all(part.isdecimal() for part in listed(sizes)):
         raise UsageError(f"--sizes {sizes}: expected numbers of pixels with commas between")
     result = find_best(
         TuneSettings(
@@ -477,7 +489,7 @@ def tune(
             objective=Objective(w, fps_target, metric, scope, min_fps, max_p99_ms, max_drop),
             data=data,
             minutes=minutes,
-            sizes=tuple(int(part) for part in _listed(sizes)),
+            sizes=tuple(int(part) for part in listed(sizes)),
             images=images,
             seed=seed,
             out=out,

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import DataError
+from edgedistill.tasks import softmax as softmax
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -155,10 +156,10 @@ def mcnemar_exact(a: Floats, b: Floats, labels: Ints) -> float:
     _check(b, labels)
     right_a, right_b = a.argmax(axis=1) == labels, b.argmax(axis=1) == labels
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    return _two_sided_binomial(min(only_a, only_b), only_a + only_b)
+    return two_sided_binomial(min(only_a, only_b), only_a + only_b)
 
 
-def _two_sided_binomial(k: int, n: int) -> float:
+def two_sided_binomial(k: int, n: int) -> float:
     """min(1, 2 P(X <= k)) for X ~ Binomial(n, 1/2), k <= n/2; summed in log space, where 2^-n would underflow."""
     if 2 * k >= n:
         return 1.0
@@ -222,13 +223,6 @@ def _row_log_loss(probabilities: Floats, labels: Ints) -> npt.NDArray[np.float64
 # ---- temperature ----
 
 
-def softmax(logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:
-    """softmax(logits / temperature) over the last axis, float64."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    return exponents / exponents.sum(axis=-1, keepdims=True)
-
-
 def fit_temperature(logits: Floats, labels: Ints) -> float:
     """The temperature in [0.05, 20] that minimises the log-loss of softmax(logits / T) (Guo et al., 1706.04599).
 
@@ -238,23 +232,31 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     chosen = shifted[np.arange(len(labels)), labels]
 
-    def loss(log_t: float) -> float:
-        scale = math.exp(-log_t)
+    def loss(scale: float) -> float:
         return float((np.log(np.exp(shifted * scale).sum(axis=1)) - chosen * scale).mean())
+
+    return best_temperature(loss)
+
+
+def best_temperature(loss: Callable[[float], float]) -> float:
+    """The temperature T in [0.05, 20] at which ``loss`` of 1/T is least: golden-section search over log T."""
+
+    def at(log_t: float) -> float:
+        return loss(math.exp(-log_t))
 
     low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
-    loss_left, loss_right = loss(left), loss(right)
+    loss_left, loss_right = at(left), at(right)
     while high - low > 1e-6:
         if loss_left <= loss_right:
             high, right, loss_right = right, left, loss_left
             left = high - ratio * (high - low)
-            loss_left = loss(left)
+            loss_left = at(left)
         else:
             low, left, loss_left = left, right, loss_right
             right = low + ratio * (high - low)
-            loss_right = loss(right)
+            loss_right = at(right)
     return math.exp((low + high) / 2)
 
 

@@ -1,4 +1,5 @@
-"""The training options of ``distill`` and ``teach``, declared once: each is a flag there and a field of the settings.
+"""Options that several commands have, declared once: training options, each a flag and a field of the settings, and the
+label columns of a CSV.
 
 Nothing heavy is imported here: ``--help`` answers at once.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -175,26 +176,81 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
 )
 
 
+LABEL_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "label_columns": (
+        Annotated[str, typer.Option(help="CSV columns, one attribute each, with commas between: mask,gender,age.")],
+        "",
+    ),
+    "multi_label": (
+        Annotated[
+            bool,
+            typer.Option("--multi-label", help="The CSV column label holds several labels per image: a|b; | for none."),
+        ],
+        False,
+    ),
+    "one_hot_columns": (Annotated[str, typer.Option(help="CSV columns with 0 or 1, a label each: a,b,c.")], ""),
+    "regression": (Annotated[str, typer.Option(help="CSV columns of numbers to learn beside: age.")], ""),
+    "regression_weight": (Annotated[float, typer.Option(help="Weight of their loss.")], 0.1),
+    "missing_labels": (
+        Annotated[str, typer.Option(help="error, or ignore: images without a label are left out of its loss.")],
+        "error",
+    ),
+}
+
+
 def takes_training_options(*, student: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command with the parameter ``training: TrainingValues`` gets the flags above in its place.
 
     ``student`` False (``teach``): without the student's own, but with the teachers'.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = _parameters(student=student)
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "training"]
+    return lambda command: _with_flags(command, "training", _parameters(student=student), _split)
 
-        @functools.wraps(command)
-        def wrapper(**values: Any) -> None:
-            given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
-            command(**values, training=_split(given))
 
-        required = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
-        wrapper.__signature__ = inspect.Signature([*required, *parameters])  # type: ignore[attr-defined]
-        return wrapper
+def takes_label_columns(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the parameter ``labels`` (a LabelColumns) gets the flags for it in its place."""
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in LABEL_OPTIONS.items()
+    ]
+    return _with_flags(command, "labels", parameters, _label_columns)
 
-    return decorate
+
+def _with_flags(
+    command: Callable[..., None],
+    name: str,
+    parameters: Sequence[inspect.Parameter],
+    gathered: Callable[[dict[str, Any]], Any],
+) -> Callable[..., None]:
+    """``command`` with ``parameters`` in the place of its parameter ``name``, which becomes what they gather to."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != name]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
+        command(**values, **{name: gathered(given)})
+
+    required = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
+    wrapper.__signature__ = inspect.Signature([*required, *parameters])  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _label_columns(given: dict[str, Any]) -> Any:
+    from edgedistill.data.label_columns import LabelColumns
+
+    return LabelColumns(
+        attributes=listed(given["label_columns"]),
+        multi_label=given["multi_label"],
+        one_hot=listed(given["one_hot_columns"]),
+        regression=listed(given["regression"]),
+        regression_weight=given["regression_weight"],
+        missing=given["missing_labels"],
+    )
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """'a, b' -> ('a', 'b')."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _parameters(*, student: bool) -> list[inspect.Parameter]:

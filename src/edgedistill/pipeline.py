@@ -20,8 +20,9 @@ from edgedistill import __version__, console
 from edgedistill.artifacts import RunDir, atomic_path, read_json, settings_dict, sha256_file, sweep, write_json
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
-from edgedistill.data.sources import open_source
+from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.student import StudentSettings, train_student
@@ -56,11 +57,13 @@ LIBRARIES = ("torch", "timm", "albumentations", "numpy", "opencv-python", "openv
 
 @dataclass(frozen=True)
 class DataSettings:
-    """``data``: a folder, a CSV or a built-in name. ``max_pixels``: larger images are refused as bombs."""
+    """``data``: a folder, a CSV or a built-in name. ``max_pixels``: larger images are refused as bombs. ``labels``: the
+    label columns of a CSV."""
 
     data: str
     split: SplitSettings
     max_pixels: int = DEFAULT_MAX_PIXELS
+    labels: LabelColumns = SINGLE_LABEL
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,11 @@ def refuse_early(networks: Iterable[TrainSettings]) -> None:
             locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}")
 
 
-def refuse_unknown_classes(networks: Iterable[TrainSettings], dataset: Dataset) -> None:
-    """Raises UsageError where a class is to be drawn more often that the data does not have."""
+def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
+    """Raises UsageError where a class is to be drawn more often that the data does not have, and for what needs one
+    label per image where there are several."""
     for settings in networks:
+        settings.refuse_for(dataset.task)
         settings.sampling_weights(dataset.labels[dataset.rows("train")], dataset.class_names)
 
 
@@ -222,7 +227,7 @@ def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
             raise UsageError(f"{run.root}: holds a run already; go on with --resume, or choose another --out")
         root = Path(settings.data)
         return read_dataset(run.dataset, data_root=root if root.is_dir() else None)
-    source = open_source(settings.data)
+    source = open_source(settings.data, labels=settings.labels)
     report = check_data(source, settings=settings.split, max_pixels=settings.max_pixels)
     if report.errors:
         raise DataError(f"{settings.data}: {report.summary()}; see 'edgedistill check-data {settings.data}'")
@@ -259,7 +264,7 @@ def _frozen(
 ) -> Dataset:
     """The data set of the run, which suits ``networks``, and config.json."""
     dataset = freeze(settings.data, run, resume=resume)
-    refuse_unknown_classes(networks, dataset)
+    refuse_for(dataset, networks)
     record(settings, run, dataset, resume=resume)
     return dataset
 
@@ -277,7 +282,9 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
 
 
 def _look_for_noisy_labels(run: RunDir, dataset: Dataset, soft_labels: Path) -> None:
-    """noisy_labels.csv, which the report shows."""
+    """noisy_labels.csv, which the report shows; of images with one label each."""
+    if dataset.task is not None:
+        return
     path = run.root / "noisy_labels.csv"
     suspects = write_noisy_labels(path, dataset, read_soft_labels(soft_labels, dataset))
     if suspects:

@@ -81,11 +81,11 @@ class _Cost:
 
 def make_plan(settings: DistillSettings) -> Plan:
     """Reads and splits the data as the run would; raises what the run would raise at once."""
-    source = open_source(settings.data.data)
+    source = open_source(settings.data.data, labels=settings.data.labels)
     report = check_data(source, settings=settings.data.split, max_pixels=settings.data.max_pixels)
     dataset = freeze_dataset(source, settings.data.split, checks=report)
     counts = {split: len(dataset.rows(split)) for split in ("train", "val", "test")}
-    classes = len(dataset.class_names)
+    classes = len(dataset.outputs)
     steps = []
     if settings.student.distillation and settings.soft_labels is None:
         for teacher in (settings.teacher, *(other.settings for other in settings.ensemble.others)):

@@ -48,6 +48,8 @@ def write_explanations(run: RunDir) -> Path:
     gone, ModelError for a network without feature maps.
     """
     evaluation = read_json(run.evaluation / "evaluation.json", format="edgedistill-evaluation")
+    if "heads" in evaluation:
+        raise ModelError("Grad-CAM explains the one label of an image, and this network has several heads")
     main = "student" if "student" in evaluation["models"] else "hard_label_student"
     probabilities = read_array(run.evaluation / f"{main}.probs.npy", mmap=True)
     labels, ids = read_array(run.evaluation / "test_labels.npy"), read_array(run.evaluation / "test_ids.npy")

@@ -15,6 +15,8 @@ ANCHOR, TITLE = "noisy-labels", "Labels that look wrong"
 
 def noisy_section(record: RunRecord) -> Section:
     path = record.run.root / "noisy_labels.csv"
+    if record.dataset is not None and record.dataset.task is not None:
+        return Section(ANCHOR, TITLE, (Text("Not looked for: the images carry several labels."),))
     if not path.exists():
         return Section(ANCHOR, TITLE, (Missing("No out-of-fold disagreement", record.command("distill")),))
     with path.open(encoding="utf-8", newline="") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -54,6 +55,13 @@ BIN_COUNT = 10
 MAX_PICTURES = 24
 THUMBNAIL_PX = 176
 Z_95 = 1.959964
+ONE_LABEL_ONLY = "Drawn for networks that give one label per image; the comparison above has the figures of each head."
+# Of a head of each kind: its figures in evaluation.json, their titles, and how they are shown.
+HEAD_FIGURES: dict[str, tuple[tuple[str, str, Callable[[Any], str]], ...]] = {
+    "softmax": (("accuracy", "accuracy", percent), ("macro_f1", "macro-F1", percent)),
+    "sigmoid": (("map", "mAP", percent), ("macro_f1", "macro-F1 at the threshold", percent)),
+    "regression": (("mae", "MAE", number),),
+}
 
 
 def comparison_section(record: RunRecord) -> Section:
@@ -69,6 +77,7 @@ def comparison_section(record: RunRecord) -> Section:
             f"95% bootstrap intervals over these images; they say nothing about another training seed."
         ),
         _comparison_table(models, names, record.main_model),
+        *head_blocks(record.evaluation, models, names, record.main_model),
         Charts(_comparison_figures(models, names, pairs)),
     ]
     if pairs:
@@ -113,6 +122,39 @@ def _comparison_table(models: dict[str, Any], names: list[str], strong: str) -> 
     )
 
 
+def head_blocks(evaluation: dict[str, Any], models: dict[str, Any], names: list[str], strong: str) -> tuple[Block, ...]:
+    """What accuracy means where a network answers several heads, and a table with the figures of each head."""
+    heads = [(str(head["name"]), str(head["kind"])) for head in evaluation.get("heads", ())]
+    if not heads:
+        return ()
+    columns = ["network"]
+    for head, kind in heads:
+        columns += [f"{shorten(head, 30)}: {title}" for _, title, _ in HEAD_FIGURES[kind]]
+    rows = tuple(
+        (
+            model_name(name),
+            *(
+                show(models[name]["heads"][head].get(figure))
+                for head, kind in heads
+                for figure, _, show in HEAD_FIGURES[kind]
+            ),
+        )
+        for name in names
+    )
+    table = Table(
+        "Each head on the test split",
+        tuple(columns),
+        rows,
+        colors=tuple(COLORS.get(name, "peer") for name in names),
+        strong_row=names.index(strong) if strong in names else None,
+    )
+    lead = (
+        "Accuracy above is the joint score: the share of images on which every known label is right. Macro-F1 is the mean "
+        "over heads of classes, log-loss their sum. Errors of values (MAE) are in their own units."
+    )
+    return (Text(lead), table)
+
+
 def _comparison_figures(models: dict[str, Any], names: list[str], pairs: list[dict[str, Any]]) -> tuple[Figure, ...]:
     figures = []
     for metric, title in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1")):
@@ -152,6 +194,8 @@ def confusion_section(record: RunRecord) -> Section:
     title = "Confusion matrix"
     evaluation = record.evaluation
     model = (evaluation or {}).get("models", {}).get(record.main_model)
+    if evaluation is not None and model is not None and "heads" in evaluation:
+        return Section("confusion", title, _head_details(model["heads"], model_name(record.main_model)))
     if evaluation is None or model is None or not model.get("confusion"):
         return Section("confusion", title, (Missing("No test predictions of the student", record.command("distill")),))
     confusion = np.asarray(model["confusion"], np.int64)
@@ -163,6 +207,26 @@ def confusion_section(record: RunRecord) -> Section:
         blocks.append(_pairs_table(confusion, names))
     blocks.append(_class_table(confusion, names))
     return Section("confusion", title, tuple(blocks))
+
+
+def _head_details(heads: dict[str, Any], model: str) -> tuple[Block, ...]:
+    """A matrix for each attribute, a table for each head of labels."""
+    blocks: list[Block] = []
+    for name, figures in heads.items():
+        head = shorten(str(name), 40)
+        if figures.get("confusion"):
+            names = [str(label) for label in figures["classes"]]
+            blocks.append(_matrix(np.asarray(figures["confusion"], np.int64), names, f"{model}, {head},"))
+        elif figures["kind"] == "sigmoid":
+            rows = tuple(
+                (shorten(str(label), 40), count(positives), percent(precision))
+                for label, positives, precision in zip(
+                    figures["classes"], figures["positives"], figures["average_precision"], strict=True
+                )
+            )
+            columns = ("label", "images to which it applies", "average precision")
+            blocks.append(Table(f"The {model} on test: {head}", columns, rows))
+    return tuple(blocks)
 
 
 def _matrix(confusion: npt.NDArray[np.int64], names: list[str], model: str) -> Matrix:
@@ -226,6 +290,8 @@ def _class_table(confusion: npt.NDArray[np.int64], names: list[str]) -> Details:
 
 def reliability_section(record: RunRecord) -> Section:
     title = "Reliability"
+    if "heads" in (record.evaluation or {}):
+        return Section("reliability", title, (Text(ONE_LABEL_ONLY),))
     shown = [name for name in ("student", "hard_label_student", "teacher") if name in record.predictions]
     if not shown or record.test_labels is None:
         return Section("reliability", title, (Missing("No test probabilities", record.command("distill")),))
@@ -290,6 +356,8 @@ def _wilson(share: float, images: int) -> tuple[float, float]:
 
 def mistakes_section(record: RunRecord) -> Section:
     title = "Most confident mistakes"
+    if "heads" in (record.evaluation or {}):
+        return Section("mistakes", title, (Text(ONE_LABEL_ONLY),))
     student, labels, ids = record.predictions.get(record.main_model), record.test_labels, record.test_ids
     if student is None or labels is None or ids is None:
         return Section("mistakes", title, (Missing("No test predictions of the student", record.command("distill")),))

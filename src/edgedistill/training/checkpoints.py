@@ -30,6 +30,7 @@ import edgedistill
 from edgedistill.artifacts import FORMAT_VERSION, atomic_path
 from edgedistill.errors import ArtifactError, EdgedistillError
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
 from edgedistill.timm_import import import_timm
 from edgedistill.training.classifier import ClassifierSettings, classifier_of, equip
 from edgedistill.training.models import MODEL_KWARGS, all_networks, to_channels_last
@@ -62,6 +63,7 @@ class LoadedModel:
     temperature: float
     dataset_hash: str
     settings: dict[str, Any]
+    task: Task
 
 
 def save_tensors(path: Path, values: Mapping[str, Any], *, format: str) -> None:
@@ -106,9 +108,10 @@ def write_model(
     dataset_hash: str,
     settings: Mapping[str, Any],
     temperature: float = 1.0,
+    task: Task | None = None,
 ) -> None:
     """model.pt. ``architecture`` and ``model_kwargs`` are what ``timm.create_model`` takes; how the model was equipped
-    (see classifier.equip) is read off it."""
+    (see classifier.equip) is read off it. ``task``: of a network with several heads, whose outputs ``classes`` names."""
     classifier = classifier_of(model)
     values = {
         "architecture": architecture,
@@ -127,6 +130,8 @@ def write_model(
     }
     if not classifier.plain:
         values["classifier"] = classifier.to_dict()
+    if task is not None:
+        values["task"] = task.to_dict()
     save_tensors(path, values, format=MODEL_FORMAT)
 
 
@@ -143,14 +148,15 @@ def read_model(path: Path) -> LoadedModel:
         classes = tuple(str(name) for name in values["classes"])
         temperature = float(values["temperature"])
         settings = dict(values["settings"])
+        task = Task.from_dict(values["task"]) if "task" in values else Task.single(classes)
     except EdgedistillError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"{path}: its weights and its architecture do not fit ({first})") from error
-    if len(classes) != model.num_classes or not temperature > 0:
+    if len(classes) != model.num_classes or classes != task.outputs or not temperature > 0:
         raise ArtifactError(
-            f"{path}: {len(classes)} class names for {model.num_classes} logits, temperature {temperature}; "
+            f"{path}: {len(classes)} class names, heads of {task.width} outputs for {model.num_classes} logits, temperature {temperature}; "
             "expected one name each and a temperature above 0"
         )
     return LoadedModel(
@@ -161,6 +167,7 @@ def read_model(path: Path) -> LoadedModel:
         temperature=temperature,
         dataset_hash=str(values["dataset_hash"]),
         settings=settings,
+        task=task,
     )
 
 

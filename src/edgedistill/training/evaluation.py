@@ -23,11 +23,11 @@ from edgedistill.metrics import (
     log_loss,
     macro_f1,
     paired_bootstrap_difference,
-    softmax,
 )
 from edgedistill.training.checkpoints import LoadedModel, read_model
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.settings import choose_device
+from edgedistill.training.task_evaluation import head_table, priors, task_evaluation
 from edgedistill.training.views import WHOLE, predict_probabilities, views_of
 
 EVALUATION_FORMAT = "edgedistill-evaluation"
@@ -54,7 +54,8 @@ def evaluate_test(
     device: str = "auto",
     batch_size: int = 64,
 ) -> Path:
-    """Write evaluation/evaluation.json, test_ids.npy, test_labels.npy and NAME.probs.npy (float32 [N, C]) per model.
+    """Write evaluation/evaluation.json, test_ids.npy, test_labels.npy and NAME.probs.npy (float32 [N, C]) per model; with
+    several heads test_values.npy (float32 [N, V]) in the place of test_labels.npy, and each head's figures.
 
     ``models``: 'student', 'hard_label_student', 'teacher', 'student-NAME' ... to their model.pt files; several files are an ensemble
     whose probabilities are averaged. ``combinations``: further models, made of these. The majority baseline comes from the training labels. Raises DataError without a
@@ -66,7 +67,7 @@ def evaluate_test(
             "the data set has no test split, so nothing can be evaluated; freeze it again with --test-fraction 0.2"
         )
     labels = dataset.labels[rows]
-    probabilities = {MAJORITY: _majority(dataset, len(rows))}
+    probabilities = {MAJORITY: majority(dataset, len(rows))}
     temperatures: dict[str, float] = {}
     for name, paths in models.items():
         loaded = [_load(path, dataset) for path in paths]
@@ -83,6 +84,11 @@ def evaluate_test(
     for name, values in probabilities.items():
         write_array(run.evaluation / f"{name}.probs.npy", values)
     write_array(run.evaluation / "test_ids.npy", dataset.ids[rows].astype(str))
+    if dataset.task is not None and dataset.values is not None:
+        write_array(run.evaluation / "test_values.npy", dataset.values[rows])
+        result = task_evaluation(dataset.task, probabilities, dataset.values[rows], pairs=pairs_of(probabilities))
+        write_json(run.evaluation / "evaluation.json", result, format=EVALUATION_FORMAT)
+        return run.evaluation / "evaluation.json"
     write_array(run.evaluation / "test_labels.npy", labels.astype(np.int32))
     result = {
         "split": "test",
@@ -113,15 +119,17 @@ def pairs_of(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs if a in known and b in known]
 
 
-def _majority(dataset: Dataset, count: int) -> Probabilities:
+def majority(dataset: Dataset, count: int) -> Probabilities:
     """The class shares of the training images, for every image: the best answer that looks at none."""
+    if dataset.task is not None and dataset.values is not None:
+        return priors(dataset.task, dataset.values[dataset.rows("train")], count)
     counts = np.bincount(dataset.labels[dataset.rows("train")], minlength=len(dataset.class_names))
     return np.tile((counts / max(1, counts.sum())).astype(np.float32), (count, 1))
 
 
 def _load(path: Path, dataset: Dataset) -> LoadedModel:
     loaded = read_model(path)
-    if loaded.classes != dataset.class_names or loaded.dataset_hash != dataset.hash:
+    if loaded.classes != dataset.outputs or loaded.dataset_hash != dataset.hash:
         raise ArtifactError(
             f"{path}: trained on other classes or another data set than dataset.csv; evaluate it in its own run"
         )
@@ -145,7 +153,7 @@ def _probabilities(
             title=title,
         )
     logits = predict_logits(model, paths, loaded.input_spec, batch_size=batch_size, title=title)
-    return softmax(logits, loaded.temperature).astype(np.float32)
+    return loaded.task.probabilities(logits, loaded.temperature).astype(np.float32)
 
 
 def _row(probabilities: Probabilities, labels: npt.NDArray[np.int32]) -> dict[str, Any]:
@@ -190,4 +198,6 @@ def comparison_table(evaluation: dict[str, Any]) -> Any:
         for name, values in evaluation["models"].items()
     ]
     columns = ("model", "accuracy [95%]", "macro-F1 [95%]", "log-loss", "ECE")
+    if "heads" in evaluation:
+        return head_table(evaluation)
     return console.table(f"test split, {evaluation['n']} images", columns, rows)

@@ -29,7 +29,9 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
+from edgedistill.tasks import Task, Values
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
+from edgedistill.training.heads import task_loss, validation_metrics
 from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, batches, core_count
 from edgedistill.training.losses import LossSettings, Targets, loss_of, to_device
 from edgedistill.training.mixing import mix
@@ -48,11 +50,12 @@ LOSS_CHECK_STEPS = 50  # reading the loss makes a GPU wait, so it is read this o
 class Validation:
     """Images that nobody trains on; their metrics are logged after each epoch and decide nothing.
 
-    ``pixels``: uint8 [N, H, W, 3] BGR; ``labels``: int32 [N].
+    ``pixels``: uint8 [N, H, W, 3] BGR; ``labels``: int32 [N]; ``values``: float32 [N, V] of a task with several heads.
     """
 
     pixels: ImageU8
     labels: npt.NDArray[np.int32]
+    values: Values | None = None
 
 
 def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validation | None:
@@ -60,7 +63,10 @@ def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validati
     rows = dataset.rows("val")
     if len(rows) > VALIDATION_IMAGES:
         rows = np.sort(generator(seed, "validation").choice(rows, VALIDATION_IMAGES, replace=False))
-    return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows]) if len(rows) else None
+    if not len(rows):
+        return None
+    values = None if dataset.values is None else dataset.values[rows]
+    return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows], values)
 
 
 class Judge(Protocol):
@@ -81,7 +87,7 @@ class Job:
     """All that one training needs. ``identity``: plain values on which a resumed run must agree.
 
     ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``; with a
-    ``judge`` the soft ones are its answers instead.
+    ``judge`` the soft ones are its answers instead. ``task``: of a network with several heads.
     """
 
     title: str
@@ -96,6 +102,7 @@ class Job:
     augment: Augmentation
     validation: Validation | None = None
     judge: Judge | None = None
+    task: Task | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -222,7 +229,9 @@ def train_step(
     half = trains_in_half(settings, device)
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(images, job.spec))
-    loss = loss_of(logits, targets, job.loss.at(state.epoch / len(job.epochs))) * weight
+    task, settled = job.task, job.loss.at(state.epoch / len(job.epochs))
+    loss = loss_of(logits, targets, settled) if task is None else task_loss(logits, targets, settled, task)
+    loss = loss * weight
     loss.backward()
     if settings.grad_clip is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
@@ -314,6 +323,8 @@ def validate(model: nn.Module, validation: Validation | None, job: Job) -> dict[
     if validation is None:
         return {}
     logits = predict_pixels(model, validation.pixels, job.spec, batch_size=job.settings.batch_size)
+    if job.task is not None and validation.values is not None:
+        return validation_metrics(job.task, logits, validation.values)
     probabilities = softmax(logits)
     return {
         "val_accuracy": accuracy(probabilities, validation.labels),

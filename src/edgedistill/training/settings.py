@@ -14,6 +14,7 @@ from edgedistill.artifacts import settings_dict
 from edgedistill.data.augment import Augment, AugmentSettings, Strength
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
 from edgedistill.training.classifier import ClassifierName, ClassifierSettings, PoolName
 from edgedistill.training.loader import parse_oversample, sampling_weights
 from edgedistill.training.losses import (
@@ -202,6 +203,24 @@ class TrainSettings:
             ),
         ]
 
+    def single_label_only(self) -> list[tuple[bool, str]]:
+        """(whether it is asked for, its flag) of what needs exactly one label per image."""
+        return [
+            (self.hard_loss not in ("ce", "focal"), f"--hard-loss {self.hard_loss}"),
+            (self.class_weights != "none", f"--class-weights {self.class_weights}"),
+            (self.sample_power > 0, "--sample-power"),
+            (bool(self.oversample), "--oversample"),
+        ]
+
+    def refuse_for(self, task: Task | None) -> None:
+        """Raises UsageError for what a network of several heads cannot learn by. ``task``: None where it has one."""
+        found = [flag for asked, flag in self.single_label_only() if asked]
+        if task is not None and found:
+            heads = ", ".join(head.name for head in task.heads)
+            raise UsageError(
+                f"{', '.join(found)}: for one label per image, and these images have {heads}; leave that away"
+            )
+
     def doubts(self) -> list[str]:
         """What is allowed and seldom wanted: one warning each."""
         found = []
@@ -324,8 +343,9 @@ class TrainSettings:
         ]
 
 
-def identity(settings: TrainSettings, **more: Any) -> dict[str, Any]:
+def identity(settings: TrainSettings, *, task: Task | None = None, **more: Any) -> dict[str, Any]:
     """What decides the trained weights, as plain values: a resumed run must agree on all of it."""
+    more |= {} if task is None else {"task": task.to_dict()}
     return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS} | more
 
 

@@ -20,6 +20,7 @@ from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.data.manifest import Dataset
 from edgedistill.data.soft_label_store import BLOCK_ROWS, SoftLabelStore, open_store, parse_store, write_store
 from edgedistill.errors import ArtifactError, DataError
+from edgedistill.training.heads import head_files, read_scores, write_scores
 
 SOFT_LABELS_FORMAT = "edgedistill-soft-labels"
 HEAD = "label"
@@ -27,7 +28,8 @@ HEAD = "label"
 
 @dataclass(frozen=True, eq=False)
 class FoldResult:
-    """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1.
+    """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1 (with
+    several heads: the scores [n, D] of heads.scores_of).
 
     ``trained_on``: ids_hash of the images that it trained on. ``epochs``: planned and done, which must agree.
     """
@@ -123,29 +125,37 @@ def write_soft_labels(
     folds = np.concatenate([np.full(len(result.ids), result.fold, np.int16) for result in results])
     order = np.argsort(ids, kind="stable")
     blocks = _gathered([result.log_probs for result in results], order)
-    shape = (len(ids), len(dataset.class_names))
-    entry = write_store(folder, HEAD, blocks, shape=shape, kind=parse_store(store))
     write_array(folder / "ids.npy", ids[order].astype(str))
     write_array(folder / "fold.npy", folds[order])
-    if "loss" in entry:
-        loss = entry["loss"]
-        console.note(
-            f"soft labels stored as {store}: {loss['kl_mean']:.2g} nats lost on average (at most {loss['kl_max']:.2g}), "
-            f"another first choice for {loss['top1_changed']} of {len(ids)} images"
-        )
+    if dataset.task is None:
+        shape = (len(ids), len(dataset.class_names))
+        heads = {HEAD: write_store(folder, HEAD, blocks, shape=shape, kind=parse_store(store))}
+        _say_what_is_lost(heads[HEAD], store, len(ids))
+    else:
+        write_scores(folder, dataset.task, np.concatenate(list(blocks)))
+        heads = head_files(dataset.task)
     write_json(
         folder / "meta.json",
         {
             "dataset_hash": dataset.hash,
-            "classes": list(dataset.class_names),
+            "classes": list(dataset.outputs),
             "n": len(ids),
-            "heads": {HEAD: entry},
+            "heads": heads,
             "teachers": [result.teacher() for result in results] if teachers is None else list(teachers),
         }
         | ({} if blend is None else {"blend": dict(blend)}),
         format=SOFT_LABELS_FORMAT,
     )
     return folder
+
+
+def _say_what_is_lost(entry: Mapping[str, Any], store: str, count: int) -> None:
+    if "loss" in entry:
+        loss = entry["loss"]
+        console.note(
+            f"soft labels stored as {store}: {loss['kl_mean']:.2g} nats lost on average (at most {loss['kl_max']:.2g}), "
+            f"another first choice for {loss['top1_changed']} of {count} images"
+        )
 
 
 def _gathered(
@@ -188,31 +198,45 @@ class SoftLabels:
 
 
 def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
-    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train.
+    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train. With several heads:
+    their scores, [len(dataset), D] (see heads.scores_of).
 
     Raises ArtifactError when the labels belong to other images, other classes or another format.
     """
-    labels = open_soft_labels(folder, dataset)
-    joined = np.full((len(dataset), len(dataset.class_names)), np.nan, np.float32)
-    for rows, block in labels.blocks():
+    joined = np.full((len(dataset), len(dataset.outputs)), np.nan, np.float32)
+    if dataset.task is not None:
+        _, row_of = _matched(folder, dataset)
+        train = dataset.rows("train")
+        joined[train] = read_scores(folder, dataset, len(train))[row_of[train]]
+        return joined
+    for rows, block in open_soft_labels(folder, dataset).blocks():
         joined[rows] = block
     return joined
 
 
 def open_soft_labels(folder: Path, dataset: Dataset) -> SoftLabels:
-    """The same labels for reading by rows or blocks, which need not fit into memory. Raises as read_soft_labels does."""
+    """The same labels for reading by rows or blocks, which need not fit into memory; of one head alone. Raises as
+    read_soft_labels does."""
+    meta, row_of = _matched(folder, dataset)
+    entry = dict(meta.get("heads", {}).get(HEAD, {}))
+    count = len(dataset.rows("train"))
+    return SoftLabels(open_store(folder, HEAD, entry, count=count, class_count=len(dataset.class_names)), row_of)
+
+
+def _matched(folder: Path, dataset: Dataset) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+    """(meta.json, SoftLabels.row_of) of labels that belong to exactly this data set."""
     meta_path = folder / "meta.json"
     meta = read_json(meta_path, format=SOFT_LABELS_FORMAT)
     again = "train the teachers again with 'edgedistill teach', or give the --soft-labels of this data set"
     classes = tuple(meta.get("classes", ()))
-    if len(classes) != len(dataset.class_names):
+    if len(classes) != len(dataset.outputs):
         raise ArtifactError(
-            f"{meta_path}: {len(classes)} classes, but the data set has {len(dataset.class_names)}; {again}"
+            f"{meta_path}: {len(classes)} classes, but the data set has {len(dataset.outputs)}; {again}"
         )
-    if classes != dataset.class_names:
+    if classes != dataset.outputs:
         raise ArtifactError(
             f"{meta_path}: classes {', '.join(classes[:5])}, but the data set has "
-            f"{', '.join(dataset.class_names[:5])}; {again}"
+            f"{', '.join(dataset.outputs[:5])}; {again}"
         )
     if meta.get("dataset_hash") != dataset.hash:
         raise ArtifactError(
@@ -222,8 +246,6 @@ def open_soft_labels(folder: Path, dataset: Dataset) -> SoftLabels:
     ids = read_array(folder / "ids.npy")
     if ids.ndim != 1 or ids.dtype.kind != "U" or len(set(ids.tolist())) != len(ids):
         raise ArtifactError(f"{folder / 'ids.npy'}: expected distinct strings [N], got {ids.dtype} {ids.shape}")
-    entry = dict(meta.get("heads", {}).get(HEAD, {}))
-    store = open_store(folder, HEAD, entry, count=len(ids), class_count=len(classes))
     train = dataset.rows("train")
     if set(ids.tolist()) != set(dataset.ids[train].tolist()):
         raise ArtifactError(
@@ -233,7 +255,7 @@ def open_soft_labels(folder: Path, dataset: Dataset) -> SoftLabels:
     stored = {name: row for row, name in enumerate(ids.tolist())}
     row_of = np.full(len(dataset), -1, np.int64)
     row_of[train] = [stored[name] for name in dataset.ids[train].tolist()]
-    return SoftLabels(store, row_of)
+    return meta, row_of
 
 
 def read_teachers(folder: Path) -> list[dict[str, Any]]:

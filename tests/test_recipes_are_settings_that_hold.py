@@ -8,6 +8,8 @@ import pytest
 from edgedistill import cli, pipeline
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.recipes import read_recipe, recipe_names
+from edgedistill.training import fixres
+from edgedistill.training.models import input_spec_for
 
 SYSTEMS = {"clothing-2nd-place", "gender-status", "mask-gender-age", "eye-disease", "binary-contest"}
 
@@ -39,13 +41,16 @@ def test_every_system_of_the_table_has_a_recipe():
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_valid_for_both_commands_as_early_as_a_run_can_tell(name, settings_of):
     settings = settings_of("--recipe", name)
-    pipeline.refuse_early([settings.student, settings.teacher])
+    others = [other.settings for other in settings.ensemble.others]
+    pipeline.refuse_early([settings.student, settings.teacher, *others])
+    for network in (settings.student, settings.teacher, *others):
+        fixres.deployed_spec(network, input_spec_for(network.name, network.image_size))
     hard = dataclasses.replace(settings.student, distillation=False)  # the baseline that distill trains beside it
     assert hard.epochs == settings.student.epochs
     alone = settings_of("--recipe", name, command="teach")
-    assert alone.teacher == settings.teacher
+    assert (alone.teacher, alone.ensemble) == (settings.teacher, settings.ensemble)
     text = read_recipe(name, known=cli._recipe_options()).text
-    assert len(text.splitlines()) < 40
+    assert len(text.splitlines()) < 40 and "# Add:" not in text
 
 
 def test_a_classifier_that_a_network_cannot_take_is_told_before_teachers_are_trained(settings_of):

@@ -32,7 +32,7 @@ from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.loop import Job, open_validation, train, trains_in_half
-from edgedistill.training.losses import LossName, LossSettings, Targets, make_targets
+from edgedistill.training.losses import HardLoss, LossName, LossSettings, Targets, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
 from edgedistill.training.optimizers import Phase, make_phases
@@ -285,13 +285,19 @@ def _job(
             settings.loss,
             settings.soft_weight if settings.distillation else 0.0,
             settings.soft_temperature,
-            settings.loss_against(dataset.labels[_train_rows(dataset, lesson)], len(dataset.class_names)),
+            _hard_loss(settings, dataset, _train_rows(dataset, lesson)),
         ),
         spec=spec,
         augment=settings.augmentation(spec),
         validation=open_validation(dataset, spec, seed=settings.seed),
         task=dataset.task,
     )
+
+
+def _hard_loss(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64]) -> HardLoss:
+    if dataset.task is not None and dataset.values is not None:
+        return settings.loss_against_heads(dataset.task, dataset.values[rows])
+    return settings.loss_against(dataset.labels[rows], len(dataset.class_names))
 
 
 def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64], lesson: _Lesson) -> Targets:
@@ -313,7 +319,7 @@ def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.i
 
 def _phases(settings: StudentSettings, dataset: Dataset, store_rows: npt.NDArray[np.int64]) -> tuple[Phase, ...]:
     """The epochs on train, then those whose weights are averaged, on all rows of the store."""
-    labels = dataset.sampling_labels[store_rows]
+    labels = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[store_rows]
     train_rows = np.flatnonzero(dataset.splits[store_rows] == "train")
 
     def draw(rows: npt.NDArray[np.int64]) -> Draw:

@@ -28,7 +28,7 @@ from edgedistill.task_metrics import Scored, summary
 from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds
 from edgedistill.training.checkpoints import write_model
 from edgedistill.training.fixres import adapt, deployed_spec
-from edgedistill.training.heads import make_task_targets, scores_of
+from edgedistill.training.heads import make_task_targets, scores_from, scores_of
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
 from edgedistill.training.loop import Job, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
@@ -87,7 +87,6 @@ class TeacherSettings(TrainSettings):
     def single_label_only(self) -> list[tuple[bool, str]]:
         return [
             *super().single_label_only(),
-            (bool(self.tta), f"--tta {self.tta}"),
             (self.soft_label_store != "float32", f"--soft-label-store {self.soft_label_store}"),
         ]
 
@@ -319,31 +318,40 @@ def _log_probs(
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """float32 [N, C] at T=1: of the whole picture, or of the mean over the views of ``tta``; with several heads their
     scores, [N, D]."""
-    tta, spec = shared.member.settings.tta, deployed_spec(shared.member.settings, shared.spec)
-    if tta:
-        probabilities = predict_probabilities(model, paths, spec, views=views_of(tta), title=title)
+    task, settings = shared.dataset.task, shared.member.settings
+    spec = deployed_spec(settings, shared.spec)
+    if settings.tta:
+        views = views_of(settings.tta)
+        probabilities = predict_probabilities(model, paths, spec, views=views, task=task, title=title)
+        if task is not None:
+            return scores_from(task, probabilities)
         return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
     logits = predict_logits(model, paths, spec, title=title)
-    if shared.dataset.task is not None:
-        return scores_of(shared.dataset.task, logits)
+    if task is not None:
+        return scores_of(task, logits)
     return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
 
 
 def _job(shared: _Shared, folder: Path, fold: int) -> Job:
     settings, dataset, rows = shared.member.settings, shared.dataset, shared.rows
-    labels, smoothing = dataset.labels[rows], settings.label_smoothing
-    if dataset.task is None or dataset.values is None:
-        targets = make_targets(labels, len(dataset.class_names), label_smoothing=smoothing)
-    else:
-        targets = make_task_targets(dataset.task, dataset.values[rows], label_smoothing=smoothing)
+    smoothing = settings.label_smoothing
     seen = np.flatnonzero(dataset.folds[rows] != fold)
+    if dataset.task is None or dataset.values is None:
+        labels = dataset.labels[rows]
+        targets = make_targets(labels, len(dataset.class_names), label_smoothing=smoothing)
+        hard = settings.loss_against(labels[seen], len(dataset.class_names))
+    else:
+        values = dataset.values[rows]
+        targets = make_task_targets(dataset.task, values, label_smoothing=smoothing)
+        hard = settings.loss_against_heads(dataset.task, values[seen])
+    drawn = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[rows][seen]
     draw = Draw(
         rows=seen,
-        labels=dataset.sampling_labels[rows][seen],
+        labels=drawn,
         batch_size=min(settings.batch_size, len(seen)),
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "fold", fold),
-        weights=settings.sampling_weights(labels[seen], dataset.class_names),
+        weights=settings.sampling_weights(drawn, dataset.class_names),
     )
     return Job(
         title=f"{shared.member.folder or 'teacher'} {fold + 1}/{dataset.fold_count}",
@@ -353,7 +361,7 @@ def _job(shared: _Shared, folder: Path, fold: int) -> Job:
         store=shared.store,
         targets=targets,
         phases=make_phases("teacher", settings, draw),
-        loss=LossSettings(hard=settings.loss_against(labels[seen], len(dataset.class_names))),
+        loss=LossSettings(hard=hard),
         spec=shared.spec,
         augment=settings.augmentation(shared.spec),
         validation=shared.validation,

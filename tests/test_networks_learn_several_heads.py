@@ -20,16 +20,19 @@ from edgedistill import task_metrics
 from edgedistill.artifacts import RunDir, read_array, read_json
 from edgedistill.cli import app
 from edgedistill.data.manifest import Dataset, read_dataset
-from edgedistill.errors import ArtifactError, DataError
+from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.report import write_report
 from edgedistill.runtime import Classifier
+from edgedistill.student import StudentSettings
 from edgedistill.task_metrics import Scored
 from edgedistill.tasks import Head, Task, sigmoid, softmax
 from edgedistill.training.checkpoints import read_model
-from edgedistill.training.heads import make_task_targets, scores_of, task_loss
-from edgedistill.training.losses import LossSettings, cutmix, make_targets
+from edgedistill.training.heads import make_task_targets, scores_from, scores_of, task_loss
+from edgedistill.training.losses import LossSettings, make_targets
 from edgedistill.training.losses import loss_of as one_head_loss
+from edgedistill.training.mixing import Mixing, mix
 from edgedistill.training.predict import predict_logits
+from edgedistill.training.settings import TrainSettings
 from edgedistill.training.soft_labels import read_soft_labels
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -151,10 +154,48 @@ def test_soft_targets_keep_the_temperature_and_cutmix_mixes_all_heads() -> None:
     np.testing.assert_allclose(targets.soft[:, 3:5], sigmoid(logits[:, 3:5], 2.0), atol=1e-6)
     np.testing.assert_allclose(targets.soft[:, 5], logits[:, 5], atol=1e-6)
     images = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
-    _, mixed = cutmix(images, targets, alpha=1.0, probability=1.0, seed=1, epoch=0, step=0)
+    _, mixed = mix(images, targets, Mixing(cutmix=1.0), seed=1, epoch=0, step=0)
     known = ~torch.isnan(mixed.hard).any(dim=1)
     assert not torch.equal(mixed.soft, targets.soft) and torch.isnan(mixed.hard[2]).any()
     assert torch.all((mixed.hard[known, :3].sum(dim=1) - 1).abs() < 1e-6)
+
+
+def test_class_weights_are_each_softmax_heads_own() -> None:
+    task = Task((TASK.heads[0], Head("shape", "softmax", ("bar", "disc")), TASK.heads[1]))
+    values = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [1, 0, 1, 1], [2, 1, 0, 0]], np.float32)
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    settings = TrainSettings(name="x", class_weights="inverse", balanced_sampling=False)
+    hard = settings.loss_against_heads(task, values)
+    assert hard.class_weights == pytest.approx((4 / 6, 4 / 3, 4 / 3, 2.0, 4 / 6, 1.0, 1.0))
+    loss = task_loss(logits, make_task_targets(task, values), LossSettings(hard=hard), task)
+    truth = torch.from_numpy(values)
+    expected = (
+        F.cross_entropy(logits[:, :3], truth[:, 0].long(), torch.tensor(hard.class_weights[:3]))
+        + F.cross_entropy(logits[:, 3:5], truth[:, 1].long(), torch.tensor(hard.class_weights[3:5]))
+        + F.binary_cross_entropy_with_logits(logits[:, 5:], truth[:, 2:])
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_needs_one_label_per_image_is_refused() -> None:
+    settings = StudentSettings(hard_loss="soft-f1", live_teachers=True, drop_noisy=0.1)
+    with pytest.raises(UsageError, match="--hard-loss soft-f1, --live-teachers, --drop-noisy: for one label per image"):
+        settings.refuse_for(TASK)
+    settings.refuse_for(None)
+    weighted = TrainSettings(name="x", class_weights="inverse", balanced_sampling=False)
+    weighted.refuse_for(TASK)
+    with pytest.raises(
+        UsageError, match="--class-weights inverse: for one label per image, and these images have labels"
+    ):
+        weighted.refuse_for(Task((TASK.heads[1],)))
+
+
+def test_scores_of_a_mean_over_views_have_its_probabilities() -> None:
+    probabilities = TASK.probabilities(np.random.default_rng(0).normal(size=(5, 6)))
+    again = TASK.probabilities(scores_from(TASK, probabilities))
+    np.testing.assert_allclose(again, probabilities, atol=1e-5)
+    certain = np.array([[1, 0, 0, 1, 0, 10]], np.float64)
+    assert np.isfinite(scores_from(TASK, certain)).all()
 
 
 # ---- metrics ----
@@ -317,6 +358,22 @@ def test_the_report_shows_each_head(attributes: Path, many: Path) -> None:
         page = write_report(RunDir(run)).read_text(encoding="utf-8")
         assert "Each head on the test split" in page and all(word in page for word in words)
         assert "could not be understood" not in page
+
+
+def test_several_views_weights_and_a_larger_size_go_with_attributes(photos_csv: Path, tmp_path: Path) -> None:
+    labels = ["--label-columns", "color,shape", "--regression", "size", "--missing-labels", "ignore"]
+    options = (
+        "--tta flip --class-weights inverse --no-balanced --test-size 40 --epochs 1 --teacher-test-size 40".split()
+    )
+    call("distill", "--data", photos_csv, "--out", tmp_path / "run", *labels, *OPTIONS, *options)
+    run = RunDir(tmp_path / "run")
+    dataset = dataset_of(run.root)
+    scores = read_soft_labels(run.soft_labels, dataset)[dataset.rows("train")]
+    assert np.abs(np.exp(scores[:, :3]).sum(axis=1) - 1).max() < 1e-3
+    assert read_model(run.model).input_spec.height == 40
+    assert not (run.root / "noisy_labels.csv").exists()
+    with pytest.raises(UsageError, match="several teachers vote on one label per image"):
+        call("teach", "--data", photos_csv, "--out", tmp_path / "two", *labels, "--teacher", "resnet10t,resnet18")
 
 
 def test_the_tuner_refuses_several_labels(attributes: Path, many: Path, cli: Cli) -> None:

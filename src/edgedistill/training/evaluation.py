@@ -149,6 +149,7 @@ def _probabilities(
             loaded.input_spec,
             views=views,
             temperature=loaded.temperature,
+            task=loaded.task,
             batch_size=batch_size,
             title=title,
         )

@@ -7,6 +7,7 @@ label is missing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from edgedistill.tasks import Floats, Head, Task, Values
 from edgedistill.training.losses import LossSettings, Targets, loss_of
 
 SUFFIXES = {"softmax": "log_probs", "sigmoid": "logits", "regression": "values"}
+SMALLEST = float(np.finfo(np.float32).tiny)
 Scores = npt.NDArray[np.float32]
 
 
@@ -73,19 +75,23 @@ def task_loss(logits: torch.Tensor, targets: Targets, settings: LossSettings, ta
     """The sum over heads of weight * mean loss over what is known, a float32 scalar. ``logits``: [B, D].
 
     Softmax heads: ``loss_of``. Sigmoid heads: the same over each label as a choice between two, whose logits are
-    (z, 0): cross-entropy is then the binary one. Regression: smooth L1 against (1 - w) hard and w soft values.
+    (z, 0): cross-entropy is then the binary one. Class weights, one for each output, count in softmax heads. Regression: smooth L1 against (1 - w) hard and w soft values.
     """
     total = logits.new_zeros((), dtype=torch.float32)
     for head, part in task.slices():
         own, hard, soft = logits[:, part].float(), targets.hard[:, part], targets.soft[:, part]
         if head.kind == "softmax":
-            loss = _known_loss(own, hard, soft, settings)
+            loss = _known_loss(own, hard, soft, _with_weights(settings, settings.hard.class_weights[part]))
         elif head.kind == "sigmoid":
-            loss = _known_loss(_as_pairs(own), _shares(hard), _shares(soft), settings)
+            loss = _known_loss(_as_pairs(own), _shares(hard), _shares(soft), _with_weights(settings, ()))
         else:
             loss = _regression_loss(own, hard, soft, settings.soft_weight)
         total = total + head.weight * loss
     return total
+
+
+def _with_weights(settings: LossSettings, class_weights: tuple[float, ...]) -> LossSettings:
+    return replace(settings, hard=replace(settings.hard, class_weights=class_weights))
 
 
 def _as_pairs(logits: torch.Tensor) -> torch.Tensor:
@@ -123,6 +129,19 @@ def scores_of(task: Task, logits: Floats) -> Scores:
     for head, part in task.slices():
         if head.kind == "softmax":
             scores[:, part] = torch.log_softmax(torch.from_numpy(scores[:, part]), dim=1).numpy()
+    return scores.astype(np.float32)
+
+
+def scores_from(task: Task, probabilities: Floats) -> Scores:
+    """``scores_of`` logits that have these probabilities, float [N, D] as ``Task.probabilities`` gives them."""
+    scores = np.asarray(probabilities, np.float64).copy()
+    for head, part in task.slices():
+        own = scores[:, part]
+        if head.kind == "regression":
+            scores[:, part] = (own - head.mean) / head.std
+            continue
+        likely = np.log(np.maximum(own, SMALLEST))
+        scores[:, part] = likely if head.kind == "softmax" else likely - np.log(np.maximum(1 - own, SMALLEST))
     return scores.astype(np.float32)
 
 

@@ -14,7 +14,7 @@ from edgedistill.artifacts import settings_dict
 from edgedistill.data.augment import Augment, AugmentSettings, Strength
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
-from edgedistill.tasks import Task
+from edgedistill.tasks import Task, Values
 from edgedistill.training.classifier import ClassifierName, ClassifierSettings, PoolName
 from edgedistill.training.loader import parse_oversample, sampling_weights
 from edgedistill.training.losses import (
@@ -158,12 +158,12 @@ class TrainSettings:
                 "give --no-balanced or --class-weights none",
             ),
             (
-                weighted and (self.sample_power > 0 or bool(self.oversample)),
+                weighted and self.weighs_draws,
                 f"class_weights={self.class_weights!r} with weighted sampling counts rare classes twice; "
                 "choose one of them",
             ),
             (
-                self.balanced_sampling and (self.sample_power > 0 or bool(self.oversample)),
+                self.balanced_sampling and self.weighs_draws,
                 "sample_power and oversample have no say in balanced sampling; give --no-balanced",
             ),
             (
@@ -207,15 +207,16 @@ class TrainSettings:
         """(whether it is asked for, its flag) of what needs exactly one label per image."""
         return [
             (self.hard_loss not in ("ce", "focal"), f"--hard-loss {self.hard_loss}"),
-            (self.class_weights != "none", f"--class-weights {self.class_weights}"),
-            (self.sample_power > 0, "--sample-power"),
-            (bool(self.oversample), "--oversample"),
         ]
 
     def refuse_for(self, task: Task | None) -> None:
         """Raises UsageError for what a network of several heads cannot learn by. ``task``: None where it has one."""
+        if task is None:
+            return
         found = [flag for asked, flag in self.single_label_only() if asked]
-        if task is not None and found:
+        if self.class_weights != "none" and not any(head.kind == "softmax" for head in task.heads):
+            found.append(f"--class-weights {self.class_weights}")
+        if found:
             heads = ", ".join(head.name for head in task.heads)
             raise UsageError(
                 f"{', '.join(found)}: for one label per image, and these images have {heads}; leave that away"
@@ -233,6 +234,11 @@ class TrainSettings:
     def mixing(self) -> Mixing:
         return Mixing(self.cutmix_probability, self.cutmix_alpha, self.mixup_probability, self.mixup_alpha)
 
+    @property
+    def weighs_draws(self) -> bool:
+        """Whether classes have chances of their own in the draw."""
+        return self.sample_power > 0 or bool(self.oversample)
+
     def sampling_weights(self, labels: npt.NDArray[np.int32], class_names: Sequence[str]) -> tuple[float, ...]:
         """Of loader.Draw. Raises UsageError for a class that the data does not have."""
         return sampling_weights(labels, class_names, power=self.sample_power, oversample=self.oversample)
@@ -248,6 +254,18 @@ class TrainSettings:
             class_weights(counts, self.class_weights, beta=self.class_weight_beta),
             self.defer_weights,
         )
+
+    def loss_against_heads(self, task: Task, values: Values) -> HardLoss:
+        """The same for several heads, ``values``: float32 [N, V]. Each softmax head has class weights of its own."""
+        weights: list[float] = []
+        for head, columns in task.columns():
+            if self.class_weights != "none" and head.kind == "softmax":
+                known = values[:, columns][~np.isnan(values[:, columns])].astype(np.int64)
+                counts = np.bincount(known, minlength=head.width)
+                weights += class_weights(counts, self.class_weights, beta=self.class_weight_beta)
+            elif self.class_weights != "none":
+                weights += [1.0] * head.width
+        return HardLoss(self.hard_loss, self.focal_gamma, self.focal_alpha, (), tuple(weights), self.defer_weights)
 
     def augment_settings(self) -> AugmentSettings:
         return AugmentSettings(

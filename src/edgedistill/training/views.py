@@ -17,6 +17,7 @@ from edgedistill import console
 from edgedistill.errors import UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import softmax
+from edgedistill.tasks import Task
 from edgedistill.training.predict import PathLike, decoded_batches, predict_pixels
 
 CROP_ZOOM = 256 / 224
@@ -62,15 +63,18 @@ def predict_probabilities(
     *,
     views: Sequence[View],
     temperature: float = 1.0,
+    task: Task | None = None,
     batch_size: int = 64,
     title: str = "",
 ) -> npt.NDArray[np.float32]:
-    """The mean of softmax(logits / temperature) over ``views``, float32 [N, C], in eval mode.
+    """The mean of softmax(logits / temperature) over ``views``, float32 [N, C], in eval mode; of several heads, ``task``,
+    the mean of their probabilities, [N, D].
 
     Raises ImageError that names the damaged file.
     """
     zooms = sorted({view.zoom for view in views})
     streams = [decoded_batches(paths, _zoomed(spec, zoom), batch_size=batch_size) for zoom in zooms]
+    answer = softmax if task is None else task.probabilities
     answers: list[npt.NDArray[np.float32]] = []
     with console.progress(title, len(paths) if title else 0) as bar:
         for pictures in zip(*streams, strict=True):
@@ -78,7 +82,7 @@ def predict_probabilities(
             total = np.zeros(())
             for view in views:
                 pixels = _seen(pictures_of[view.zoom], view, spec)
-                total = total + softmax(predict_pixels(model, pixels, spec, batch_size=batch_size), temperature)
+                total = total + answer(predict_pixels(model, pixels, spec, batch_size=batch_size), temperature)
             answers.append((total / len(views)).astype(np.float32))
             bar.update(bar.task_ids[0], advance=len(total) if title else 0)
     if not answers:

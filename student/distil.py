@@ -37,7 +37,7 @@ from edgedistill.training.models import create_model, input_spec_for, locate_wei
 from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
 from edgedistill.training.optimizers import Phase, make_phases
 from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
-from edgedistill.training.processes import on_main
+from edgedistill.training.processes import on_main, part
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -125,6 +125,7 @@ def train_student(
     the soft labels belong to other settings or data, ImageError for a damaged image.
     """
     settings.refuse_for(dataset.task)
+    refuse_several_processes(settings)
     device = choose_device(settings.device)
     folder = folder or (run.student if settings.distillation else run.hard_label_student)
     on_main(lambda: _refuse_existing_work(out, resume=resume))
@@ -144,6 +145,12 @@ def train_student(
     model = adapt(job, model, resume=resume)
     on_main(lambda: _finish(settings, dataset, lesson, job, model, out=out))
     return out
+
+
+def refuse_several_processes(settings: StudentSettings) -> None:
+    """Raises UsageError where several processes train what one alone can."""
+    if settings.distillation and settings.live_teachers and part().size > 1:
+        raise UsageError("--live-teachers judge in one process; start one, or leave them away to train in several")
 
 
 def _refuse_existing_work(out: Path, *, resume: bool) -> None:

@@ -15,6 +15,7 @@ from edgedistill.artifacts import RunDir, read_jsonl
 from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import UsageError
 from edgedistill.images import InputSpec
+from edgedistill.student import StudentSettings, distil, refuse_several_processes
 from edgedistill.training.checkpoints import load_tensors
 from edgedistill.training.loader import Draw, ImageStore, Schedule, batches, shared_images
 from edgedistill.training.processes import ALONE, Part, check_batch, on_main, part
@@ -100,6 +101,15 @@ def test_a_batch_too_small_to_share_is_refused():
     check_batch(4, Part(0, 2, 2))
     with pytest.raises(UsageError, match="batches of 3 for 2 processes; expected 4 or more"):
         check_batch(3, Part(1, 2, 2))
+
+
+def test_live_teachers_want_one_process(monkeypatch):
+    settings = StudentSettings(live_teachers=True)
+    refuse_several_processes(settings)
+    monkeypatch.setattr(distil, "part", lambda: Part(0, 2, 2))
+    with pytest.raises(UsageError, match="--live-teachers judge in one process"):
+        refuse_several_processes(settings)
+    refuse_several_processes(StudentSettings())
 
 
 def launcher(name: str) -> list[str]:

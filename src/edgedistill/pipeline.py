@@ -25,7 +25,7 @@ from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
 from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
-from edgedistill.student import StudentSettings, train_student
+from edgedistill.student import StudentSettings, refuse_several_processes, train_student
 from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
 from edgedistill.training.models import create_model, locate_weights, resolve_name
@@ -302,6 +302,8 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     students = [student.settings for student in settings.students]
     networks = [*students, *(_architectures(settings).values() if needs_teachers else [])]
     refuse_early(networks)
+    for student in students:
+        refuse_several_processes(student)
     run = RunDir(settings.out)
     dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
     models: dict[str, list[Path]] = {}

@@ -302,8 +302,8 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     students = [student.settings for student in settings.students]
     networks = [*students, *(_architectures(settings).values() if needs_teachers else [])]
     refuse_early(networks)
-    for student in students:
-        refuse_several_processes(student)
+    for each in students:
+        refuse_several_processes(each)
     run = RunDir(settings.out)
     dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
     models: dict[str, list[Path]] = {}

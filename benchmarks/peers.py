@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.benchmarks.serve import Case
+from edgedistill.errors import UsageError
 from edgedistill.images import ImageU8, InputSpec, crop_size, load_image, normalize
 from edgedistill.timm_import import import_timm
 
@@ -178,7 +179,10 @@ class Torch:
         torch.set_num_threads(self.threads)
         saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         options = {"num_classes": len(saved["classes"])} | saved["model_kwargs"] | {"pretrained": False}
-        network = import_timm().create_model(saved["architecture"], **options)
+        timm = import_timm()
+        if "classifier" in saved or not timm.is_model(saved["architecture"]):
+            raise UsageError(f"{saved['architecture']}: not a network of plain timm, which this peer builds")
+        network = timm.create_model(saved["architecture"], **options)
         network.load_state_dict(saved["state_dict"])
         return network.eval().to(memory_format=torch.channels_last)
 

@@ -29,8 +29,8 @@ from edgedistill.export.inference import (
 )
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import ImageU8, InputSpec, decode_image, read_bytes
-from edgedistill.metrics import softmax
 from edgedistill.runtime import Classifier
+from edgedistill.tasks import Task
 
 CERTIFICATE_FORMAT = "edgedistill-certificate"
 CHUNK = 32
@@ -59,7 +59,7 @@ class Limits:
 class Forms:
     """The forms of one network. ``module``: the network as it was trained (not fused); ``int8`` None: not made.
 
-    ``int8_shipped``: INT8 is what runs by default, so its accuracy can fail the certificate; else it is only reported.
+    ``task``: its heads, all of which are compared. ``int8_shipped``: INT8 is what runs by default, so its accuracy can fail the certificate; else it is only reported.
     """
 
     module: nn.Module
@@ -67,8 +67,12 @@ class Forms:
     temperature: float
     onnx: Path
     ir: Path
+    task: Task
     int8: Path | None = None
     int8_shipped: bool = False
+
+    def probabilities(self, logits: Logits) -> Probabilities:
+        return self.task.probabilities(logits, self.temperature)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ def certify(forms: Forms, samples: Samples, limits: Limits, *, threads: int | No
     columns, files, frames = _answers(forms, samples, threads)
     cpp = _cpp_runtime(forms, samples, (files, frames), threads)
     columns += cpp.columns
-    summaries = [_summary(column, samples, limits, forms.temperature) for column in columns]
+    summaries = [_summary(column, samples, limits, forms) for column in columns]
     judged = [summary for summary in summaries if forms.int8_shipped or "int8" not in summary["name"]]
     reasons = [reason for summary in judged for reason in _faults(summary, limits)] + cpp.faults
     return {
@@ -109,8 +113,8 @@ def certify(forms: Forms, samples: Samples, limits: Limits, *, threads: int | No
         "limits": {"logits": limits.logits, "probability": limits.probability, "int8_drop": limits.int8_drop},
         "columns": summaries,
         "not_run": cpp.not_run,
-        "files_vs_frames": _files_vs_frames(files, frames, samples, forms.temperature),
-        "worst": _worst(columns, samples, forms.temperature),
+        "files_vs_frames": _files_vs_frames(files, frames, samples, forms),
+        "worst": _worst(columns, samples, forms),
         "verdict": "fail" if reasons else "pass",
         "reasons": reasons,
     }
@@ -177,7 +181,7 @@ def _answers(forms: Forms, samples: Samples, threads: int | None) -> tuple[list[
             again = parts["files"][-1] if chunk.frames is files else torch_logits(forms.module, frames, forms.spec)
             parts.setdefault("frames", []).append(again)
             bar.update(0, advance=len(paths), info="")  # type: ignore[arg-type]
-    return _columns({name: np.concatenate(chunks) for name, chunks in parts.items()}, forms.temperature)
+    return _columns({name: np.concatenate(chunks) for name, chunks in parts.items()}, forms)
 
 
 def _readers(forms: Forms, threads: int | None) -> dict[str, Callable[[_Chunk], Any]]:
@@ -205,12 +209,12 @@ def _decoded(path: Path) -> ImageU8:
     return decode_image(data, name=name)
 
 
-def _columns(parts: dict[str, Any], temperature: float) -> tuple[list[_Column], Logits, Logits]:
+def _columns(parts: dict[str, Any], forms: Forms) -> tuple[list[_Column], Logits, Logits]:
     files, frames = parts["files"], parts["frames"]
-    columns = [_Column("torch", softmax(files, temperature), files, files)]
+    columns = [_Column("torch", forms.probabilities(files), files, files)]
     for name in ("onnxruntime", "ir-fp32", "ir-int8"):
         if name in parts:
-            columns.append(_Column(name, softmax(parts[name], temperature), parts[name], files))
+            columns.append(_Column(name, forms.probabilities(parts[name]), parts[name], files))
     columns.append(_Column("python-runtime-files", parts["runtime-files"].astype(np.float64), None, files))
     columns.append(_Column("python-runtime-frames", parts["runtime-frames"].astype(np.float64), None, frames))
     if "runtime-int8" in parts:
@@ -247,21 +251,20 @@ def _cpp_runtime(forms: Forms, samples: Samples, torch: tuple[Logits, Logits], t
     return _Cpp(columns, faults, [])
 
 
-def _summary(column: _Column, samples: Samples, limits: Limits, temperature: float) -> dict[str, Any]:
-    answers, expected = column.probabilities.argmax(1), column.reference.argmax(1)
-    top2 = np.sort(column.reference, axis=1)[:, -2:]
-    differs = answers != expected
-    clear = (top2[:, 1] - top2[:, 0]) > limits.logits
+def _summary(column: _Column, samples: Samples, limits: Limits, forms: Forms) -> dict[str, Any]:
+    task, reference = forms.task, forms.probabilities(column.reference)
+    differs = (task.answers(column.probabilities) != task.answers(reference)).any(axis=1)
+    clear = task.margins(column.reference, forms.temperature) > limits.logits
     finite = np.isfinite(column.probabilities).all()
-    labels = samples.labels if column.rows is None else samples.labels[column.rows]
+    truth = samples.truth if column.rows is None else samples.truth[column.rows]
     return {
         "name": column.name,
-        "images": len(answers),
-        "top1": float((answers == labels).mean()),
-        "top1_torch": float((expected == labels).mean()),
+        "images": len(truth),
+        "top1": float(task.right(column.probabilities, truth).mean()),
+        "top1_torch": float(task.right(reference, truth).mean()),
         "disagreement": float(differs.mean()),
         "disagreement_above_margin": float((differs & clear).mean()),
-        "max_probability_difference": _largest(column.probabilities, softmax(column.reference, temperature)),
+        "max_probability_difference": _largest(task.comparable(column.probabilities), task.comparable(reference)),
         "max_logit_difference": None if column.logits is None else _largest(column.logits, column.reference),
         "finite": bool(finite),
     }
@@ -297,23 +300,25 @@ def _faults(summary: dict[str, Any], limits: Limits) -> list[str]:
     return faults
 
 
-def _files_vs_frames(files: Logits, frames: Logits, samples: Samples, temperature: float) -> dict[str, Any]:
+def _files_vs_frames(files: Logits, frames: Logits, samples: Samples, forms: Forms) -> dict[str, Any]:
     """How much it matters, to torch, whether a JPEG was reduced in its DCT or after decoding."""
+    task, of_files, of_frames = forms.task, forms.probabilities(files), forms.probabilities(frames)
     return {
-        "top1_files": float((files.argmax(1) == samples.labels).mean()),
-        "top1_frames": float((frames.argmax(1) == samples.labels).mean()),
-        "disagreement": float((files.argmax(1) != frames.argmax(1)).mean()),
-        "max_probability_difference": _largest(softmax(files, temperature), softmax(frames, temperature)),
+        "top1_files": float(task.right(of_files, samples.truth).mean()),
+        "top1_frames": float(task.right(of_frames, samples.truth).mean()),
+        "disagreement": float((task.answers(of_files) != task.answers(of_frames)).any(axis=1).mean()),
+        "max_probability_difference": _largest(task.comparable(of_files), task.comparable(of_frames)),
         "images_with_other_pixels": int((files != frames).any(axis=1).sum()),
     }
 
 
-def _worst(columns: list[_Column], samples: Samples, temperature: float) -> list[dict[str, Any]]:
+def _worst(columns: list[_Column], samples: Samples, forms: Forms) -> list[dict[str, Any]]:
     """The images on which a form strays furthest from torch, one entry for each image."""
     found: dict[int, tuple[float, str]] = {}
     for column in columns[1:]:
-        reference = softmax(column.reference, temperature)
-        differences = np.nan_to_num(np.abs(column.probabilities - reference).max(axis=1), nan=np.inf)
+        reference = forms.task.comparable(forms.probabilities(column.reference))
+        differences = np.abs(forms.task.comparable(column.probabilities) - reference).max(axis=1)
+        differences = np.nan_to_num(differences, nan=np.inf)
         for number in np.argsort(-differences)[:WORST].tolist():
             row = column.image(number)
             found[row] = max(found.get(row, (0.0, "")), (float(differences[number]), column.name))

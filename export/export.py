@@ -189,6 +189,7 @@ def exported_forms(model: Path, openvino: Path) -> tuple[Network, Forms]:
         module=network.module,
         spec=metadata.input_spec,
         temperature=network.temperature,
+        task=network.task,
         onnx=path.with_suffix(".onnx"),
         ir=path,
         int8=int8 if int8.exists() else None,
@@ -272,6 +273,7 @@ def _make_int8(export: _Export, model: ov.Model, fused: nn.Module) -> Int8Result
         export.images.calibration,
         val,
         settings.int8_settings,
+        heads=export.network.heads,
         trainer=_int8_trainer(export, fused),
     )
     if result.model is not None:
@@ -312,6 +314,7 @@ def _certify(export: _Export, int8: Int8Result) -> dict[str, Any]:
         module=network.module,
         spec=network.spec,
         temperature=network.temperature,
+        task=network.task,
         onnx=stage / "model.onnx",
         ir=stage / "model.xml",
         int8=None if int8.model is None else stage / "model-int8.xml",

@@ -19,6 +19,7 @@ from edgedistill.export.inference import Logits, compile_ir, ir_logits
 from edgedistill.export.quiet import quiet_nncf
 from edgedistill.images import ImageU8, InputSpec, normalize
 from edgedistill.metrics import softmax
+from edgedistill.tasks import Task
 
 os.environ.setdefault("NNCF_CI", "1")  # or it sends usage statistics; read once, when it is imported
 import nncf
@@ -157,9 +158,10 @@ def kl_per_image(reference: Logits, logits: Logits) -> np.ndarray[Any, Any]:
     return np.sum(p * (np.log(p) - np.log(q)), axis=1)
 
 
-def kl(reference: Logits, logits: Logits) -> float:
-    """Mean over images of KL(reference || other) in nats."""
-    return float(np.mean(kl_per_image(reference, logits)))
+def kl(reference: Logits, logits: Logits, heads: Task | None = None) -> float:
+    """Mean over images of KL(reference || other) in nats; with several heads their sum."""
+    values = kl_per_image(reference, logits) if heads is None else heads.divergence(reference, logits)
+    return float(np.mean(values))
 
 
 def float_layer_count(quantised: ov.Model) -> int:
@@ -249,10 +251,12 @@ def with_float(quantised: ov.Model, original: ov.Model, names: Sequence[str]) ->
     return copy
 
 
-def divergence_on(pixels: ImageU8, reference: Logits, spec: InputSpec, *, threads: int | None) -> Any:
+def divergence_on(
+    pixels: ImageU8, reference: Logits, spec: InputSpec, *, threads: int | None, heads: Task | None = None
+) -> Any:
     """A function from a network to its mean KL from ``reference`` on these images."""
 
     def of(model: ov.Model) -> float:
-        return kl(reference, ir_logits(compile_ir(model, threads=threads), pixels, spec))
+        return kl(reference, ir_logits(compile_ir(model, threads=threads), pixels, spec), heads)
 
     return of

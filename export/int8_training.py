@@ -39,8 +39,9 @@ from edgedistill.export.network import Network
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import InputSpec
 from edgedistill.training.loader import Draw, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, train
+from edgedistill.training.loop import Job, train
 from edgedistill.training.losses import LossSettings, Targets, make_targets
+from edgedistill.training.optimizers import Phase
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device
 from edgedistill.training.soft_labels import read_soft_labels
@@ -81,6 +82,8 @@ def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
 
     ``train``: the train images as they lie on this machine. Raises Skip where settings or soft labels are not at hand.
     """
+    if network.heads is not None:
+        raise Skip("training with quantisation knows one label per image")
     saved = dict(network.settings)
     if not saved:
         raise Skip("the network was not trained here, so there are neither its settings nor its soft labels")
@@ -99,6 +102,7 @@ def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
             saved.get("loss", "ce"),
             float(saved.get("soft_weight", 0.0)) if distilled else 0.0,
             float(saved.get("soft_temperature", 1.0)),
+            settings.loss_against(train.labels, len(network.classes)),
         )
     except (EdgedistillError, TypeError, ValueError) as error:
         raise Skip(f"the training cannot be taken up: {error}") from error
@@ -170,6 +174,10 @@ def _job(training: Int8Training, folder: Path, rows: npt.NDArray[np.int64], *, e
         lr=RATE * lesson.settings.lr,
         weight_decay=0.0,
         warmup_epochs=0.0,
+        extra_epochs=0,
+        swa_start=0.0,
+        ema_decay=0.0,
+        plain_epochs=min(lesson.settings.plain_epochs, epochs),
         precision="f32",
         compile=False,
         workers=0,  # OpenVINO's threads are running: this process must not fork any more
@@ -183,6 +191,7 @@ def _job(training: Int8Training, folder: Path, rows: npt.NDArray[np.int64], *, e
         batch_size=settings.batch_size,
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "int8 training"),
+        weights=settings.sampling_weights(labels, training.network.classes),
     )
     paths = np.array([str(lesson.samples.paths[row]) for row in rows])
     return Job(

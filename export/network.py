@@ -18,6 +18,7 @@ from edgedistill import console
 from edgedistill.artifacts import sha256_file
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
 from edgedistill.timm_import import import_timm
 from edgedistill.training import models
 from edgedistill.training.checkpoints import read_model
@@ -28,7 +29,8 @@ class Network:
     """A float32 network in eval mode with everything that its files must say about it.
 
     ``module``: float32 [N, 3, H, W] -> logits float32 [N, C]. ``weights_hash``: sha256 of the file it came from.
-    ``settings``: of its training, as model.pt has them; empty for a network that was trained elsewhere.
+    ``settings``: of its training, as model.pt has them; empty for a network that was trained elsewhere. ``heads``: of a
+    network with several, whose outputs ``classes`` names.
     """
 
     module: nn.Module
@@ -39,6 +41,11 @@ class Network:
     dataset_hash: str
     weights_hash: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    heads: Task | None = None
+
+    @property
+    def task(self) -> Task:
+        return self.heads or Task.single(self.classes)
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -72,6 +79,7 @@ def load_network(path: Path, *, image_size: int | None) -> Network:
         dataset_hash=loaded.dataset_hash,
         weights_hash=sha256_file(path),
         settings=loaded.settings,
+        heads=None if loaded.task.is_single else loaded.task,
     )
 
 

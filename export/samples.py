@@ -14,19 +14,27 @@ import numpy.typing as npt
 
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.data.sources import Source, open_source
-from edgedistill.errors import ArtifactError, DataError
+from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.export.network import Network
 from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
+from edgedistill.tasks import Values
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """N images with their labels (int32, index into the network's classes). ``source``: 'val', 'test' or 'folder'."""
+    """N images with their labels (int32, index into the network's classes). ``source``: 'val', 'test' or 'folder'.
+    ``values``: float32 [N, V] for a network with several heads."""
 
     source: str
     ids: tuple[str, ...]
     paths: tuple[Path, ...]
     labels: npt.NDArray[np.int32]
+    values: Values | None = None
+
+    @property
+    def truth(self) -> Values:
+        """float32 [N, V] as ``tasks`` has it, whatever the task."""
+        return self.labels[:, None].astype(np.float32) if self.values is None else self.values
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -37,7 +45,11 @@ class Samples:
             return self
         rows = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
         return Samples(
-            self.source, tuple(self.ids[r] for r in rows), tuple(self.paths[r] for r in rows), self.labels[rows]
+            self.source,
+            tuple(self.ids[r] for r in rows),
+            tuple(self.paths[r] for r in rows),
+            self.labels[rows],
+            None if self.values is None else self.values[rows],
         )
 
 
@@ -65,6 +77,8 @@ def find_images(network: Network, *, manifest: Path, data: str | None, split: st
     id) calibrates and the other half certifies. Raises ArtifactError for a manifest of another data set and DataError
     for class names that the network does not know.
     """
+    if network.heads is not None and data is not None:
+        return _with_heads(network, manifest, Path(data), split)
     if not manifest.is_file():
         if data is None:
             return _nothing(f"no {manifest.name} beside the model; give --data")
@@ -84,6 +98,15 @@ def find_images(network: Network, *, manifest: Path, data: str | None, split: st
     return _from_dataset(network, dataset, paths_there, split)
 
 
+def _with_heads(network: Network, manifest: Path, data: Path, split: str) -> ExportImages:
+    """Images under ``data`` by the manifest, which alone says which column is which head's."""
+    if not manifest.is_file():
+        raise UsageError(f"--data {data}: a network with several heads needs {manifest}, which holds its labels")
+    dataset = read_dataset(manifest, data_root=data if data.is_dir() else data.parent)
+    _check_dataset(network, dataset, manifest)
+    return _from_dataset(network, dataset, [Path(path) for path in dataset.paths.tolist()], split)
+
+
 def load_pixels(paths: Sequence[Path], spec: InputSpec, *, decode: DecodeMode = "reduced") -> ImageU8:
     """uint8 [N, H, W, 3] BGR, by the deployable transform. Raises ImageError that names the first unreadable file."""
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
@@ -97,9 +120,9 @@ def _nothing(reason: str) -> ExportImages:
 
 
 def _check_dataset(network: Network, dataset: Dataset, manifest: Path) -> None:
-    if dataset.class_names != network.classes:
+    if dataset.outputs != network.classes:
         raise ArtifactError(
-            f"{manifest}: classes {list(dataset.class_names)}, but the model has {list(network.classes)};"
+            f"{manifest}: classes {list(dataset.outputs)}, but the model has {list(network.classes)};"
             " give --data with the model's own data set"
         )
     if network.dataset_hash and dataset.hash != network.dataset_hash:
@@ -113,10 +136,11 @@ def _from_dataset(network: Network, dataset: Dataset, paths: Sequence[Path], spl
     def chosen(name: str) -> Samples:
         rows = dataset.rows(name)
         ids = tuple(dataset.ids[rows].tolist())
-        return Samples(name, ids, tuple(paths[row] for row in rows.tolist()), dataset.labels[rows])
+        values = None if dataset.values is None else dataset.values[rows]
+        return Samples(name, ids, tuple(paths[row] for row in rows.tolist()), dataset.labels[rows], values)
 
-    if dataset.class_names != network.classes:
-        raise DataError(f"classes {list(dataset.class_names)} in the data, but the model has {list(network.classes)}")
+    if dataset.outputs != network.classes:
+        raise DataError(f"classes {list(dataset.outputs)} in the data, but the model has {list(network.classes)}")
     found = chosen(split)
     return ExportImages(chosen("train"), found, "" if len(found) else f"the data set has no {split} images")
 

@@ -6,7 +6,7 @@ Needs numpy, OpenCV, simplejpeg and OpenVINO; runs where torch is not installed.
 from edgedistill.runtime.bundle import Bundle, DeployConfig
 from edgedistill.runtime.classifier import Classifier
 from edgedistill.runtime.engine import Engine
-from edgedistill.runtime.network import Frame, Prediction
+from edgedistill.runtime.network import Frame, HeadPrediction, Prediction
 from edgedistill.runtime.video import frames
 
-__all__ = ["Bundle", "Classifier", "DeployConfig", "Engine", "Frame", "Prediction", "frames"]
+__all__ = ["Bundle", "Classifier", "DeployConfig", "Engine", "Frame", "HeadPrediction", "Prediction", "frames"]

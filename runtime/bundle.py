@@ -22,6 +22,7 @@ from edgedistill.artifacts import read_json, settings_dict, write_json
 from edgedistill.errors import ArtifactError, ModelError
 from edgedistill.images import DecodeMode, InputSpec
 from edgedistill.runtime.ir_check import fault_of
+from edgedistill.tasks import Head, Task
 
 DEPLOY_FORMAT = "edgedistill-deploy"
 IR_FORMAT_VERSION = "1"
@@ -233,7 +234,7 @@ def model_sha256(xml: Path) -> str:
 @dataclass(frozen=True)
 class ModelMetadata:
     """What an IR says about itself. ``bgr``: it wants BGR planes. ``gives_probabilities``: it ends in a softmax (or,
-    where it is multi-label, a sigmoid).
+    where it is multi-label, a sigmoid). ``heads``: of a network with several, whose outputs ``labels`` names.
 
     ``own``: written by edgedistill; otherwise only Model API's section was there. ``layout``: of its input.
     ``threshold``: multi-label networks accept the classes from this probability on.
@@ -251,6 +252,7 @@ class ModelMetadata:
     layout: str = "NCHW"
     multi_label: bool = False
     threshold: float = 0.5
+    heads: Task | None = None
 
 
 def read_metadata(model: ov.Model, name: str) -> ModelMetadata:
@@ -277,6 +279,8 @@ def read_metadata(model: ov.Model, name: str) -> ModelMetadata:
     last = model.get_results()[0].input_value(0).get_node().get_type_name()
     if metadata.multi_label and last == "Softmax":
         raise ArtifactError(f"{name}: multi-label, but it ends in a softmax; expected logits or a sigmoid")
+    if metadata.heads is not None and last in ("Softmax", "Sigmoid"):
+        raise ArtifactError(f"{name}: several heads, but it ends in a {last}; expected logits")
     wanted = "Sigmoid" if metadata.multi_label else "Softmax"
     return dataclasses.replace(metadata, layout=layout, gives_probabilities=last == wanted)
 
@@ -327,11 +331,14 @@ def _own_metadata(model: ov.Model) -> ModelMetadata:
             f"metadata format {version[:20]!r}, this runtime reads {IR_FORMAT_VERSION!r}; use the release that wrote it"
         )
     task = _text(model, "edgedistill", "task")
-    if task not in ("single-label", "multi-label"):
-        raise ArtifactError(f"task {task[:40]!r}, this runtime does 'single-label' and 'multi-label'")
+    if task not in ("single-label", "multi-label", "heads"):
+        raise ArtifactError(f"task {task[:40]!r}, this runtime does 'single-label', 'multi-label' and 'heads'")
     labels = _parsed(model, "labels")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ArtifactError("metadata edgedistill.labels: expected a JSON list of strings; export the model again")
+    heads = Task.from_dict(_parsed(model, "heads")) if task == "heads" else None
+    if heads is not None and heads.outputs != tuple(labels):
+        raise ArtifactError("metadata edgedistill.heads: not those of the labels; export the model again")
     (temperature,) = _numbers(_text(model, "edgedistill", "temperature"), "edgedistill.temperature", count=1)
     if not 0 < temperature <= 1000:
         raise ArtifactError(f"metadata edgedistill.temperature {temperature}, expected a value above 0 up to 1000")
@@ -344,6 +351,7 @@ def _own_metadata(model: ov.Model) -> ModelMetadata:
         weights_hash=_text(model, "edgedistill", "weights_hash", ""),
         multi_label=task == "multi-label",
         threshold=_threshold(model) if task == "multi-label" else 0.5,
+        heads=heads,
     )
 
 
@@ -482,6 +490,12 @@ class Bundle:
     def multi_label(self) -> bool:
         return self.metadata[0].multi_label
 
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Of a network with several heads; () where every image gets one label or one set of labels."""
+        task = self.metadata[0].heads
+        return () if task is None else task.heads
+
     def read_model(self, stage: int, precision: str) -> ov.Model:
         """The IR for that precision, at the stage's resolution. Raises ModelError when there is no such form."""
         settings, metadata = self.config.stages[stage], self.metadata[stage]
@@ -555,5 +569,5 @@ def _check_stages_agree(path: Path, metadata: tuple[ModelMetadata, ...]) -> None
     for number, other in enumerate(metadata[1:], start=1):
         if other.labels != metadata[0].labels:
             raise ArtifactError(f"{path}: stage {number} has other labels than stage 0; export them from one data set")
-        if other.multi_label != metadata[0].multi_label:
+        if (other.multi_label, other.heads) != (metadata[0].multi_label, metadata[0].heads):
             raise ArtifactError(f"{path}: stage {number} has another task than stage 0; export them from one data set")

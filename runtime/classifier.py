@@ -22,6 +22,7 @@ from edgedistill.runtime.network import (
     usable_cores,
 )
 from edgedistill.runtime.processor import settings_here
+from edgedistill.tasks import Head
 
 
 class Classifier:
@@ -87,6 +88,11 @@ class Classifier:
     @property
     def multi_label(self) -> bool:
         return self._network.bundle.multi_label
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Of a network with several heads, in the order of ``Prediction.heads``; () for others."""
+        return self._network.bundle.heads
 
     @property
     def precision(self) -> str:

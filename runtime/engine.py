@@ -35,6 +35,7 @@ from edgedistill.runtime.network import (
     usable_cores,
 )
 from edgedistill.runtime.processor import settings_here
+from edgedistill.tasks import Head
 
 Policy = Literal["block", "drop_oldest"]
 JOIN_TIMEOUT_S = 10.0
@@ -232,6 +233,11 @@ class Engine:
     @property
     def multi_label(self) -> bool:
         return self._networks[0].bundle.multi_label
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Of a network with several heads, in the order of ``Prediction.heads``; () for others."""
+        return self._networks[0].bundle.heads
 
     @property
     def precision(self) -> str:

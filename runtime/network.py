@@ -22,10 +22,28 @@ from edgedistill.errors import ImageError, ModelError
 from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, ImageU8, InputSpec, prepare
 from edgedistill.runtime.bundle import Bundle, ModelMetadata, Stage, last_line, reshape_model
 from edgedistill.runtime.normalisation import embed_normalisation
+from edgedistill.tasks import Head, Task
 
 UNKNOWN = "unknown"
 _NO_PROBABILITIES: npt.NDArray[np.float32] = np.empty(0, np.float32)
 _NO_PROBABILITIES.flags.writeable = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadPrediction:
+    """What one head of several says of an image.
+
+    Softmax: ``label``, its ``index`` among the head's classes, ``probability``. Sigmoid: ``accepted``, the labels that
+    apply, ascending; ``label`` 'a|b' or 'none', ``index`` and ``probability`` of the likeliest. Regression: ``value`` in
+    the head's units, ``index`` -1.
+    """
+
+    name: str
+    label: str
+    index: int
+    probability: float
+    accepted: tuple[int, ...] = ()
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +56,10 @@ class Prediction:
 
     Multi-label: ``probabilities`` are independent, ``index`` is the likeliest class, and ``accepted`` holds those at or
     above the model's confidence threshold, in ascending order (none for 'unknown').
+
+    Several heads: ``heads`` has the answer of each; ``label`` holds theirs with commas between, ``index`` is the first
+    head's place among all outputs, ``probability`` the smallest over the heads of classes, and ``probabilities`` lie side
+    by side, a regression head's value in its units among them.
     """
 
     label: str
@@ -48,6 +70,7 @@ class Prediction:
     stage: int = 0
     error: str | None = None
     accepted: tuple[int, ...] = ()
+    heads: tuple[HeadPrediction, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,6 +215,8 @@ class Network:
         if not np.isfinite(logits).all():
             where = name or "image"
             return failed(name, f"{where}: the network's output is not finite (precision {self.precision})")
+        if metadata.heads is not None:
+            return self._answer_heads(metadata.heads, logits, stage, name)
         probabilities = (sigmoid if metadata.multi_label else softmax)(logits, settings.temperature)
         # From the logits: after rounding two probabilities may be equal.
         index = int(logits.argmax())
@@ -206,6 +231,36 @@ class Network:
         if metadata.multi_label:
             accepted = tuple(np.flatnonzero(probabilities >= np.float32(metadata.threshold)).tolist())
         return Prediction(metadata.labels[index], index, confidence, probabilities, name, stage, accepted=accepted)
+
+    def _answer_heads(self, task: Task, logits: npt.NDArray[np.float32], stage: int, name: str) -> Prediction | None:
+        settings = self.stages[stage].settings
+        # From float64: after rounding to float32 two probabilities may be equal.
+        exact = task.probabilities(logits[None], settings.temperature)[0]
+        heads = tuple(_head_prediction(head, exact[part]) for head, part in task.slices())
+        of_classes = [answer for answer in heads if answer.value is None]
+        confidence = min(answer.probability for answer in of_classes)
+        probabilities = exact.astype(np.float32)
+        last, reject_below = stage == len(self.stages) - 1, self.bundle.config.reject_below
+        if not last and confidence < (settings.exit_threshold or 0.0):
+            return None
+        if last and reject_below is not None and confidence < reject_below:
+            return Prediction(UNKNOWN, -1, confidence, probabilities, name, stage, heads=heads)
+        label = ", ".join(answer.label for answer in of_classes)
+        return Prediction(label, of_classes[0].index, confidence, probabilities, name, stage, heads=heads)
+
+
+def _head_prediction(head: Head, exact: npt.NDArray[np.float64]) -> HeadPrediction:
+    """``exact``: the head's probabilities, as ``tasks`` has them."""
+    probabilities = exact.astype(np.float32)
+    if head.kind == "regression":
+        return HeadPrediction(head.name, "", -1, 0.0, value=float(probabilities[0]))
+    index = int(exact.argmax())
+    share = float(probabilities[index])
+    if head.kind == "softmax":
+        return HeadPrediction(head.name, head.classes[index], index, share)
+    accepted = tuple(np.flatnonzero(probabilities >= np.float32(head.threshold)).tolist())
+    label = "|".join(head.classes[number] for number in accepted) or "none"
+    return HeadPrediction(head.name, label, index, share, accepted)
 
 
 def _compile(

@@ -17,6 +17,7 @@ from edgedistill.errors import UsageError
 from edgedistill.runtime.engine import Engine
 from edgedistill.runtime.network import Prediction
 from edgedistill.runtime.video import frames
+from edgedistill.tasks import Head
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,15 @@ class PredictSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """One image: ``labels`` and ``probabilities`` from the likeliest down, or ``error``, which names the image."""
+    """One image: ``labels`` and ``probabilities`` from the likeliest down, or ``error``, which names the image.
+
+    Of several labels per image all that apply, in the order of the classes. Of several heads 'HEAD=CLASS' for each
+    class that is answered, and 'HEAD=VALUE' with no probability (None) for values.
+    """
 
     name: str
     labels: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
+    probabilities: tuple[float | None, ...] = ()
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +66,8 @@ class Answer:
         if self.error is not None:
             return f"{self.name}\terror: {self.error}"
         pairs = zip(self.labels, self.probabilities, strict=True)
-        return "\t".join([self.name, *(f"{label} {share:.4f}" for label, share in pairs)])
+        shown = (label if share is None else f"{label} {share:.4f}" for label, share in pairs)
+        return "\t".join([self.name, *shown])
 
 
 def predict(settings: PredictSettings) -> Iterator[Answer]:
@@ -76,7 +82,7 @@ def predict(settings: PredictSettings) -> Iterator[Answer]:
         closing(engine.map(every_frame)) as predictions,
     ):
         for prediction in predictions:
-            yield _answer(prediction, engine.labels, settings.top_k)
+            yield _answer(prediction, engine, settings.top_k)
 
 
 def write_answers(answers: Iterable[Answer], path: Path) -> tuple[int, int]:
@@ -100,9 +106,16 @@ def write_answers(answers: Iterable[Answer], path: Path) -> tuple[int, int]:
     return images, errors
 
 
-def _answer(prediction: Prediction, labels: Sequence[str], top_k: int) -> Answer:
+def _answer(prediction: Prediction, engine: Engine, top_k: int) -> Answer:
     if prediction.error is not None:
         return Answer(prediction.name, error=prediction.error)
+    labels = engine.labels
+    if prediction.index >= 0 and prediction.heads:
+        return _heads_answer(prediction, engine.heads)
+    if prediction.index >= 0 and top_k == 1 and engine.multi_label:
+        found = prediction.accepted
+        shares = tuple(float(prediction.probabilities[number]) for number in found)
+        return Answer(prediction.name, tuple(labels[number] for number in found) or ("none",), shares or (None,))
     if top_k == 1 or prediction.index < 0:
         return Answer(prediction.name, (prediction.label,), (float(prediction.probability),))
     best = np.argsort(-prediction.probabilities, kind="stable")[:top_k]
@@ -111,3 +124,19 @@ def _answer(prediction: Prediction, labels: Sequence[str], top_k: int) -> Answer
         tuple(labels[index] for index in best),
         tuple(float(prediction.probabilities[index]) for index in best),
     )
+
+
+def _heads_answer(prediction: Prediction, heads: Sequence[Head]) -> Answer:
+    pairs: list[tuple[str, float | None]] = []
+    start = 0
+    for head, answer in zip(heads, prediction.heads, strict=True):
+        shares = prediction.probabilities[start : start + head.width]
+        start += head.width
+        if answer.value is not None:
+            pairs.append((f"{head.name}={answer.value:.6g}", None))
+        elif head.kind == "softmax":
+            pairs.append((f"{head.name}={answer.label}", answer.probability))
+        else:
+            found = [(f"{head.name}={head.classes[number]}", float(shares[number])) for number in answer.accepted]
+            pairs += found or [(f"{head.name}=none", None)]
+    return Answer(prediction.name, tuple(label for label, _ in pairs), tuple(share for _, share in pairs))

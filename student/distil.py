@@ -7,8 +7,10 @@ training/checkpoints.py).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,29 +19,36 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgedistill import console
+from edgedistill import console, task_metrics
 from edgedistill.artifacts import RunDir
 from edgedistill.data.manifest import Dataset
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
+from edgedistill.student.calibration import calibrated, teacher_temperatures
+from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
 from edgedistill.training.checkpoints import read_model, write_model
+from edgedistill.training.fixres import adapt, deployed_spec
+from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, open_validation, train
-from edgedistill.training.losses import LossName, LossSettings, make_targets
+from edgedistill.training.loop import Job, open_validation, train, trains_in_half
+from edgedistill.training.losses import HardLoss, LossName, LossSettings, Targets, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
-from edgedistill.training.predict import predict_logits, reestimate_batch_norm
+from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
+from edgedistill.training.optimizers import Phase, make_phases
+from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
+from edgedistill.training.processes import on_main, part
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
     choose_device,
     identity,
     refuse_other_settings,
-    refuse_several_processes,
 )
-from edgedistill.training.soft_labels import ids_hash, read_soft_labels
+from edgedistill.training.soft_labels import ids_hash, read_folds, read_soft_labels
 
-BATCH_NORM_IMAGES = 16_384  # statistics of more images do not move in the fourth digit
+# Function matching: the teacher's answer alone, softened. Beyer et al., 2106.05237, found T of 1 to 5 about equal.
+LIVE_DEFAULTS: dict[str, Any] = {"loss": "kl", "soft_weight": 1.0, "soft_temperature": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +56,11 @@ class StudentSettings(TrainSettings):
     """TrainSettings with the contest recipe's defaults.
 
     ``distillation`` False trains on hard labels alone under the same budget. ``soft_weight``: share of the soft labels.
-    ``extra_epochs`` more, at a constant ``lr * extra_lr``, whose weights are averaged. ``final_data`` 'train+val' gives
-    these epochs the val images too; then no temperature is fitted, since nothing is left to fit it on.
+    ``live_teachers``: the soft labels are what each image's held-out teachers say of the student's own augmented and
+    mixed view (function matching); LIVE_DEFAULTS go well with it. ``calibrate_soft_labels``: each teacher at the
+    temperature that fits val. ``drop_noisy``: leave out the training images whose labels look most wrong to their
+    held-out teachers, at most this share. ``final_data`` 'train+val' gives the averaged epochs the val images too; then
+    no temperature is fitted, since nothing is left to fit it on.
     """
 
     name: str = "mbv3s"
@@ -60,8 +72,27 @@ class StudentSettings(TrainSettings):
     soft_weight: float = 0.2
     soft_temperature: float = 1.0
     extra_epochs: int = 4
-    extra_lr: float = 0.1
     final_data: Literal["train", "train+val"] = "train"
+    live_teachers: bool = False
+    calibrate_soft_labels: bool = False
+    drop_noisy: float = 0.0
+
+    def contradictions(self) -> list[tuple[bool, str]]:
+        return [
+            *super().contradictions(),
+            (
+                self.hard_loss == "bce" and self.loss != "ce" and self.distillation and 0 < self.soft_weight < 1,
+                f"hard_loss='bce' trains sigmoids and loss={self.loss!r} compares softmax probabilities; give --loss ce",
+            ),
+        ]
+
+    def single_label_only(self) -> list[tuple[bool, str]]:
+        return [
+            *super().single_label_only(),
+            (self.live_teachers, "--live-teachers"),
+            (self.calibrate_soft_labels, "--calibrate-soft-labels"),
+            (self.drop_noisy > 0, "--drop-noisy"),
+        ]
 
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
@@ -69,8 +100,8 @@ class StudentSettings(TrainSettings):
             ("loss", self.loss in ("ce", "kl", "js"), "ce, kl or js"),
             ("soft_weight", 0 <= self.soft_weight <= 1, "0 to 1"),
             ("soft_temperature", 0 < self.soft_temperature <= 100, "above 0, at most 100"),
-            ("extra_epochs", 0 <= self.extra_epochs <= 1000, "0 or more"),
-            ("extra_lr", 0 < self.extra_lr <= 1, "a share of lr, above 0 to 1"),
+            ("live_teachers", not self.live_teachers or self.soft_weight > 0, "a soft_weight above 0 to go with it"),
+            ("drop_noisy", 0 <= self.drop_noisy <= 0.5, "a share of the training images, 0 to 0.5"),
             ("final_data", self.final_data in ("train", "train+val"), "train or train+val"),
         ]
 
@@ -87,109 +118,216 @@ def train_student(
 ) -> Path:
     """Train the student and write model.pt to ``out``; returns ``out``.
 
-    ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Work in
-    progress lies in ``folder``: by default run.student, or run.hard_label_student without distillation. Raises
-    UsageError if there is work already and ``resume`` is False, ArtifactError if that work or the soft labels belong to
-    other settings or data, ImageError for a damaged image.
+    ``soft_labels``: the folder that the teachers wrote; not read when ``settings.distillation`` is False. Where their
+    networks are needed they are found in teacher/ beside it. Work in progress lies in ``folder``: by default
+    run.student, or run.hard_label_student without distillation. Every process of a launch calls it (see
+    training.processes). Raises UsageError if there is work already and ``resume`` is False, ArtifactError if that work or
+    the soft labels belong to other settings or data, ImageError for a damaged image.
     """
-    refuse_several_processes()
-    choose_device(settings.device)
+    settings.refuse_for(dataset.task)
+    refuse_several_processes(settings)
+    device = choose_device(settings.device)
     folder = folder or (run.student if settings.distillation else run.hard_label_student)
-    soft = _soft_labels(settings, dataset, soft_labels)
-    wanted = _identity(settings, dataset, soft)
-    if out.exists():
-        if not resume:
-            raise UsageError(f"{out}: exists already; go on with --resume, or choose another --out")
-        refuse_other_settings(out, read_model(out).settings, wanted)
+    on_main(lambda: _refuse_existing_work(out, resume=resume))
+    lesson = _lesson(settings, dataset, soft_labels, device=device, cache=run.root)
+    wanted = _identity(settings, dataset, lesson)
+    if on_main(lambda: _is_done(out, wanted)):
         return out
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
-    job = _job(settings, dataset, spec, soft, folder=folder, wanted=wanted)
-    network = settings.network(len(dataset.class_names))
+    deployed_spec(settings, spec)  # refused before images are read where the network cannot change its size
+    job = _job(settings, dataset, spec, lesson, folder=folder, wanted=wanted)
+    if settings.distillation and settings.live_teachers:
+        job = dataclasses.replace(job, judge=_judge(settings, dataset, lesson, device))
+    network = settings.network(len(dataset.outputs))
     torch.manual_seed(derive(settings.seed, "initial weights"))
-    weights = locate_weights(settings.name, settings.weights, flag="--student-weights")
+    weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--student-weights"))
     model = train(job, create_model(settings.name, pretrained=weights, **network), resume=resume)
-    seen = dataset.paths[_final_rows(settings, dataset)]
-    reestimate_batch_norm(
-        model, seen, spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
-    )
+    model = adapt(job, model, resume=resume)
+    on_main(lambda: _finish(settings, dataset, lesson, job, model, out=out))
+    return out
+
+
+def refuse_several_processes(settings: StudentSettings) -> None:
+    """Raises UsageError where several processes train what one alone can."""
+    if settings.distillation and settings.live_teachers and part().size > 1:
+        raise UsageError("--live-teachers judge in one process; start one, or leave them away to train in several")
+
+
+def _refuse_existing_work(out: Path, *, resume: bool) -> None:
+    if out.exists() and not resume:
+        raise UsageError(f"{out}: exists already; go on with --resume, or choose another --out")
+
+
+def _is_done(out: Path, wanted: dict[str, Any]) -> bool:
+    if not out.exists():
+        return False
+    refuse_other_settings(out, read_model(out).settings, wanted, StudentSettings)
+    return True
+
+
+def _finish(
+    settings: StudentSettings, dataset: Dataset, lesson: _Lesson, job: Job, model: nn.Module, *, out: Path
+) -> None:
+    """Batch-norm statistics, the temperature, model.pt."""
+    network, spec = settings.network(len(dataset.outputs)), deployed_spec(settings, job.spec)
+    if settings.test_size is None:  # else training.fixres has measured the statistics, and fine-tuned what follows them
+        seen = dataset.paths[_final_rows(settings, dataset, lesson)]
+        reestimate_batch_norm(
+            model, seen, spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
+        )
     write_model(
         out,
         model,
         architecture=resolve_name(settings.name),
         model_kwargs=model_kwargs_for(settings.name, **network),
-        classes=dataset.class_names,
+        classes=dataset.outputs,
         input_spec=spec,
         dataset_hash=dataset.hash,
-        settings=wanted,
+        settings=dict(job.identity),
         temperature=_temperature(settings, dataset, model, spec),
+        task=dataset.task,
     )
+    shutil.rmtree(job.folder / "fixres", ignore_errors=True)
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
-    return out
 
 
-def _soft_labels(settings: StudentSettings, dataset: Dataset, folder: Path | None) -> npt.NDArray[np.float32] | None:
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """What the teachers left for the student. ``soft``: float32 [len(dataset), C] log-probabilities; None: hard labels.
+
+    ``folds``: int16 [len(dataset)], which fold's teachers labelled an image. ``dropped``: rows whose labels look wrong.
+    ``teachers``: only if their networks are needed; ``temperatures``: by the sha256 of their files, if calibrated.
+    """
+
+    soft: npt.NDArray[np.float32] | None = None
+    folds: npt.NDArray[np.int16] | None = None
+    teachers: tuple[TeacherFile, ...] = ()
+    temperatures: dict[str, float] | None = None
+    dropped: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def _lesson(
+    settings: StudentSettings, dataset: Dataset, folder: Path | None, *, device: torch.device, cache: Path
+) -> _Lesson:
     if not settings.distillation:
-        return None
+        return _Lesson()
     if folder is None:
         raise UsageError("distillation needs soft labels; train teachers first, or choose --no-distillation")
-    return read_soft_labels(folder, dataset)
+    soft = read_soft_labels(folder, dataset)
+    folds = read_folds(folder, dataset)
+    needed = settings.live_teachers or settings.calibrate_soft_labels
+    teachers = tuple(find_teachers(folder, dataset)) if needed else ()
+    temperatures = None
+    if settings.calibrate_soft_labels:
+        file = cache / "teacher_temperatures.json"
+        temperatures = on_main(lambda: teacher_temperatures(teachers, dataset, cache=file, device=device))
+        by_fold = {teacher.fold: temperatures[teacher.sha256] for teacher in teachers}
+        if len(by_fold) < len(teachers):
+            raise UsageError(
+                "--calibrate-soft-labels: several teachers labelled each fold; it knows one teacher a fold"
+            )
+        soft = calibrated(soft, folds, by_fold)
+    dropped = np.zeros(0, np.int64)
+    if settings.drop_noisy:
+        dropped = rows_to_drop(find_noisy_labels(dataset, soft), dataset, settings.drop_noisy)
+        console.note(f"--drop-noisy: {len(dropped)} of {len(dataset.rows('train'))} training images are left out")
+    return _Lesson(soft, folds, teachers, temperatures, dropped)
 
 
-def _identity(settings: StudentSettings, dataset: Dataset, soft: npt.NDArray[np.float32] | None) -> dict[str, Any]:
+def _judge(settings: StudentSettings, dataset: Dataset, lesson: _Lesson, device: torch.device) -> LiveTeachers:
+    half = trains_in_half(settings, device)
+    teachers = open_teachers(lesson.teachers, dataset, device=device, half=half, temperatures=lesson.temperatures)
+    if lesson.folds is None:
+        raise UsageError("live teachers need soft labels: their folds say who may judge which image")
+    folds = lesson.folds[_final_rows(settings, dataset, lesson)]
+    return LiveTeachers(teachers, folds, settings.soft_temperature)
+
+
+def _identity(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> dict[str, Any]:
     """What the student's weights depend on beyond its settings."""
-    labels = "" if soft is None else hashlib.sha256(soft.tobytes()).hexdigest()
-    return identity(
-        settings, dataset_hash=dataset.hash, trained_on=ids_hash(dataset.ids[dataset.rows("train")]), soft_labels=labels
-    )
+    labels = "" if lesson.soft is None else hashlib.sha256(lesson.soft.tobytes()).hexdigest()
+    more: dict[str, Any] = {"soft_labels": labels}
+    if lesson.teachers and settings.live_teachers:
+        more["teachers"] = [teacher.sha256 for teacher in lesson.teachers]
+        if lesson.temperatures is not None:
+            more["teacher_temperatures"] = [lesson.temperatures[teacher.sha256] for teacher in lesson.teachers]
+    if len(lesson.dropped):
+        more["dropped"] = len(lesson.dropped)
+    trained_on = ids_hash(dataset.ids[_train_rows(dataset, lesson)])
+    return identity(settings, task=dataset.task, dataset_hash=dataset.hash, trained_on=trained_on, **more)
 
 
-def _final_rows(settings: StudentSettings, dataset: Dataset) -> npt.NDArray[np.int64]:
+def _train_rows(dataset: Dataset, lesson: _Lesson) -> npt.NDArray[np.int64]:
+    """Rows of the data set that the first epochs see."""
+    return np.setdiff1d(dataset.rows("train"), lesson.dropped)
+
+
+def _final_rows(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> npt.NDArray[np.int64]:
     """Rows of the data set that the last epochs see."""
     splits = ("train",) if settings.final_data == "train" else ("train", "val")
-    return np.flatnonzero(np.isin(dataset.splits, splits))
+    return np.setdiff1d(np.flatnonzero(np.isin(dataset.splits, splits)), lesson.dropped)
 
 
 def _job(
     settings: StudentSettings,
     dataset: Dataset,
     spec: InputSpec,
-    soft: npt.NDArray[np.float32] | None,
+    lesson: _Lesson,
     *,
     folder: Path,
     wanted: dict[str, Any],
 ) -> Job:
-    rows = _final_rows(settings, dataset)
+    rows = _final_rows(settings, dataset, lesson)
     if not len(dataset.rows("train")):
         raise DataError("the data set has no training images; freeze it again")
-    labels = dataset.labels[rows]
-    targets = make_targets(
-        labels,
-        len(dataset.class_names),
-        soft_log_probs=None if soft is None else soft[rows],
-        temperature=settings.soft_temperature,
-        label_smoothing=settings.label_smoothing,
-    )
     return Job(
         title=folder.name.replace("-hard-labels", ", hard labels"),
         folder=folder,
         settings=settings,
         identity=wanted,
         store=open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib),
-        targets=targets,
-        phases=_phases(settings, labels, np.flatnonzero(dataset.splits[rows] == "train")),
+        targets=_targets(settings, dataset, rows, lesson),
+        phases=_phases(settings, dataset, rows),
         loss=LossSettings(
-            settings.loss, settings.soft_weight if settings.distillation else 0.0, settings.soft_temperature
+            settings.loss,
+            settings.soft_weight if settings.distillation else 0.0,
+            settings.soft_temperature,
+            _hard_loss(settings, dataset, _train_rows(dataset, lesson)),
         ),
         spec=spec,
         augment=settings.augmentation(spec),
         validation=open_validation(dataset, spec, seed=settings.seed),
+        task=dataset.task,
     )
 
 
-def _phases(
-    settings: StudentSettings, labels: npt.NDArray[np.int32], train_rows: npt.NDArray[np.int64]
-) -> tuple[Phase, ...]:
-    """The epochs on train, then the extra ones whose weights are averaged, on all rows of the store."""
+def _hard_loss(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64]) -> HardLoss:
+    if dataset.task is not None and dataset.values is not None:
+        return settings.loss_against_heads(dataset.task, dataset.values[rows])
+    return settings.loss_against(dataset.labels[rows], len(dataset.class_names))
+
+
+def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64], lesson: _Lesson) -> Targets:
+    chosen = None if lesson.soft is None else lesson.soft[rows]
+    temperature, smoothing = settings.soft_temperature, settings.label_smoothing
+    if dataset.task is not None and dataset.values is not None:
+        values = dataset.values[rows]
+        return make_task_targets(
+            dataset.task, values, soft_scores=chosen, temperature=temperature, label_smoothing=smoothing
+        )
+    return make_targets(
+        dataset.labels[rows],
+        len(dataset.class_names),
+        soft_log_probs=chosen,
+        temperature=temperature,
+        label_smoothing=smoothing,
+    )
+
+
+def _phases(settings: StudentSettings, dataset: Dataset, store_rows: npt.NDArray[np.int64]) -> tuple[Phase, ...]:
+    """The epochs on train, then those whose weights are averaged, on all rows of the store."""
+    labels = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[store_rows]
+    train_rows = np.flatnonzero(dataset.splits[store_rows] == "train")
 
     def draw(rows: npt.NDArray[np.int64]) -> Draw:
         return Draw(
@@ -198,25 +336,14 @@ def _phases(
             batch_size=min(settings.batch_size, len(train_rows)),
             balanced=settings.balanced_sampling,
             seed=derive(settings.seed, "student"),
+            weights=settings.sampling_weights(labels[rows], dataset.class_names),
         )
 
-    first = Phase(
-        "student",
-        settings.epochs,
-        draw(train_rows),
-        settings.lr,
-        settings.lr * settings.final_lr,
-        settings.warmup_epochs,
-    )
-    if not settings.extra_epochs:
-        return (first,)
-    rate = settings.lr * settings.extra_lr
-    everything = draw(np.arange(len(labels)))
-    return (first, Phase("average", settings.extra_epochs, everything, rate, rate, average=True))
+    return make_phases("student", settings, draw(train_rows), last=draw(np.arange(len(labels))))
 
 
 def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> float:
-    """Fitted on val, which must be unseen for that."""
+    """Fitted on val, which must be unseen for that; one for all heads together."""
     val = dataset.rows("val")
     if settings.final_data == "train+val":
         console.note("temperature 1.0, not fitted: the last epochs trained on val (--final-data train+val)")
@@ -225,4 +352,6 @@ def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, 
         console.note("temperature 1.0, not fitted: the data set has no val split")
         return 1.0
     logits = predict_logits(model, dataset.paths[val], spec, batch_size=settings.batch_size)
+    if dataset.task is not None and dataset.values is not None:
+        return task_metrics.fit_temperature(dataset.task, logits, dataset.values[val])
     return fit_temperature(logits, dataset.labels[val])

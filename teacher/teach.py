@@ -1,28 +1,36 @@
 """K teachers, each trained on all folds but one, label the images of the fold that they never saw.
 
 Each trains a fixed number of epochs and is never selected on its held-out fold. Files: teacher/fold-K/{checkpoint.pt,
-metrics.jsonl, model.pt, held_out_ids.npy, held_out.log_probs.npy, fold.json}, teacher/oof.json, soft_labels/.
+metrics.jsonl, model.pt, held_out_ids.npy, held_out.log_probs.npy, fold.json}, teacher/oof.json, soft_labels/. Further
+architectures train in the same folds and lie in teacher/NAME/fold-K; the soft labels are then a combination of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from edgedistill import console
 from edgedistill.artifacts import RunDir, read_array, read_json, sha256_file, write_array, write_json
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.soft_label_store import check_store, parse_store
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
+from edgedistill.task_metrics import Scored, summary
+from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds
 from edgedistill.training.checkpoints import write_model
+from edgedistill.training.fixres import adapt, deployed_spec
+from edgedistill.training.heads import make_task_targets, scores_from, scores_of
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
-from edgedistill.training.loop import Job, Phase, Validation, open_validation, train
+from edgedistill.training.loop import Job, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
 from edgedistill.training.models import (
     Weights,
@@ -32,25 +40,34 @@ from edgedistill.training.models import (
     model_kwargs_for,
     resolve_name,
 )
-from edgedistill.training.predict import predict_logits
+from edgedistill.training.optimizers import make_phases
+from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
+from edgedistill.training.processes import on_main
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
     choose_device,
     identity,
     refuse_other_settings,
-    refuse_several_processes,
 )
-from edgedistill.training.soft_labels import FoldResult, ids_hash, write_soft_labels
+from edgedistill.training.soft_labels import FoldResult, ids_hash, prove_out_of_fold, write_soft_labels
+from edgedistill.training.views import predict_probabilities, views_of
 
 FOLD_FORMAT = "edgedistill-teacher-fold"
 OOF_FORMAT = "edgedistill-oof"
 METRICS = ("accuracy", "macro_f1", "log_loss", "ece")
 
+Quality = dict[str, Any]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings(TrainSettings):
-    """TrainSettings with a teacher's defaults. ``fold``: train this fold alone (job arrays); None: all that remain."""
+    """TrainSettings with a teacher's defaults.
+
+    ``fold``: train this fold alone (job arrays); None: all that remain. ``tta``: views whose mean answer is the soft
+    label and the teacher's answer on test, such as 'flip,five-crop,scales' (see training.views); '' for none.
+    ``soft_label_store``: 'float32', 'float16' or 'top-k:N' (see data.soft_label_store).
+    """
 
     name: str = "effb4"
     epochs: int = 10
@@ -59,15 +76,75 @@ class TeacherSettings(TrainSettings):
     cutmix_probability: float = 0.0
     drop_rate: float = 0.2
     fold: int | None = None
+    tta: str = ""
+    soft_label_store: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        views_of(self.tta)
+        parse_store(self.soft_label_store)
+
+    def single_label_only(self) -> list[tuple[bool, str]]:
+        return [
+            *super().single_label_only(),
+            (self.soft_label_store != "float32", f"--soft-label-store {self.soft_label_store}"),
+        ]
 
     def checks(self) -> list[tuple[str, bool, str]]:
-        return [*super().checks(), ("fold", self.fold is None or self.fold >= 0, "0 or more, or None")]
+        return [
+            *super().checks(),
+            ("fold", self.fold is None or self.fold >= 0, "0 or more, or None"),
+            ("tta", "flip" not in self.tta or self.horizontal_flip, "no flip where training never flips"),
+        ]
+
+
+@dataclass(frozen=True)
+class NamedTeacher:
+    """An architecture and its ``label``: its name in files and tables, such as 'swinb' or, at a size of its own,
+    'effb4-300'."""
+
+    label: str
+    settings: TeacherSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """What joins the first architecture: ``label`` is the first one's own name, ``others`` the rest.
+
+    Raises UsageError for two of one name and for ``blend`` settings that do not fit them.
+    """
+
+    label: str = "teacher"
+    others: tuple[NamedTeacher, ...] = ()
+    blend: BlendSettings = field(default_factory=BlendSettings)
+
+    def __post_init__(self) -> None:
+        twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
+        if twice:
+            raise UsageError(
+                f"--teacher names {', '.join(twice)} twice; name each once, or with another size: NAME@300"
+            )
+        self.blend.check(self.labels)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (self.label, *(other.label for other in self.others))
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """One architecture of the run; ``folder``: '' for the first, whose folds lie in teacher/ itself."""
+
+    label: str
+    folder: str
+    settings: TeacherSettings
 
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """What all folds have in common; ``rows`` of the data set are the rows of ``store``."""
+    """What all folds of an architecture have in common; ``rows`` of the data set are the rows of ``store``."""
 
+    member: _Member
     dataset: Dataset
     rows: np.ndarray[Any, np.dtype[np.int64]]
     store: ImageStore
@@ -76,31 +153,61 @@ class _Shared:
     validation: Validation | None
 
 
-def train_teachers(settings: TeacherSettings, dataset: Dataset, run: RunDir, *, resume: bool) -> Path:
+def train_teachers(
+    settings: TeacherSettings, dataset: Dataset, run: RunDir, *, resume: bool, ensemble: Ensemble | None = None
+) -> Path:
     """Train what remains of the folds, then write teacher/oof.json and soft_labels/.
 
-    Returns the soft_labels folder; with ``settings.fold`` and other folds still missing, that fold's folder.
-    Raises UsageError if the folders hold work and ``resume`` is False, ArtifactError if that work was made with other
-    settings or data, ImageError for a damaged image.
+    ``ensemble``: further architectures, trained in the same folds. Returns the soft_labels folder; with
+    ``settings.fold`` and other folds still missing, that fold's folder. Every process of a launch calls it (see
+    training.processes). Raises UsageError if the folders hold work and ``resume`` is False, ArtifactError if that work
+    was made with other settings or data, ImageError for a damaged image.
     """
-    refuse_several_processes()
+    ensemble = ensemble or Ensemble()
+    settings.refuse_for(dataset.task)
+    if dataset.task is not None and ensemble.others:
+        raise UsageError("several teachers vote on one label per image, and these images have more; give --teacher one")
+    check_store(parse_store(settings.soft_label_store), len(dataset.class_names))
+    members = [_Member(ensemble.label, "", settings)]
+    members += [_Member(other.label, other.label, other.settings) for other in ensemble.others]
     wanted = _wanted_folds(settings, dataset)
     if not resume:
-        _refuse_existing_work(run, wanted)
-    todo = [fold for fold in wanted if not _is_done(settings, dataset, run, fold)]
-    if todo:
-        shared = _prepare(settings, dataset)
-        for fold in todo:
-            _train_fold(settings, shared, run, fold, resume=resume)
-    missing = [fold for fold in range(dataset.fold_count) if not (run.teacher(fold) / "fold.json").exists()]
+        on_main(lambda: _refuse_existing_work(run, members, wanted))
+    for member in members:
+        _train_member(member, dataset, run, wanted, resume=resume)
+    return on_main(lambda: _finish(ensemble, members, dataset, run, wanted))
+
+
+def _finish(
+    ensemble: Ensemble, members: Sequence[_Member], dataset: Dataset, run: RunDir, wanted: Sequence[int]
+) -> Path:
+    """The soft labels, once all folds are there; until then the last trained fold's folder."""
+    missing = [
+        fold
+        for fold in range(dataset.fold_count)
+        if not all((run.teacher(fold, member.folder) / "fold.json").exists() for member in members)
+    ]
     if missing:
         console.note(f"folds still to train: {', '.join(map(str, missing))}; the last one writes the soft labels")
         return run.teacher(wanted[-1])
-    for fold in range(dataset.fold_count):
-        _is_done(settings, dataset, run, fold)  # folds trained elsewhere must have the same settings
-    results = [_read_fold(run.teacher(fold)) for fold in range(dataset.fold_count)]
-    _write_quality(dataset, results, run)
-    return write_soft_labels(run.soft_labels, dataset, results)
+    for member in members:
+        for fold in range(dataset.fold_count):
+            _is_done(member, dataset, run, fold)  # folds trained elsewhere must have the same settings
+    return _write_labels(ensemble, members, dataset, run)
+
+
+def read_blend(run: RunDir) -> Blend | None:
+    """The combination of the architectures as fitted on all folds, for images of none; None where there is but one."""
+    values = read_json(run.root / "teacher" / "oof.json", format=OOF_FORMAT).get("blend")
+    if values is None:
+        return None
+    settings = BlendSettings(**values["settings"])
+    override = settings.override_parts()
+    return Blend(
+        weights=tuple(values["weights"]),
+        vote=settings.vote,
+        override=None if override is None else (values["teachers"].index(override[0]), override[1]),
+    )
 
 
 def _wanted_folds(settings: TeacherSettings, dataset: Dataset) -> list[int]:
@@ -114,101 +221,151 @@ def _wanted_folds(settings: TeacherSettings, dataset: Dataset) -> list[int]:
     return [settings.fold]
 
 
-def _refuse_existing_work(run: RunDir, folds: Sequence[int]) -> None:
-    for fold in folds:
-        for name in ("fold.json", "checkpoint.pt", "model.pt"):
-            if (run.teacher(fold) / name).exists():
-                raise UsageError(
-                    f"{run.teacher(fold)}: holds work already; go on with --resume, or choose another --out"
-                )
+def _refuse_existing_work(run: RunDir, members: Sequence[_Member], folds: Sequence[int]) -> None:
+    for folder in (run.teacher(fold, member.folder) for member in members for fold in folds):
+        if any((folder / name).exists() for name in ("fold.json", "checkpoint.pt", "model.pt")):
+            raise UsageError(f"{folder}: holds work already; go on with --resume, or choose another --out")
+
+
+def _train_member(member: _Member, dataset: Dataset, run: RunDir, wanted: Sequence[int], *, resume: bool) -> None:
+    """What remains of one architecture's folds; its images leave the memory when it returns."""
+    todo = on_main(lambda: [fold for fold in wanted if not _is_done(member, dataset, run, fold)])
+    if todo:
+        shared = _prepare(member, dataset)
+        for fold in todo:
+            _train_fold(shared, run, fold, resume=resume)
 
 
 def _identity(settings: TeacherSettings, dataset: Dataset, fold: int) -> dict[str, Any]:
     """What a teacher's weights depend on beyond its settings: the images that it may see."""
     seen = dataset.ids[(dataset.splits == "train") & (dataset.folds != fold)]
-    return identity(settings, dataset_hash=dataset.hash, held_out_fold=fold, trained_on=ids_hash(seen))
+    return identity(
+        settings, task=dataset.task, dataset_hash=dataset.hash, held_out_fold=fold, trained_on=ids_hash(seen)
+    )
 
 
-def _is_done(settings: TeacherSettings, dataset: Dataset, run: RunDir, fold: int) -> bool:
-    path = run.teacher(fold) / "fold.json"
+def _is_done(member: _Member, dataset: Dataset, run: RunDir, fold: int) -> bool:
+    path = run.teacher(fold, member.folder) / "fold.json"
     if not path.exists():
         return False
-    refuse_other_settings(path, read_json(path, format=FOLD_FORMAT)["identity"], _identity(settings, dataset, fold))
+    saved = read_json(path, format=FOLD_FORMAT)["identity"]
+    refuse_other_settings(path, saved, _identity(member.settings, dataset, fold), TeacherSettings)
     return True
 
 
-def _prepare(settings: TeacherSettings, dataset: Dataset) -> _Shared:
+def _prepare(member: _Member, dataset: Dataset) -> _Shared:
+    settings = member.settings
     choose_device(settings.device)  # a device that is not there is told before images are read
     spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
-    weights = locate_weights(settings.name, settings.weights, flag="--teacher-weights")
+    deployed_spec(settings, spec)  # refused before images are read where the network cannot change its size
+    weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--teacher-weights"))
     rows = dataset.rows("train")
     store = open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib)
-    return _Shared(dataset, rows, store, spec, weights, open_validation(dataset, spec, seed=settings.seed))
+    return _Shared(member, dataset, rows, store, spec, weights, open_validation(dataset, spec, seed=settings.seed))
 
 
-def _train_fold(settings: TeacherSettings, shared: _Shared, run: RunDir, fold: int, *, resume: bool) -> None:
+def _train_fold(shared: _Shared, run: RunDir, fold: int, *, resume: bool) -> None:
     """One teacher, and what it says of its held-out fold; fold.json is written last and marks the fold as done."""
-    dataset, folder = shared.dataset, run.teacher(fold)
-    job = _job(settings, shared, folder, fold)
+    settings, dataset = shared.member.settings, shared.dataset
+    job = _job(shared, run.teacher(fold, shared.member.folder), fold)
     torch.manual_seed(derive(settings.seed, "initial weights", fold))
-    network = settings.network(len(dataset.class_names))
+    network = settings.network(len(dataset.outputs))
     model = create_model(settings.name, pretrained=shared.weights, **network)
-    model = train(job, model, resume=resume)
+    model = adapt(job, train(job, model, resume=resume), resume=resume)
+    on_main(lambda: _label(job, model, shared, fold))
+
+
+def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
+    """model.pt, what it says of the held-out fold, and fold.json."""
+    settings, dataset, folder = shared.member.settings, shared.dataset, job.folder
+    network = settings.network(len(dataset.outputs))
+    if settings.averages and settings.test_size is None:  # else training.fixres has measured the statistics
+        seen = dataset.paths[shared.rows[dataset.folds[shared.rows] != fold]]
+        reestimate_batch_norm(
+            model, seen, shared.spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
+        )
     write_model(
         folder / "model.pt",
         model,
         architecture=resolve_name(settings.name),
         model_kwargs=model_kwargs_for(settings.name, **network),
-        classes=dataset.class_names,
-        input_spec=shared.spec,
+        classes=dataset.outputs,
+        input_spec=deployed_spec(settings, shared.spec),
         dataset_hash=dataset.hash,
         settings=dict(job.identity),
+        task=dataset.task,
     )
     held_out = shared.rows[dataset.folds[shared.rows] == fold]
-    logits = predict_logits(model, dataset.paths[held_out], shared.spec, title=f"labelling fold {fold + 1}")
-    log_probs = torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
+    log_probs = _log_probs(model, dataset.paths[held_out], shared, title=f"labelling fold {fold + 1}")
     write_array(folder / "held_out_ids.npy", dataset.ids[held_out].astype(str))
     write_array(folder / "held_out.log_probs.npy", log_probs)
     values = {
         "fold": fold,
         "identity": dict(job.identity),
         "trained_on": job.identity["trained_on"],
-        "epochs_planned": settings.epochs,
+        "epochs_planned": settings.total_epochs,
         "epochs_done": len(job.epochs),
         "architecture": resolve_name(settings.name),
         "model_sha256": sha256_file(folder / "model.pt"),
     }
     write_json(folder / "fold.json", values, format=FOLD_FORMAT)
+    shutil.rmtree(folder / "fixres", ignore_errors=True)
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
 
 
-def _job(settings: TeacherSettings, shared: _Shared, folder: Path, fold: int) -> Job:
-    dataset, rows = shared.dataset, shared.rows
-    labels = dataset.labels[rows]
+def _log_probs(
+    model: nn.Module, paths: np.ndarray[Any, Any], shared: _Shared, *, title: str
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32 [N, C] at T=1: of the whole picture, or of the mean over the views of ``tta``; with several heads their
+    scores, [N, D]."""
+    task, settings = shared.dataset.task, shared.member.settings
+    spec = deployed_spec(settings, shared.spec)
+    if settings.tta:
+        views = views_of(settings.tta)
+        probabilities = predict_probabilities(model, paths, spec, views=views, task=task, title=title)
+        if task is not None:
+            return scores_from(task, probabilities)
+        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    logits = predict_logits(model, paths, spec, title=title)
+    if task is not None:
+        return scores_of(task, logits)
+    return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
+
+
+def _job(shared: _Shared, folder: Path, fold: int) -> Job:
+    settings, dataset, rows = shared.member.settings, shared.dataset, shared.rows
+    smoothing = settings.label_smoothing
     seen = np.flatnonzero(dataset.folds[rows] != fold)
+    if dataset.task is None or dataset.values is None:
+        labels = dataset.labels[rows]
+        targets = make_targets(labels, len(dataset.class_names), label_smoothing=smoothing)
+        hard = settings.loss_against(labels[seen], len(dataset.class_names))
+    else:
+        values = dataset.values[rows]
+        targets = make_task_targets(dataset.task, values, label_smoothing=smoothing)
+        hard = settings.loss_against_heads(dataset.task, values[seen])
+    drawn = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[rows][seen]
     draw = Draw(
         rows=seen,
-        labels=labels[seen],
+        labels=drawn,
         batch_size=min(settings.batch_size, len(seen)),
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "fold", fold),
+        weights=settings.sampling_weights(drawn, dataset.class_names),
     )
     return Job(
-        title=f"teacher {fold + 1}/{dataset.fold_count}",
+        title=f"{shared.member.folder or 'teacher'} {fold + 1}/{dataset.fold_count}",
         folder=folder,
         settings=settings,
         identity=_identity(settings, dataset, fold),
         store=shared.store,
-        targets=make_targets(labels, len(dataset.class_names), label_smoothing=settings.label_smoothing),
-        phases=(
-            Phase(
-                "teacher", settings.epochs, draw, settings.lr, settings.lr * settings.final_lr, settings.warmup_epochs
-            ),
-        ),
-        loss=LossSettings(),
+        targets=targets,
+        phases=make_phases("teacher", settings, draw),
+        loss=LossSettings(hard=hard),
         spec=shared.spec,
         augment=settings.augmentation(shared.spec),
         validation=shared.validation,
+        task=dataset.task,
     )
 
 
@@ -217,7 +374,7 @@ def _read_fold(folder: Path) -> FoldResult:
     return FoldResult(
         fold=values["fold"],
         ids=read_array(folder / "held_out_ids.npy"),
-        log_probs=read_array(folder / "held_out.log_probs.npy"),
+        log_probs=read_array(folder / "held_out.log_probs.npy", mmap=True),
         trained_on=values["trained_on"],
         epochs_planned=values["epochs_planned"],
         epochs_done=values["epochs_done"],
@@ -226,24 +383,71 @@ def _read_fold(folder: Path) -> FoldResult:
     )
 
 
-def _write_quality(dataset: Dataset, results: Sequence[FoldResult], run: RunDir) -> None:
-    """teacher/oof.json and a table: per fold and over all training images."""
+def _write_labels(ensemble: Ensemble, members: Sequence[_Member], dataset: Dataset, run: RunDir) -> Path:
+    """teacher/oof.json and soft_labels/, proven out-of-fold for each architecture; their quality as a table."""
+    results = {
+        member.label: [_read_fold(run.teacher(fold, member.folder)) for fold in range(dataset.fold_count)]
+        for member in members
+    }
+    store = members[0].settings.soft_label_store
+    if len(members) == 1:
+        (folds,) = results.values()
+        _write_quality(run, _fold_rows(folds, dataset))
+        return write_soft_labels(run.soft_labels, dataset, folds, store=store)
+    for folds in results.values():
+        prove_out_of_fold(dataset, folds)
     label_of = dict(zip(dataset.ids.tolist(), dataset.labels.tolist(), strict=True))
-    labels = [np.array([label_of[name] for name in result.ids.tolist()], np.int32) for result in results]
+    blended = blend_folds(ensemble.blend, results, label_of)
+    blend = blended.to_dict(ensemble.blend, ensemble.labels)
+    rows = {label: _fold_rows(folds, dataset) for label, folds in results.items()}
+    _write_quality(run, _fold_rows(blended.folds, dataset), architectures=rows, blend=blend)
+    teachers = [result.teacher() | {"label": label} for label, folds in results.items() for result in folds]
+    return write_soft_labels(run.soft_labels, dataset, blended.folds, teachers=teachers, blend=blend, store=store)
+
+
+def _fold_rows(results: Sequence[FoldResult], dataset: Dataset) -> tuple[list[Quality], Quality]:
+    """The quality of each fold's answers, and of all together."""
+    row_of = {name: row for row, name in enumerate(dataset.ids.tolist())}
+    places = [np.array([row_of[name] for name in result.ids.tolist()], np.int64) for result in results]
     folds = [
-        {"fold": result.fold} | _quality(np.exp(result.log_probs), truth)
-        for result, truth in zip(results, labels, strict=True)
+        {"fold": result.fold} | _quality(dataset, result.log_probs, rows)
+        for result, rows in zip(results, places, strict=True)
     ]
-    everything = _quality(np.exp(np.concatenate([result.log_probs for result in results])), np.concatenate(labels))
-    write_json(run.root / "teacher" / "oof.json", {"folds": folds, "all": everything}, format=OOF_FORMAT)
-    rows = [
-        [str(values.get("fold", "all")), values["n"], *(f"{values[name]:.4f}" for name in METRICS)]
-        for values in (*folds, everything)
-    ]
-    console.err.print(console.table("teachers, out of fold", ("fold", "images", *METRICS), rows))
+    return folds, _quality(dataset, np.concatenate([result.log_probs for result in results]), np.concatenate(places))
 
 
-def _quality(probabilities: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, Any]:
+def _write_quality(
+    run: RunDir,
+    labels: tuple[list[Quality], Quality],
+    *,
+    architectures: Mapping[str, tuple[list[Quality], Quality]] | None = None,
+    blend: Mapping[str, Any] | None = None,
+) -> None:
+    """teacher/oof.json and a table: the soft labels per fold and over all training images, and each architecture."""
+    folds, everything = labels
+    values: dict[str, Any] = {"folds": folds, "all": everything}
+    shown = [(str(row["fold"]), row) for row in folds] + [("all", everything)]
+    if architectures is not None and blend is not None:
+        values["architectures"] = [
+            {"label": label, "folds": own_folds, "all": own} for label, (own_folds, own) in architectures.items()
+        ]
+        values["blend"] = dict(blend)
+        shown = [(label, own) for label, (_, own) in architectures.items()]
+        weights = " + ".join(
+            f"{weight:.2f} {label}" for label, weight in zip(architectures, blend["weights"], strict=True)
+        )
+        shown.append((weights, everything))
+    write_json(run.root / "teacher" / "oof.json", values, format=OOF_FORMAT)
+    rows = [[name, row["n"], *(f"{row[metric]:.4f}" for metric in METRICS)] for name, row in shown]
+    title = "fold" if architectures is None else "teacher"
+    console.err.print(console.table("teachers, out of fold", (title, "images", *METRICS), rows))
+
+
+def _quality(dataset: Dataset, scores: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Quality:
+    """Of the images ``rows`` of the data set, by what their held-out teachers said of them."""
+    if dataset.task is not None and dataset.values is not None:
+        return summary(Scored(dataset.task, dataset.task.probabilities(scores), dataset.values[rows]))
+    probabilities, labels = np.exp(scores), dataset.labels[rows]
     return {
         "n": len(labels),
         "accuracy": accuracy(probabilities, labels),

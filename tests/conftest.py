@@ -80,3 +80,64 @@ def tiny_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_cli("distill", "--data", photos, "--out", out, *TINY)
     run_cli("export-openvino", out / "model.pt", "--int8", "off", "--test-parity")
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory):
+    """44 images of three classes: 32 train in two folds, 6 val, 6 test."""
+    import torch
+
+    from edgedistill.data.manifest import Dataset
+    from edgedistill.training.seeds import generator
+
+    torch.set_num_threads(1)
+    root, numbers = tmp_path_factory.mktemp("images"), np.arange(44)
+    labels = (numbers % 3).astype(np.int32)
+    paths = [str(root / f"im{n:03d}.png") for n in numbers]
+    for path, label in zip(paths, labels, strict=True):
+        pixels = generator(0, path[-9:]).integers(0, 120, (40, 40, 3), dtype=np.uint8)
+        pixels[:, :, label] += 100
+        cv2.imwrite(path, pixels)
+    return Dataset(
+        ids=np.array([f"im{n:03d}.png" for n in numbers]),
+        paths=np.array(paths),
+        sha256=np.array([f"{n:064x}" for n in numbers]),
+        labels=labels,
+        groups=np.array([""] * len(numbers)),
+        splits=np.where(numbers < 32, "train", np.where(numbers < 38, "val", "test")),
+        folds=np.where(numbers < 32, numbers // 3 % 2, -1).astype(np.int16),
+        class_names=("a", "b", "c"),
+    )
+
+
+@pytest.fixture(scope="session")
+def taught_run(tiny_dataset, tmp_path_factory):
+    """A run with two teachers of 40 px (the student has 32) and the labels that they wrote."""
+    import torch
+
+    from edgedistill.artifacts import RunDir, sha256_file
+    from edgedistill.training.checkpoints import write_model
+    from edgedistill.training.models import create_model, input_spec_for, model_kwargs_for
+    from edgedistill.training.soft_labels import FoldResult, ids_hash, write_soft_labels
+
+    run, results = RunDir(tmp_path_factory.mktemp("taught")), []
+    for fold in range(2):
+        torch.manual_seed(fold)
+        network = {"class_count": 3, "image_size": 40, "drop_rate": 0.0, "drop_path_rate": 0.0}
+        write_model(
+            run.teacher(fold) / "model.pt",
+            create_model("test_efficientnet", pretrained=None, **network),
+            architecture="test_efficientnet",
+            model_kwargs=model_kwargs_for("test_efficientnet", **network),
+            classes=tiny_dataset.class_names,
+            input_spec=input_spec_for("test_efficientnet", 40),
+            dataset_hash=tiny_dataset.hash,
+            settings={},
+        )
+        own = tiny_dataset.ids[tiny_dataset.folds == fold]
+        others = tiny_dataset.ids[(tiny_dataset.splits == "train") & (tiny_dataset.folds != fold)]
+        log_probs = np.full((len(own), 3), np.log(1 / 3), np.float32)
+        digest = sha256_file(run.teacher(fold) / "model.pt")
+        results.append(FoldResult(fold, own, log_probs, ids_hash(others), 1, 1, "test_efficientnet", digest))
+    write_soft_labels(run.soft_labels, tiny_dataset, results)
+    return run

@@ -18,6 +18,10 @@ RECIPES = {
     "any way up": AugmentSettings(any_way_up=True),
     "jitter": AugmentSettings(color_jitter=0.3),
     "standard": AugmentSettings(strength="standard", any_way_up=True),
+    "autoaugment": AugmentSettings(auto_augment="autoaugment"),
+    "randaugment": AugmentSettings(auto_augment="randaugment", grayscale=0.5),
+    "augmix": AugmentSettings(auto_augment="augmix-m5-w2-d2", cutout=0.5),
+    "erasing": AugmentSettings(gridmask=0.5, cutout=0.5, coarse_dropout=0.5),
 }
 
 
@@ -108,3 +112,51 @@ def test_an_image_that_is_too_small_and_settings_out_of_range_are_refused(image)
         AugmentSettings(strength="heavy")
     with pytest.raises(UsageError, match="color jitter 2"):
         AugmentSettings(color_jitter=2.0)
+
+
+def test_erasing_covers_what_it_says_and_leaves_the_rest_alone():
+    image = np.full((64, 64, 3), 7, np.uint8)
+    areas = {"gridmask": (0.1, 0.45), "cutout": (0.05, 0.26), "coarse_dropout": (0.003, 0.13)}
+    for name, (least, most) in areas.items():
+        always = Augment(AugmentSettings(strength="none", **{name: 1.0}), 64, 64)
+        erased = [always(image, seed) for seed in range(60)]
+        for result in erased:
+            changed = (result != 7).any(axis=2)
+            assert least <= changed.mean() <= most, name
+            assert (result[changed] == (104, 116, 124)).all()
+        assert len({result.tobytes() for result in erased}) > 40
+        half = Augment(AugmentSettings(strength="none", **{name: 0.5}), 64, 64)
+        assert 0.4 < np.mean([(half(image, seed) != 7).any() for seed in range(300)]) < 0.6
+
+
+def test_grey_images_have_three_equal_channels(image):
+    grey = Augment(AugmentSettings(strength="none", grayscale=1.0), 72, 74)(image, 0)
+    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all()
+    assert np.abs(grey[..., 0].astype(int) - cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)).max() == 0
+
+
+def test_policies_leave_the_chance_of_others_alone(image):
+    import random
+
+    policy = Augment(AugmentSettings(auto_augment="augmix"), 64, 64)
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    expected = random.random(), np.random.random()  # noqa: NPY002
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    policy(image, 1)
+    assert (random.random(), np.random.random()) == expected  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"auto_augment": "wild"}, "auto_augment 'wild': expected none, autoaugment, randaugment, augmix"),
+        ({"auto_augment": "rand-q7"}, "auto_augment 'rand-q7'"),
+        ({"gridmask": 1.5}, "gridmask 1.5, expected a probability"),
+        ({"grayscale": -0.1}, "grayscale -0.1"),
+    ],
+)
+def test_extras_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        AugmentSettings(**wrong)

@@ -246,5 +246,5 @@ def test_wrong_folds_and_settings_are_usage_errors(taught, tmp_path, monkeypatch
             resume=False,
         )
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="give each process a fold of its own with --fold"):
+    with pytest.raises(UsageError, match=r"RANK, MASTER_ADDR, MASTER_PORT missing.* a fold of its own with --fold"):
         train_teachers(SETTINGS, dataset, run, resume=False)

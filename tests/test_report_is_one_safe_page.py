@@ -23,6 +23,7 @@ from edgedistill.report.charts import PERCENT, PLAIN, POINTS, ReliabilityBin, Se
 from edgedistill.report.quality_sections import reliability_bins
 from edgedistill.report.record import Predictions
 from edgedistill.report.wording import difference_sentence, duration, percent
+from edgedistill.training.noisy_labels import write_noisy_labels
 
 CLASSES = ("bird", "cat", "dog", "fish", "fox", "snake")
 FOLDS = 5
@@ -47,6 +48,7 @@ class FakeRun:
         self.soft_labels(run, dataset)
         self.training(run)
         self.evaluation(run, dataset)
+        self.explanation(run)
         self.export(run, dataset)
         self.bench(run)
         self.tune(run)
@@ -67,6 +69,21 @@ class FakeRun:
         digests = np.array([f"{index:064x}" for index in range(self.images)])
         groups = np.array([f"session-{index // 40}" if index < 0 else "" for index in range(self.images)])
         return Dataset(ids, paths, digests, labels, groups, splits, folds, tuple(sorted(self.classes)))
+
+    def explanation(self, run: RunDir) -> None:
+        images = [
+            {
+                "id": f"images/photo {index:05d}.png",
+                "right": index > 1,
+                "predicted": "cat",
+                "probability": 0.9,
+                "true": "fox",
+            }
+            for index in range(4)
+        ]
+        values = {"method": "Grad-CAM", "layer": "blocks.5", "model_sha256": "0" * 64, "images": images}
+        write_json(run.evaluation / "explain.json", values, format="edgedistill-explain")
+        cv2.imwrite(str(run.evaluation / "explain.png"), np.zeros((40, 60, 3), np.uint8))
 
     def config(self, run: RunDir, dataset: Dataset) -> None:
         values = {
@@ -125,6 +142,11 @@ class FakeRun:
         ]
         values = {"folds": rows, "all": {"n": 200, "accuracy": 0.82, "macro_f1": 0.781, "log_loss": 0.6, "ece": 0.038}}
         write_json(run.root / "teacher" / "oof.json", values, format="edgedistill-oof")
+        soft = np.full((len(dataset), len(dataset.class_names)), np.nan, np.float32)
+        soft[train] = np.log(0.02 / (len(dataset.class_names) - 1))
+        soft[train, dataset.labels[train]] = np.log(0.98)
+        soft[train[0], [dataset.labels[train[0]], dataset.labels[train[0]] - 1]] = np.log([0.02, 0.98])
+        write_noisy_labels(run.root / "noisy_labels.csv", dataset, soft)
 
     def training(self, run: RunDir) -> None:
         rng = np.random.default_rng(self.seed + 1)
@@ -445,6 +467,7 @@ def test_a_whole_run_fills_every_section(full_run: RunDir) -> None:
         "images/photo 00007.png, images/photo 00008.png and 1 more",
         "Not measured. benchmark_app: not on the PATH.",
         "--out 'runs/my cells'",
+        "1 training images look like another class",
     ):
         assert expected in page.text
 
@@ -535,11 +558,13 @@ PARTS: dict[str, tuple[Callable[[RunDir], Path], str]] = {
         "No hard-label student to compare with: distill --data photos/animals",
     ),
     "oof": (lambda run: run.root / "teacher" / "oof.json", "The out-of-fold soft labels are not finished: distill"),
+    "noisy labels": (lambda run: run.root / "noisy_labels.csv", "No out-of-fold disagreement: distill"),
     "data": (lambda run: run.dataset, "No frozen manifest dataset.csv: distill"),
     "check-data": (
         lambda run: run.root / "data_report.json",
         "conflicts: edgedistill check-data photos/animals",
     ),
+    "explain": (lambda run: run.evaluation / "explain.json", "No Grad-CAM of test images: edgedistill report"),
     "config": (lambda run: run.config, "No config.json with the settings: distill"),
 }
 
@@ -597,6 +622,12 @@ def test_epochs_repeated_by_a_resume_count_once(copied_run: RunDir) -> None:
             '{"format": "edgedistill-oof", "version": 1, "folds": 3}',
             "Out-of-fold soft labels: a file",
         ),
+        ("evaluation/explain.png", "<svg/>", "explain.png: not the PNG that explain.json belongs to"),
+        (
+            "evaluation/explain.json",
+            '{"format": "edgedistill-explain", "version": 1}',
+            "Where the student looks: a file",
+        ),
         ("evaluation/student.probs.npy", "not numpy", "damaged or not a plain array"),
         ("dataset.csv", "nonsense", "dataset.csv"),
         ("data_report.json", '{"findings": []}', "Data: a file"),
@@ -633,7 +664,7 @@ def test_missing_pictures_are_named_not_fatal(copied_run: RunDir) -> None:
     page = _read(write_report(copied_run))
     assert "the file is missing or cannot be read any more" in page.text
     assert "sizes are unknown" in page.text
-    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert not [tag for tag, attributes in page.tags if tag == "img" and attributes.get("class") != "sheet"]
 
 
 def test_the_most_confident_mistakes_come_first(full_run: RunDir) -> None:
@@ -641,10 +672,10 @@ def test_the_most_confident_mistakes_come_first(full_run: RunDir) -> None:
     probs = np.load(full_run.evaluation / "student.probs.npy")
     labels = np.load(full_run.evaluation / "test_labels.npy")
     wrong = np.sort(probs.max(1)[probs.argmax(1) != labels])[::-1][:24]
-    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == len(wrong)
+    pictures = [attributes for tag, attributes in page.tags if tag == "img" and attributes.get("class") != "sheet"]
+    assert len(pictures) == len(wrong) + 1  # and the one label that looks wrong
     shown = re.findall(r"said \w+ (\d+\.\d)% true", page.text)
-    assert shown == [f"{100 * probability:.1f}" for probability in wrong]
+    assert shown == [*(f"{100 * probability:.1f}" for probability in wrong), "98.0"]
 
 
 def test_leaking_folds_and_groups_are_called_out(copied_run: RunDir) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of, make_targets
+from edgedistill.training.losses import LossSettings, Targets, loss_of, make_targets
+from edgedistill.training.mixing import Mixing, mix
 
 LABELS = np.array([0, 1, 2, 1], np.int32)
 
@@ -73,7 +74,7 @@ def test_cutmix_mixes_targets_by_the_area_it_pasted():
     for step in range(40):
         images = torch.arange(count, dtype=torch.uint8).view(count, 1, 1, 1).expand(count, 20, 30, 3).clone()
         hard, soft = torch.eye(count), torch.eye(count) * 0.9
-        images, targets = cutmix(images, Targets(hard, soft), alpha=1.0, probability=0.5, seed=1, epoch=2, step=step)
+        images, targets = mix(images, Targets(hard, soft), Mixing(cutmix=0.5), seed=1, epoch=2, step=step)
         for row in range(count):
             shares = torch.bincount(images[row, :, :, 0].flatten().long(), minlength=count) / 600
             assert torch.allclose(shares, targets.hard[row], atol=1e-6)
@@ -86,9 +87,40 @@ def test_cutmix_draws_from_seed_epoch_and_step_alone():
     def mixed(seed, epoch, step):
         images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 16, 16, 3).clone()
         start = Targets(torch.eye(4), torch.eye(4))
-        return cutmix(images, start, alpha=1.0, probability=1.0, seed=seed, epoch=epoch, step=step)[0]
+        return mix(images, start, Mixing(cutmix=1.0), seed=seed, epoch=epoch, step=step)[0]
 
     assert torch.equal(mixed(0, 1, 2), mixed(0, 1, 2))
     assert not torch.equal(mixed(0, 1, 2), mixed(0, 1, 3))
     assert not torch.equal(mixed(0, 1, 2), mixed(0, 2, 2))
     assert not torch.equal(mixed(0, 1, 2), mixed(1, 1, 2))
+
+
+def test_mixup_adds_images_and_targets_in_the_same_share():
+    count, kinds = 8, set()
+    for step in range(60):
+        images = (torch.arange(count, dtype=torch.uint8) * 30).view(count, 1, 1, 1).expand(count, 6, 5, 3).clone()
+        hard, soft = torch.eye(count), torch.eye(count) * 0.9
+        mixing = Mixing(cutmix=0.3, mixup=0.4, mixup_alpha=0.8)
+        images, targets = mix(images, Targets(hard, soft), mixing, seed=1, epoch=2, step=step)
+        values = (images[:, 0, 0, 0] / 30).float()
+        even = bool((images == images[:, :1, :1]).all())
+        if even and not torch.equal(targets.hard, hard):
+            expected = targets.hard @ torch.arange(count).float()
+            assert torch.allclose(values, expected, atol=0.5 / 30 + 1e-5)
+            assert torch.allclose(targets.soft, 0.9 * targets.hard)
+        kinds.add("mixup" if even and not torch.equal(targets.hard, hard) else "plain" if even else "cutmix")
+    assert kinds == {"mixup", "plain", "cutmix"}
+
+
+def test_the_chances_of_both_kinds_are_per_batch():
+    def kind(step):
+        images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 16, 16, 3).clone() * 60
+        before = images.clone()
+        mixed, _ = mix(images, Targets(torch.eye(4), torch.eye(4)), Mixing(0.25, 1.0, 0.25), seed=0, epoch=0, step=step)
+        if torch.equal(mixed, before):
+            return "plain"
+        return "mixup" if (mixed == mixed[:, :1, :1]).all() else "cutmix"
+
+    kinds = [kind(step) for step in range(400)]
+    assert 0.2 < kinds.count("cutmix") / 400 < 0.3
+    assert 0.19 < kinds.count("mixup") / 400 < 0.31

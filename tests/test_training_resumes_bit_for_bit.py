@@ -26,6 +26,7 @@ from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.losses import LossSettings, make_targets
 from edgedistill.training.models import create_model
+from edgedistill.training.optimizers import Phase, learning_rate
 
 # Dropout, stochastic depth, CutMix, jitter and averaging: every source of chance is on.
 SETTINGS = StudentSettings(
@@ -136,9 +137,9 @@ def make_job(dataset, folder, *, epochs=1, average=2, settings=SETTINGS):
     rows = dataset.rows("train")
     draw = Draw(np.arange(len(rows)), dataset.labels[rows], 8, balanced=False, seed=1)
     spec = InputSpec(height=32, width=32)
-    phases = [loop.Phase("first", epochs, draw, 1e-3, 1e-5)]
+    phases = [Phase("first", epochs, draw, 1e-3, 1e-5)]
     if average:
-        phases.append(loop.Phase("average", average, draw, 1e-3, 1e-3, average=True))
+        phases.append(Phase("average", average, draw, 1e-3, 1e-3, average=True))
     return loop.Job(
         title="test",
         folder=folder,
@@ -215,14 +216,14 @@ def test_a_damaged_image_leaves_no_half_state(dataset, tmp_path):
 
 def test_the_rate_rises_then_falls_on_a_cosine(dataset):
     draw = Draw(np.arange(40), np.zeros(40, np.int32), 8, balanced=False, seed=0)
-    phase = loop.Phase("first", 4, draw, 1.0, 0.1, warmup_epochs=1.0)
-    rates = [loop.learning_rate(phase, epoch, step) for epoch in range(4) for step in range(5)]
+    phase = Phase("first", 4, draw, 1.0, 0.1, warmup_epochs=1.0)
+    rates = [learning_rate(phase, epoch, step) for epoch in range(4) for step in range(5)]
     assert rates[:5] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
     assert rates[5] == 1.0
     assert all(a > b for a, b in itertools.pairwise(rates[5:]))
     assert 0.1 < rates[-1] < 0.12
-    constant = loop.Phase("average", 2, draw, 0.3, 0.3)
-    assert {loop.learning_rate(constant, epoch, step) for epoch in range(2) for step in range(5)} == {0.3}
+    constant = Phase("average", 2, draw, 0.3, 0.3)
+    assert {learning_rate(constant, epoch, step) for epoch in range(2) for step in range(5)} == {0.3}
 
 
 SCRIPT = """

@@ -148,8 +148,10 @@ def _read_student(folder: Path, model: str, known: dict[str, str]) -> Student:
                 f"{folder / name}: sha256 {got[:12]}..., expected {known[name][:12]}...: it is damaged or from another "
                 "export; copy or export it again"
             )
-    if metadata.multi_label:
-        raise ModelError(f"{path}: multi-label; the tuner judges networks that give one label per image")
+    if metadata.multi_label or metadata.heads is not None:
+        raise UsageError(
+            f"{path}: several labels per image; the tuner judges networks that give one. Measure this one with bench-fps"
+        )
     if not metadata.own:
         raise ModelError(f"{path}: was not exported by edgedistill; the tuner needs its own metadata; export it again")
     return student

@@ -165,8 +165,9 @@ class RunDir:
     def dataset(self) -> Path:
         return self.root / "dataset.csv"
 
-    def teacher(self, fold: int) -> Path:
-        return self.root / "teacher" / f"fold-{fold}"
+    def teacher(self, fold: int, label: str = "") -> Path:
+        """Of the first architecture; ``label``: of a further one, as files have its name."""
+        return self.root / "teacher" / label / f"fold-{fold}"
 
     @property
     def soft_labels(self) -> Path:

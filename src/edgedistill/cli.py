@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 the job failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -16,33 +17,28 @@ import typer
 from edgedistill import __version__
 from edgedistill.errors import EdgedistillError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
+from edgedistill.options import TrainingValues, listed, takes_label_columns, takes_training_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run, such as runs/cells.")]
-Data = Annotated[str, typer.Option("--data", help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")]
-Teacher = Annotated[str, typer.Option(help="Teacher network: effb4, seresnext50, any timm name.")]
-Weights = Annotated[str, typer.Option(help="auto, none, a file, or packaged:NAME.")]
+Data = Annotated[
+    str, typer.Option("--data", help="Folder per class, CSV, 'shards/*.tar', elpv, elpv-4class or fashion-mnist.")
+]
+Teacher = Annotated[
+    str, typer.Option(help="Teacher network: effb4, any timm name, NAME@SIZE; several with commas between vote.")
+]
+Blend = Annotated[
+    str, typer.Option(help="Several teachers' weights: oof (fitted out of fold), score, equal, or 0.45,0.55.")
+]
+Vote = Annotated[str, typer.Option(help="Several teachers: soft (mean of probabilities) or hard (first choices).")]
+Override = Annotated[str, typer.Option(help="NAME:0.9: that teacher alone answers where it is at least so sure.")]
+TeacherWeights = Annotated[
+    str, typer.Option(help="auto, none, a file, or packaged:NAME; with several teachers one for all or one for each.")
+]
 Folds = Annotated[int, typer.Option(help="K teachers; each labels the images that it did not see.")]
 TestFraction = Annotated[float, typer.Option(help="Share held out for the final evaluation.")]
 ValFraction = Annotated[float | None, typer.Option(help="Share for calibration and tuning (default: 10% to 20%).")]
-TeacherEpochs = Annotated[int | None, typer.Option(help="Epochs of each teacher, always all of them (default: 10).")]
-TeacherBatch = Annotated[int | None, typer.Option(help="Teacher's batch (default: 32).")]
-TeacherRate = Annotated[float | None, typer.Option(help="Teacher's peak learning rate (default: 0.001).")]
-AugmentStrength = Annotated[str, typer.Option(help="none, light (crop, flip) or standard (also colour, affine).")]
-AnyWayUp = Annotated[
-    bool, typer.Option("--any-way-up", help="The subject has no up side: all flips and quarter turns.")
-]
-Resize = Annotated[str, typer.Option(help="squash, or center-crop (throws the borders away).")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-TrainPrecision = Annotated[str, typer.Option(help="Training in auto, f32 or bf16.")]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the networks.")]
-Workers = Annotated[int | None, typer.Option(help="Loader processes (default: chosen for the device).")]
-Optimizer = Annotated[str, typer.Option(help="radam, adamw or sgd.")]
-WarmupEpochs = Annotated[float, typer.Option(help="Epochs in which the learning rate rises.")]
-GradClip = Annotated[float | None, typer.Option(help="Largest norm of a gradient (default: no limit).")]
-CacheGib = Annotated[float | None, typer.Option(help="Memory for prepared images (default: half of what is free).")]
-CheckpointMinutes = Annotated[float, typer.Option(help="The most work that a kill may cost.")]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
 
@@ -52,7 +48,7 @@ EXTRAS = {
         ("torch", "torchvision", "timm", "albumentations", "sklearn", "imagehash", "PIL", "psutil"), "train"
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "nncf"), "export"),
-    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    **dict.fromkeys(("jinja2", "matplotlib", "pytorch_grad_cam"), "report"),
 }
 
 app = typer.Typer(
@@ -79,18 +75,15 @@ def _root(
     pass
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    """The options that were given: those left at None keep the default of the stage's settings."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
-    """The one answer on standard output: a JSON object, or tables and paths for people."""
+    """The one answer on standard output: a JSON object, or tables and paths for people; of several processes from one."""
+    from edgedistill import console
+
+    if console.out.quiet:
+        return
     if as_json:
         typer.echo(json.dumps(values, indent=2, default=str))
         return
-    from edgedistill import console
-
     for item in shown:
         if isinstance(item, str):
             typer.echo(item)
@@ -99,88 +92,107 @@ def _answer(values: dict[str, Any], as_json: bool, *shown: Any) -> None:
 
 
 def _data(
-    data: str, folds: int, test_fraction: float, val_fraction: float | None, *, seed: int, max_pixels: int
+    data: str,
+    folds: int,
+    test_fraction: float,
+    val_fraction: float | None,
+    *,
+    seed: int,
+    max_pixels: int,
+    labels: Any,
 ) -> Any:
     from edgedistill.data.folds import SplitSettings
     from edgedistill.pipeline import DataSettings
 
     split = SplitSettings(folds=folds, test_fraction=test_fraction, val_fraction=val_fraction, seed=seed)
-    return DataSettings(data, split, max_pixels)
+    return DataSettings(data, split, max_pixels, labels)
+
+
+def _use_recipe(context: typer.Context, name: str | None) -> str | None:
+    """The recipe's options become defaults, which flags override; 'list' prints all recipes."""
+    if name is None:
+        return None
+    from edgedistill.recipes import read_recipe
+
+    if name == "list":
+        recipes(None, as_json=False)
+        raise typer.Exit
+    # teach leaves aside what is the student's.
+    context.default_map = read_recipe(name, known=_recipe_options()).options
+    return name
+
+
+def _recipe_options() -> set[str]:
+    return set(inspect.signature(distill).parameters) - {"recipe", "data", "out", "resume", "dry_run", "as_json"}
+
+
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", callback=_use_recipe, is_eager=True, help="Preset by name, FILE.toml, or list."),
+]
 
 
 @app.command()
+@takes_training_options(student=False)
+@takes_label_columns
 def teach(
     data: Data,
     out: Out,
+    training: TrainingValues,
+    labels: Any,
     teacher: Teacher = "effb4",
-    teacher_weights: Weights = "auto",
+    teacher_weights: TeacherWeights = "auto",
+    teacher_blend: Blend = "oof",
+    teacher_vote: Vote = "soft",
+    teacher_override: Override = "",
     folds: Folds = 5,
     fold: Annotated[
         int | None, typer.Option(help="Train this fold alone (job arrays); the last one writes the soft labels.")
     ] = None,
     test_fraction: TestFraction = 0.2,
     val_fraction: ValFraction = None,
-    seed: Seed = 0,
     teacher_image_size: Annotated[int, typer.Option(help="Teacher's input, pixels.")] = 224,
-    teacher_epochs: TeacherEpochs = None,
-    teacher_batch_size: TeacherBatch = None,
-    teacher_lr: TeacherRate = None,
-    augment: AugmentStrength = "light",
-    any_way_up: AnyWayUp = False,
-    resize: Resize = "squash",
-    optimizer: Optimizer = "radam",
-    warmup_epochs: WarmupEpochs = 0.0,
-    grad_clip: GradClip = None,
-    device: Device = "auto",
-    precision: TrainPrecision = "auto",
-    compile: Compile = False,
-    workers: Workers = None,
-    cache_gib: CacheGib = None,
-    checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    recipe: RecipeName = None,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Train K-fold teachers and store their out-of-fold soft labels: the first half of distill."""
     from edgedistill import pipeline
-    from edgedistill.teacher import TeacherSettings
+    from edgedistill.teacher import BlendSettings, TeacherSettings
 
+    first, ensemble = pipeline.parse_teachers(
+        teacher,
+        teacher_weights,
+        TeacherSettings(image_size=teacher_image_size, fold=fold, **training.teacher),
+        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+    )
+    seed = training.teacher["seed"]
     settings = pipeline.TeachSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
         out=out,
-        teacher=TeacherSettings(
-            name=teacher,
-            weights=teacher_weights,
-            image_size=teacher_image_size,
-            fold=fold,
-            seed=seed,
-            device=device,
-            precision=precision,  # type: ignore[arg-type]
-            compile=compile,
-            workers=workers,
-            optimizer=optimizer,
-            warmup_epochs=warmup_epochs,
-            grad_clip=grad_clip,
-            cache_gib=cache_gib,
-            checkpoint_minutes=checkpoint_minutes,
-            resize=resize,  # type: ignore[arg-type]
-            augment=augment,  # type: ignore[arg-type]
-            any_way_up=any_way_up,
-            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
-        ),
+        teacher=first,
+        ensemble=ensemble,
     )
     path = pipeline.teach(settings, resume=resume)
     _answer({"path": str(path)}, as_json, str(path))
 
 
+@takes_training_options(student=True)
+@takes_label_columns
 def distill(
     data: Data,
     out: Out,
+    training: TrainingValues,
+    labels: Any,
     teacher: Teacher = "effb4",
     student: Annotated[
         str, typer.Option(help="Student network: mbv3s, mbv4s, any timm name, NAME@SIZE; several with commas between.")
     ] = "mbv3s",
-    teacher_weights: Weights = "auto",
+    teacher_weights: TeacherWeights = "auto",
+    teacher_blend: Blend = "oof",
+    teacher_vote: Vote = "soft",
+    teacher_override: Override = "",
     student_weights: Annotated[
         str,
         typer.Option(help="auto, none, a file, or packaged:NAME; with several students one for all or one for each."),
@@ -188,31 +200,10 @@ def distill(
     folds: Folds = 5,
     test_fraction: TestFraction = 0.2,
     val_fraction: ValFraction = None,
-    seed: Seed = 0,
     image_size: Annotated[int, typer.Option(help="Student's input, pixels.")] = 224,
     teacher_image_size: Annotated[
         int | None, typer.Option(help="Teacher's input, pixels (default: the student's).")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Student's epochs before the averaged ones (default: 20).")] = None,
-    teacher_epochs: TeacherEpochs = None,
-    batch_size: Annotated[int | None, typer.Option(help="Student's batch (default: 256).")] = None,
-    teacher_batch_size: TeacherBatch = None,
-    lr: Annotated[float | None, typer.Option(help="Student's peak learning rate (default: 0.002).")] = None,
-    teacher_lr: TeacherRate = None,
-    soft_weight: Annotated[
-        float | None, typer.Option(help="Share of the soft label in the target (default: 0.2).")
-    ] = None,
-    loss: Annotated[str | None, typer.Option(help="ce, kl or js against the soft labels (default: ce).")] = None,
-    soft_temperature: Annotated[float | None, typer.Option(help="Temperature of the soft labels (default: 1).")] = None,
-    extra_epochs: Annotated[
-        int | None, typer.Option(help="Last epochs, whose weights are averaged (default: 4).")
-    ] = None,
-    final_data: Annotated[str | None, typer.Option(help="Last epochs on: train (default), or train+val.")] = None,
-    cutmix: Annotated[float | None, typer.Option(help="Share of batches with CutMix (default: 0.5).")] = None,
-    balanced: Annotated[bool, typer.Option(help="Draw every class equally often for the student.")] = True,
-    augment: AugmentStrength = "light",
-    any_way_up: AnyWayUp = False,
-    resize: Resize = "squash",
     no_distillation: Annotated[
         bool, typer.Option("--no-distillation", help="No teachers: the student on hard labels alone.")
     ] = False,
@@ -223,16 +214,8 @@ def distill(
     soft_labels: Annotated[
         Path | None, typer.Option(help="Soft labels of an earlier run, in place of teachers.")
     ] = None,
-    optimizer: Optimizer = "radam",
-    warmup_epochs: WarmupEpochs = 0.0,
-    grad_clip: GradClip = None,
-    device: Device = "auto",
-    precision: TrainPrecision = "auto",
-    compile: Compile = False,
-    workers: Workers = None,
-    cache_gib: CacheGib = None,
-    checkpoint_minutes: CheckpointMinutes = 5.0,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+    recipe: RecipeName = None,
     resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
     as_json: Json = False,
@@ -240,58 +223,33 @@ def distill(
     """Train K-fold teachers, store their out-of-fold soft labels, distil them into a student: model.pt."""
     from edgedistill import pipeline
     from edgedistill.errors import UsageError
-    from edgedistill.student import StudentSettings
-    from edgedistill.teacher import TeacherSettings
+    from edgedistill.student import LIVE_DEFAULTS, StudentSettings
+    from edgedistill.teacher import BlendSettings, TeacherSettings
 
-    shared: dict[str, Any] = {
-        "seed": seed,
-        "device": device,
-        "precision": precision,
-        "compile": compile,
-        "workers": workers,
-        "optimizer": optimizer,
-        "warmup_epochs": warmup_epochs,
-        "grad_clip": grad_clip,
-        "cache_gib": cache_gib,
-        "checkpoint_minutes": checkpoint_minutes,
-        "resize": resize,
-        "augment": augment,
-        "any_way_up": any_way_up,
-    }
+    for field in ("live_teachers", "calibrate_soft_labels", "drop_noisy"):
+        if no_distillation and training.student[field]:
+            flag = field.replace("_", "-")
+            raise UsageError(f"--no-distillation and --{flag} contradict each other; give one of them")
+    values = (LIVE_DEFAULTS if training.student["live_teachers"] else {}) | training.student
     first, *others = pipeline.parse_students(
         student,
         student_weights,
-        StudentSettings(
-            name=student,
-            image_size=image_size,
-            distillation=not no_distillation,
-            balanced_sampling=balanced,
-            **_given(
-                epochs=epochs,
-                batch_size=batch_size,
-                lr=lr,
-                soft_weight=soft_weight,
-                loss=loss,
-                soft_temperature=soft_temperature,
-                extra_epochs=extra_epochs,
-                final_data=final_data,
-                cutmix_probability=cutmix,
-            ),
-            **shared,
-        ),
+        StudentSettings(name=student, image_size=image_size, distillation=not no_distillation, **values),
     )
     if not baseline and baselines not in (None, "none"):
         raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
+    first_teacher, ensemble = pipeline.parse_teachers(
+        teacher,
+        teacher_weights,
+        TeacherSettings(image_size=teacher_image_size or image_size, **training.teacher),
+        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+    )
+    seed = training.student["seed"]
     settings = pipeline.DistillSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels),
+        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
         out=out,
-        teacher=TeacherSettings(
-            name=teacher,
-            weights=teacher_weights,
-            image_size=teacher_image_size or image_size,
-            **_given(epochs=teacher_epochs, batch_size=teacher_batch_size, lr=teacher_lr),
-            **shared,
-        ),
+        teacher=first_teacher,
+        ensemble=ensemble,
         student=first.settings,
         label=first.label,
         others=tuple(others),
@@ -305,13 +263,33 @@ def distill(
         _answer(plan.to_dict(), as_json, plan.table())
         return
     result = pipeline.distill(settings, resume=resume)
-    values = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
-    _answer(values, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
+    answer = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
+    _answer(answer, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one whole.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the presets of distill and teach, or print one."""
+    from edgedistill import console
+    from edgedistill.recipes import read_recipe, recipe_names
+
+    names = recipe_names() if name is None else [name]
+    found = [read_recipe(each, known=_recipe_options()) for each in names]
+    rows = [(recipe.name, recipe.summary) for recipe in found]
+    shown = console.table("recipes", ("name", "what it is"), rows) if name is None else found[0].text
+    _answer({recipe.name: {"summary": recipe.summary, "options": recipe.options} for recipe in found}, as_json, shown)
 
 
 @app.command("check-data")
+@takes_label_columns
 def check_data(
-    data: Annotated[str, typer.Argument(help="Folder per class, CSV, elpv, elpv-4class or fashion-mnist.")],
+    data: Annotated[
+        str, typer.Argument(help="Folder per class, CSV, 'shards/*.tar', elpv, elpv-4class or fashion-mnist.")
+    ],
+    labels: Any,
     folds: Folds = 5,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
@@ -322,12 +300,15 @@ def check_data(
     from edgedistill.data import checks
     from edgedistill.data.sources import open_source
 
-    report = checks.check_data(open_source(data), folds=folds, max_pixels=max_pixels)
+    report = checks.check_data(open_source(data, labels=labels), folds=folds, max_pixels=max_pixels)
     if plot is not None:
         checks.plot_data(report, plot)
-    classes = console.table(
-        f"{report.name}: {report.summary()}", ("class", "images"), list(report.class_counts.items())
-    )
+    title = f"{report.name}: {report.summary()}"
+    if report.heads is None:
+        classes = console.table(title, ("class", "images"), list(report.class_counts.items()))
+    else:
+        counted = [(head, name, count) for head, counts in report.heads.items() for name, count in counts.items()]
+        classes = console.table(title, ("head", "class", "images"), counted)
     findings = console.table("findings", ("", "what", "found", "files", "remedy"), report.rows())
     shown = [classes, *([findings] if report.findings else []), *([str(plot)] if plot is not None else [])]
     _answer(report.to_dict(), as_json, *shown)
@@ -440,15 +421,15 @@ def bench_fps(
 
     if vs is None:
         vs = f"naive,{CPP}" if find_cpp_program(CPP_PROGRAM) else "naive"
-    peers = tuple(PEERS) if vs == "all" else () if vs == "none" else _listed(vs)
+    peers = tuple(PEERS) if vs == "all" else () if vs == "none" else listed(vs)
     settings = BenchSettings(
         path=path,
-        scopes=_listed(scope),
+        scopes=listed(scope),
         vs=peers,
         images=tuple(images or ()),
         rounds=rounds,
         seconds=seconds,
-        precisions=_listed(precision),
+        precisions=listed(precision),
         fps_target=fps_target,
         accuracy=accuracy,
         weight=weight,
@@ -459,10 +440,6 @@ def bench_fps(
     result = bench(settings)
     files = [str(file) for file in (result.out, result.plot) if file is not None]
     _answer(result.record, as_json, *result.tables(), *result.notes, *files)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @app.command()
@@ -504,7 +481,7 @@ def tune(
     from edgedistill.benchmarks.tuner import tune as find_best
     from edgedistill.errors import UsageError
 
-    if not all(part.isdecimal() for part in _listed(sizes)):
+    if not all(part.isdecimal() for part in listed(sizes)):
         raise UsageError(f"--sizes {sizes}: expected numbers of pixels with commas between")
     result = find_best(
         TuneSettings(
@@ -512,7 +489,7 @@ def tune(
             objective=Objective(w, fps_target, metric, scope, min_fps, max_p99_ms, max_drop),
             data=data,
             minutes=minutes,
-            sizes=tuple(int(part) for part in _listed(sizes)),
+            sizes=tuple(int(part) for part in listed(sizes)),
             images=images,
             seed=seed,
             out=out,
@@ -582,12 +559,19 @@ def package(
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     bench: Annotated[Path | None, typer.Option(help="A bench-fps record (default: those in openvino/).")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Compute Grad-CAM of right and wrong test images first (needs torch).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write report.html, one page about the run that opens offline."""
     from edgedistill.artifacts import RunDir
     from edgedistill.report import write_report
 
+    if explain:
+        from edgedistill.report.explain import write_explanations
+
+        write_explanations(RunDir(run))
     path = write_report(RunDir(run), bench=bench)
     _answer({"path": str(path)}, as_json, str(path))
 

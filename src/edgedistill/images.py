@@ -13,8 +13,6 @@ Needs numpy, OpenCV and simplejpeg (libjpeg-turbo) only.
 from __future__ import annotations
 
 import dataclasses
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +24,7 @@ import simplejpeg
 
 from edgedistill.errors import ArtifactError, ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, check_png, read_header
+from edgedistill.shard_members import read_file
 
 ImageU8 = npt.NDArray[np.uint8]
 DecodeMode = Literal["full", "reduced"]
@@ -283,11 +282,7 @@ def read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
     else:
         name = str(source)
         try:
-            # A pipe or a device would be read for ever.
-            if not stat.S_ISREG(os.stat(source).st_mode):  # noqa: PTH116 - Path.stat costs three times as much here
-                raise ImageError(f"{name}: not a file; name an image file")
-            with open(source, "rb", buffering=0) as file:  # noqa: PTH123
-                data = file.readall()
+            data = read_file(source)
         except OSError as error:
             raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
         except ValueError as error:

@@ -7,7 +7,7 @@ the largest probability, the first of equal ones. All functions raise DataError 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import DataError
+from edgedistill.tasks import softmax as softmax
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -100,6 +101,54 @@ def paired_bootstrap_difference(
     return PairedDifference(float((of_a(everything) - of_b(everything))[0]), _interval(values), p_value)
 
 
+def hierarchical_difference(
+    metric: MetricName,
+    a: Sequence[Ints],
+    b: Sequence[Ints],
+    labels: Sequence[Ints],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedDifference:
+    """metric(a) - metric(b), mean over the seeds of an experiment, with the interval over seeds and images.
+
+    ``a``, ``b``: answers (class indices, int [N]) of both models in each seed; ``labels``: the truth of each seed's test
+    images. Seeds are drawn with replacement, then in each the images, the same for a and b; if all seeds have the same
+    labels the test set is one and its images are drawn once for all. No p-value. Raises DataError for unequal lengths.
+    """
+    if (
+        not labels
+        or not len(a) == len(b) == len(labels)
+        or any(not x.shape == y.shape == z.shape or not len(z) for x, y, z in zip(a, b, labels, strict=True))
+    ):
+        raise DataError("answers and labels of each seed must be of one length, above 0; run the missing arms")
+    classes = 1 + max(int(max(x.max(), y.max(), z.max())) for x, y, z in zip(a, b, labels, strict=True))
+    one_test_set = all(np.array_equal(labels[0], other) for other in labels[1:])
+
+    def difference(number: int, rows: Ints) -> float:
+        truth = labels[number][rows]
+        first, second = (_answers_statistic(metric, x[number][rows], truth, classes) for x in (a, b))
+        return first - second
+
+    everything = [difference(number, np.arange(len(truth))) for number, truth in enumerate(labels)]
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        shared = rng.integers(0, len(labels[0]), len(labels[0])) if one_test_set else None
+        numbers = rng.integers(0, len(labels), len(labels))
+        rows = [rng.integers(0, len(labels[n]), len(labels[n])) if shared is None else shared for n in numbers]
+        drawn.append(np.mean([difference(n, r) for n, r in zip(numbers.tolist(), rows, strict=True)]))
+    return PairedDifference(float(np.mean(everything)), _interval(np.array(drawn)), None)
+
+
+def _answers_statistic(metric: MetricName, answers: Ints, truth: Ints, classes: int) -> float:
+    if metric == "accuracy":
+        return float((answers == truth).mean())
+    if metric == "macro_f1":
+        return float(_macro_f1(answers[None].astype(np.int64), truth[None].astype(np.int64), classes)[0])
+    raise DataError(f"metric {metric!r} needs more than answers; expected accuracy or macro_f1")
+
+
 def mcnemar_exact(a: Floats, b: Floats, labels: Ints) -> float:
     """Two-sided exact McNemar p-value that a and b are right equally often (binomial test on the images where exactly one
     of them is right); 1 where they never differ."""
@@ -107,10 +156,10 @@ def mcnemar_exact(a: Floats, b: Floats, labels: Ints) -> float:
     _check(b, labels)
     right_a, right_b = a.argmax(axis=1) == labels, b.argmax(axis=1) == labels
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    return _two_sided_binomial(min(only_a, only_b), only_a + only_b)
+    return two_sided_binomial(min(only_a, only_b), only_a + only_b)
 
 
-def _two_sided_binomial(k: int, n: int) -> float:
+def two_sided_binomial(k: int, n: int) -> float:
     """min(1, 2 P(X <= k)) for X ~ Binomial(n, 1/2), k <= n/2; summed in log space, where 2^-n would underflow."""
     if 2 * k >= n:
         return 1.0
@@ -174,13 +223,6 @@ def _row_log_loss(probabilities: Floats, labels: Ints) -> npt.NDArray[np.float64
 # ---- temperature ----
 
 
-def softmax(logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:
-    """softmax(logits / temperature) over the last axis, float64."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    exponents = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    return exponents / exponents.sum(axis=-1, keepdims=True)
-
-
 def fit_temperature(logits: Floats, labels: Ints) -> float:
     """The temperature in [0.05, 20] that minimises the log-loss of softmax(logits / T) (Guo et al., 1706.04599).
 
@@ -190,23 +232,31 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     chosen = shifted[np.arange(len(labels)), labels]
 
-    def loss(log_t: float) -> float:
-        scale = math.exp(-log_t)
+    def loss(scale: float) -> float:
         return float((np.log(np.exp(shifted * scale).sum(axis=1)) - chosen * scale).mean())
+
+    return best_temperature(loss)
+
+
+def best_temperature(loss: Callable[[float], float]) -> float:
+    """The temperature T in [0.05, 20] at which ``loss`` of 1/T is least: golden-section search over log T."""
+
+    def at(log_t: float) -> float:
+        return loss(math.exp(-log_t))
 
     low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
-    loss_left, loss_right = loss(left), loss(right)
+    loss_left, loss_right = at(left), at(right)
     while high - low > 1e-6:
         if loss_left <= loss_right:
             high, right, loss_right = right, left, loss_left
             left = high - ratio * (high - low)
-            loss_left = loss(left)
+            loss_left = at(left)
         else:
             low, left, loss_left = left, right, loss_right
             right = low + ratio * (high - low)
-            loss_right = loss(right)
+            loss_right = at(right)
     return math.exp((low + high) / 2)
 
 

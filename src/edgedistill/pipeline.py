@@ -12,23 +12,28 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from edgedistill import __version__, console
 from edgedistill.artifacts import RunDir, atomic_path, read_json, settings_dict, sha256_file, sweep, write_json
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
-from edgedistill.data.sources import open_source
+from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
-from edgedistill.student import StudentSettings, train_student
-from edgedistill.teacher import TeacherSettings, train_teachers
-from edgedistill.training.evaluation import EVALUATION_FORMAT, comparison_table, evaluate_test
-from edgedistill.training.models import locate_weights, resolve_name
+from edgedistill.student import StudentSettings, refuse_several_processes, train_student
+from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
+from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
+from edgedistill.training.models import create_model, locate_weights, resolve_name
+from edgedistill.training.noisy_labels import write_noisy_labels
+from edgedistill.training.optimizers import resolve_optimizer
+from edgedistill.training.processes import on_main
 from edgedistill.training.settings import TrainSettings
+from edgedistill.training.soft_labels import read_soft_labels
 
 __all__ = [
     "DataSettings",
@@ -40,8 +45,11 @@ __all__ = [
     "distill",
     "freeze",
     "parse_students",
+    "parse_teachers",
     "teach",
 ]
+
+T = TypeVar("T", bound=TrainSettings)
 
 CONFIG_FORMAT = "edgedistill-run"
 LIBRARIES = ("torch", "timm", "albumentations", "numpy", "opencv-python", "openvino", "scikit-learn")
@@ -49,11 +57,13 @@ LIBRARIES = ("torch", "timm", "albumentations", "numpy", "opencv-python", "openv
 
 @dataclass(frozen=True)
 class DataSettings:
-    """``data``: a folder, a CSV or a built-in name. ``max_pixels``: larger images are refused as bombs."""
+    """``data``: a folder, a CSV or a built-in name. ``max_pixels``: larger images are refused as bombs. ``labels``: the
+    label columns of a CSV."""
 
     data: str
     split: SplitSettings
     max_pixels: int = DEFAULT_MAX_PIXELS
+    labels: LabelColumns = SINGLE_LABEL
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,8 @@ class DistillSettings:
 
     ``label``: the first one's, asked for only where there are others. ``baselines``: which students are trained on hard
     labels too, under the same budget, and compared. ``soft_labels``: a folder of an earlier run over the same data, in
-    place of new teachers. Raises UsageError for two students of one label.
+    place of new teachers. ``ensemble``: further architectures beside ``teacher``, and how they vote. Raises UsageError for
+    two students of one label, and for what contradicts each other.
     """
 
     data: DataSettings
@@ -84,6 +95,7 @@ class DistillSettings:
     others: tuple[NamedStudent, ...] = ()
     baselines: Baselines = "first"
     soft_labels: Path | None = None
+    ensemble: Ensemble = field(default_factory=Ensemble)
 
     def __post_init__(self) -> None:
         if self.baselines not in ("all", "first", "none"):
@@ -96,6 +108,17 @@ class DistillSettings:
             )
         if not self.student.distillation and self.soft_labels is not None:
             raise UsageError("--no-distillation and --soft-labels contradict each other; give one of them")
+        if self.soft_labels is None and self.ensemble.others:
+            self._refuse_what_needs_one_architecture()
+
+    def _refuse_what_needs_one_architecture(self) -> None:
+        blend = self.ensemble.blend
+        if self.student.calibrate_soft_labels:
+            raise UsageError("--calibrate-soft-labels knows one teacher a fold; give --teacher one network")
+        if self.student.live_teachers and (blend.vote != "soft" or blend.override):
+            raise UsageError(
+                "--live-teachers average what several architectures say; leave --teacher-vote and --teacher-override away"
+            )
 
     @property
     def students(self) -> tuple[NamedStudent, ...]:
@@ -112,25 +135,41 @@ def parse_students(names: str, weights: str, base: StudentSettings) -> tuple[Nam
 
     ``weights``: one choice for all, or one for each with commas between. Raises UsageError for what cannot be read.
     """
+    return tuple(NamedStudent(label, settings) for label, settings in _parse_networks("student", names, weights, base))
+
+
+def parse_teachers(
+    names: str, weights: str, base: TeacherSettings, *, blend: BlendSettings
+) -> tuple[TeacherSettings, Ensemble]:
+    """'effb4,swinb@384' -> the first teacher and what joins it, each like ``base``; ``weights`` as for students.
+
+    Raises UsageError for what cannot be read and for ``blend`` settings that do not fit.
+    """
+    (label, first), *others = _parse_networks("teacher", names, weights, base)
+    return first, Ensemble(label=label, others=tuple(NamedTeacher(*other) for other in others), blend=blend)
+
+
+def _parse_networks(stage: str, names: str, weights: str, base: T) -> list[tuple[str, T]]:
+    """(label, settings) of each network of --STAGE and --STAGE-weights."""
     parts = [part.strip() for part in names.split(",") if part.strip()]
     choices = [choice.strip() for choice in weights.split(",")]
     if not parts:
-        raise UsageError(f"--student {names!r}: expected networks with commas between, such as mbv3s,lcnet@160")
+        raise UsageError(f"--{stage} {names!r}: expected networks with commas between, such as mbv3s,lcnet@160")
     if len(choices) not in (1, len(parts)):
         raise UsageError(
-            f"--student-weights: {len(choices)} for {len(parts)} students; give one for all, or one for each"
+            f"--{stage}-weights: {len(choices)} for {len(parts)} {stage}s; give one for all, or one for each"
         )
-    students = []
+    networks = []
     for part, choice in zip(parts, choices * len(parts) if len(choices) == 1 else choices, strict=True):
         name, at, size = part.partition("@")
         if at and not size.isdecimal():
-            raise UsageError(f"--student {part}: expected NAME or NAME@SIZE with the size in pixels, such as mbv3s@160")
+            raise UsageError(
+                f"--{stage} {part}: expected NAME or NAME@SIZE with the size in pixels, such as {name}@160"
+            )
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{name}-{int(size)}" if at else name)
         image_size = int(size) if at else base.image_size
-        students.append(
-            NamedStudent(label, dataclasses.replace(base, name=name, weights=choice, image_size=image_size))
-        )
-    return tuple(students)
+        networks.append((label, dataclasses.replace(base, name=name, weights=choice, image_size=image_size)))
+    return networks
 
 
 @dataclass(frozen=True)
@@ -140,6 +179,7 @@ class TeachSettings:
     data: DataSettings
     out: Path
     teacher: TeacherSettings
+    ensemble: Ensemble = field(default_factory=Ensemble)
 
 
 @dataclass(frozen=True)
@@ -152,11 +192,28 @@ class DistillResult:
 
 
 def refuse_early(networks: Iterable[TrainSettings]) -> None:
-    """What can be known to fail before hours of work: networks and files of weights that do not exist. Raises UsageError."""
+    """What can be known to fail before hours of work: networks, optimisers and files of weights that do not exist, and
+    classifiers that a network cannot take.
+
+    Raises UsageError and ModelError.
+    """
     for settings in networks:
         resolve_name(settings.name)
+        resolve_optimizer(settings.optimizer)
+        if not settings.classifier_settings().plain:
+            create_model(settings.name, **settings.network(2))
+        for doubt in settings.doubts():
+            console.warn(f"{settings.name}: {doubt}")
         if settings.weights not in ("auto", "none"):
             locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}")
+
+
+def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
+    """Raises UsageError where a class is to be drawn more often that the data does not have, and for what needs one
+    label per image where there are several."""
+    for settings in networks:
+        settings.refuse_for(dataset.task)
+        settings.sampling_weights(dataset.labels[dataset.rows("train")], dataset.class_names)
 
 
 def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
@@ -170,7 +227,7 @@ def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
             raise UsageError(f"{run.root}: holds a run already; go on with --resume, or choose another --out")
         root = Path(settings.data)
         return read_dataset(run.dataset, data_root=root if root.is_dir() else None)
-    source = open_source(settings.data)
+    source = open_source(settings.data, labels=settings.labels)
     report = check_data(source, settings=settings.split, max_pixels=settings.max_pixels)
     if report.errors:
         raise DataError(f"{settings.data}: {report.summary()}; see 'edgedistill check-data {settings.data}'")
@@ -202,35 +259,85 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
     write_json(run.config, values, format=CONFIG_FORMAT)
 
 
+def _frozen(
+    settings: TeachSettings | DistillSettings, networks: Iterable[TrainSettings], run: RunDir, *, resume: bool
+) -> Dataset:
+    """The data set of the run, which suits ``networks``, and config.json."""
+    dataset = freeze(settings.data, run, resume=resume)
+    refuse_for(dataset, networks)
+    record(settings, run, dataset, resume=resume)
+    return dataset
+
+
 def teach(settings: TeachSettings, *, resume: bool) -> Path:
     """The first half: K teachers and their soft labels. Returns what train_teachers returns."""
-    refuse_early([settings.teacher])
+    networks = list(_architectures(settings).values())
+    refuse_early(networks)
     run = RunDir(settings.out)
-    dataset = freeze(settings.data, run, resume=resume)
-    record(settings, run, dataset, resume=resume)
-    return train_teachers(settings.teacher, dataset, run, resume=resume)
+    dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
+    path = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
+    if path == run.soft_labels:  # else other folds are still missing
+        on_main(lambda: _look_for_noisy_labels(run, dataset, path))
+    return path
+
+
+def _look_for_noisy_labels(run: RunDir, dataset: Dataset, soft_labels: Path) -> None:
+    """noisy_labels.csv, which the report shows; of images with one label each."""
+    if dataset.task is not None:
+        return
+    path = run.root / "noisy_labels.csv"
+    suspects = write_noisy_labels(path, dataset, read_soft_labels(soft_labels, dataset))
+    if suspects:
+        console.note(f"{suspects} training images look like another class to a teacher that never saw them: {path}")
+
+
+def _architectures(settings: TeachSettings | DistillSettings) -> dict[str, TeacherSettings]:
+    """By the folder's name: '' is the first, whose folds lie in teacher/ itself."""
+    return {"": settings.teacher} | {other.label: other.settings for other in settings.ensemble.others}
 
 
 def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     """The whole job, from photographs to model.pt and the one evaluation on the test split."""
     needs_teachers = settings.student.distillation and settings.soft_labels is None
     students = [student.settings for student in settings.students]
-    refuse_early([*students, *([settings.teacher] if needs_teachers else [])])
+    networks = [*students, *(_architectures(settings).values() if needs_teachers else [])]
+    refuse_early(networks)
+    for each in students:
+        refuse_several_processes(each)
     run = RunDir(settings.out)
-    dataset = freeze(settings.data, run, resume=resume)
-    record(settings, run, dataset, resume=resume)
+    dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
     models: dict[str, list[Path]] = {}
+    combinations: dict[str, Combination] = {}
     labels = settings.soft_labels
     if needs_teachers:
-        labels = train_teachers(settings.teacher, dataset, run, resume=resume)
-        models["teacher"] = [run.teacher(fold) / "model.pt" for fold in range(dataset.fold_count)]
+        labels = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
+        models, combinations = on_main(lambda: _teacher_models(settings, run, dataset))
+    if labels is not None:
+        on_main(lambda: _look_for_noisy_labels(run, dataset, labels))
     outputs: dict[str, Path] = {}
     for student in settings.students:
         found = _train(settings, student, dataset, run, soft_labels=labels, resume=resume)
         models |= {name: [path] for name, path in found.items()}
         outputs[student.label] = next(iter(found.values()))
-    path = evaluate_test(run, dataset, models, device=settings.student.device)
+    device = settings.student.device
+    path = on_main(lambda: evaluate_test(run, dataset, models, combinations=combinations, device=device))
     return DistillResult(run.model, outputs, read_json(path, format=EVALUATION_FORMAT))
+
+
+def _teacher_models(
+    settings: DistillSettings, run: RunDir, dataset: Dataset
+) -> tuple[dict[str, list[Path]], dict[str, Combination]]:
+    """What the evaluation calls 'teacher': the mean over the folds, of several architectures the blend of their means."""
+    labels = settings.ensemble.labels
+    files = [
+        [run.teacher(fold, folder) / "model.pt" for fold in range(dataset.fold_count)]
+        for folder in _architectures(settings)
+    ]
+    blend = read_blend(run)
+    if blend is None:
+        return {"teacher": files[0]}, {}
+    names = tuple(f"teacher-{label}" for label in labels)
+    return dict(zip(names, files, strict=True)), {"teacher": Combination(names, blend)}
 
 
 def _train(
@@ -256,7 +363,7 @@ def _train(
     out = run.model if first else run.model_of(label)
     train_student(student.settings, dataset, run, soft_labels=soft_labels, out=out, resume=resume, folder=folder)
     if first and settings.others:
-        _copy_of(out, run.model_of(label))
+        on_main(lambda: _copy_of(run.model, run.model_of(label)))
     found = {f"{kind}{end}": out}
     if settings.has_baseline(student):
         hard = dataclasses.replace(student.settings, distillation=False)

@@ -18,9 +18,11 @@ from edgedistill.data.checks import check_data
 from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.pipeline import DistillSettings, NamedStudent
-from edgedistill.training.loop import make_optimizer
+from edgedistill.teacher import TeacherSettings
 from edgedistill.training.models import create_model
+from edgedistill.training.optimizers import make_optimizer
 from edgedistill.training.settings import TrainSettings, choose_device
+from edgedistill.training.views import views_of
 
 TRIAL_STEPS = 3
 TRIAL_BATCH = 16
@@ -79,42 +81,50 @@ class _Cost:
 
 def make_plan(settings: DistillSettings) -> Plan:
     """Reads and splits the data as the run would; raises what the run would raise at once."""
-    source = open_source(settings.data.data)
+    source = open_source(settings.data.data, labels=settings.data.labels)
     report = check_data(source, settings=settings.data.split, max_pixels=settings.data.max_pixels)
     dataset = freeze_dataset(source, settings.data.split, checks=report)
     counts = {split: len(dataset.rows(split)) for split in ("train", "val", "test")}
-    classes = len(dataset.class_names)
+    classes = len(dataset.outputs)
     steps = []
     if settings.student.distillation and settings.soft_labels is None:
-        steps.append(_teachers(settings, counts, classes, dataset.fold_count))
+        for teacher in (settings.teacher, *(other.settings for other in settings.ensemble.others)):
+            steps.append(_teachers(teacher, counts, classes, dataset.fold_count))
     for student in settings.students:
         steps += _students(settings, student, counts, classes)
     return Plan(counts, classes, tuple(steps))
 
 
-def _teachers(settings: DistillSettings, counts: dict[str, int], classes: int, folds: int) -> PlanStep:
-    cost = _measure(settings.teacher, classes)
-    trained = settings.teacher.epochs * counts["train"] * (folds - 1)
-    looked_at = counts["train"] + folds * (counts["val"] * settings.teacher.epochs + counts["test"])
+def _teachers(teacher: TeacherSettings, counts: dict[str, int], classes: int, folds: int) -> PlanStep:
+    cost = _measure(teacher, classes)
+    epochs, views = teacher.total_epochs, len(views_of(teacher.tta))
+    trained = epochs * counts["train"] * (folds - 1)
+    looked_at = counts["train"] * views + folds * (counts["val"] * epochs + counts["test"] * views)
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)
     # Each fold's model stays; the fold under way also has a checkpoint with two moments per weight.
     disk = cost.weights_mib * (folds + 3)
-    return _step(f"{folds} teachers, {settings.teacher.name}", trained + looked_at, seconds, cost, disk)
+    return _step(f"{folds} teachers, {teacher.name}", trained + looked_at, seconds, cost, disk)
 
 
 def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, int], classes: int) -> list[PlanStep]:
     """One student and its hard-label baseline where it has one: the same budget."""
     student = named.settings
     cost = _measure(student, classes)
-    epochs = student.epochs + student.extra_epochs
+    epochs = student.total_epochs
     trained = epochs * counts["train"]
     looked_at = epochs * counts["val"] + counts["test"] + counts["train"]
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)
-    names = ["student"] if student.distillation else []
-    names += ["hard-label student"] if settings.has_baseline(named) or not student.distillation else []
+    judging = 0.0
+    if student.distillation and student.live_teachers:
+        teachers = (settings.teacher, *(other.settings for other in settings.ensemble.others))
+        per_image = sum(_measure(teacher, classes).seconds_per_image for teacher in teachers)
+        judging = FORWARD_SHARE * trained * per_image
+    named_seconds = {"student": seconds + judging} if student.distillation else {}
+    if settings.has_baseline(named) or not student.distillation:
+        named_seconds["hard-label student"] = seconds
     return [
         _step(f"{name}, {named.label or student.name}", trained + looked_at, seconds, cost, 5 * cost.weights_mib)
-        for name in names
+        for name, seconds in named_seconds.items()
     ]
 
 

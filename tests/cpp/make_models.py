@@ -5,6 +5,8 @@
     FOLDER/single        one stage, 32 px, temperature 1.5; labels red, green, very blue
     FOLDER/cascade       a fast stage (32 px) that is never sure of itself before a slow one (48 px) that always is
     FOLDER/multi_label   one stage with a sigmoid for each label, threshold 0.5
+    FOLDER/heads         one stage with several: hue (red, green) and, in the place of the third class, a value
+    FOLDER/heads_many    one stage: two labels that may both apply, and a value
     FOLDER/model_api     model.xml alone, from elsewhere: BGR planes, softmax inside, Model API's metadata only
     FOLDER/photos        red.jpg, green.png, blue.bmp, red.webp, yellow.png (red and green), large.jpg, broken.jpg
 
@@ -27,6 +29,11 @@ import openvino as ov
 from openvino import opset13 as ops
 
 LABELS = ("red", "green", "very blue")
+BLUENESS = {"name": "blueness", "kind": "regression", "classes": [], "weight": 0.1, "mean": 40.0, "std": 7.5}
+HEADS = {
+    "softmax": {"name": "hue", "kind": "softmax", "classes": ["red", "green"], "weight": 1.0},
+    "sigmoid": {"name": "hues", "kind": "sigmoid", "classes": ["red", "green"], "weight": 1.0, "threshold": 0.6},
+}
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 COLOURS_BGR = {
     "red": (20, 30, 220),
@@ -74,6 +81,10 @@ def describe(model: ov.Model, size: int, task: str) -> None:
         "architecture": "tiny",
         "task": task,
     }
+    if task in HEADS:
+        head = HEADS[task]
+        own |= {"task": "heads", "heads": json.dumps([head, BLUENESS])}
+        own["labels"] = json.dumps([f"{head['name']}={name}" for name in ("red", "green")] + ["blueness"])
     for key, value in own.items():
         model.set_rt_info(value, ["edgedistill", key])
     describe_for_model_api(model, multi_label=task == "multi-label")
@@ -157,6 +168,8 @@ def make(root: Path) -> None:
     single = {"name": "tiny", "size": 32, "gain": 2.0, "exit_threshold": None}
     deployable(root / "single", (dict(single),))
     deployable(root / "multi_label", (dict(single),), task="multi-label")
+    deployable(root / "heads", (dict(single),), task="softmax")
+    deployable(root / "heads_many", (dict(single),), task="sigmoid")
     deployable(
         root / "cascade",
         (

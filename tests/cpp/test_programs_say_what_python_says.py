@@ -58,6 +58,30 @@ def test_lines_are_predicts(both: Callable[..., tuple], options: tuple[str, ...]
     assert len(ours.stdout.splitlines()) == 8
 
 
+@pytest.mark.parametrize("model", ["multi_label", "heads", "heads_many"])
+def test_several_labels_and_heads_are_said_alike(both: Callable[..., tuple], model: str) -> None:
+    ours, python = both(model, "photos")
+    assert (ours.returncode, ours.stdout) == (python.returncode, python.stdout)
+    assert {"multi_label": "red ", "heads": "hue=red ", "heads_many": "hues=green "}[model] in ours.stdout
+    assert ("blueness=" in ours.stdout) == (model != "multi_label")
+    ours, python = both(model, "photos", "--json", "--latency")[0], both(model, "photos", "--json")[1]
+    for one, other in zip(ours.stdout.splitlines(), python.stdout.splitlines(), strict=True):
+        found, expected = json.loads(one), json.loads(other)
+        assert found.get("labels") == expected.get("labels")
+        for share, wanted in zip(found.get("probabilities", []), expected.get("probabilities", []), strict=True):
+            assert (share is None) == (wanted is None) and (share is None or abs(share - wanted) < 1e-6)
+
+
+@pytest.mark.parametrize("model", ["heads", "heads_many"])
+def test_outputs_of_heads_come_back_exactly(classify: Run, test_models: Path, model: str) -> None:
+    classifier = Classifier(test_models / model, cache_dir=False)
+    for line in map(json.loads, classify(model, "photos", "--probabilities").stdout.splitlines()):
+        if "error" not in line:
+            expected = classifier.classify(test_models / line["image"])
+            assert (line["label"], line["index"]) == (expected.label, expected.index)
+            np.testing.assert_allclose(line["probabilities"], expected.probabilities, rtol=1e-5, atol=1e-6)
+
+
 def test_json_lines_are_predicts(both: Callable[..., tuple]) -> None:
     ours, python = both("single", "photos", "--json", "--top-k", "3")
     found, expected = ([json.loads(line) for line in one.stdout.splitlines()] for one in (ours, python))

@@ -165,7 +165,34 @@ def test_a_damaged_ir_is_a_model_error(make: Any, damage: str) -> None:
         Bundle.load(path)
 
 
+HUE = {"name": "hue", "kind": "softmax", "classes": ["red", "green"], "weight": 1.0}
+DEPTH = {"name": "depth", "kind": "regression", "classes": [], "weight": 0.1, "mean": 5.0, "std": 2.0}
+
+
+def heads_metadata(
+    *heads: dict[str, Any], labels: tuple[str, ...] = ("hue=red", "hue=green", "depth")
+) -> dict[str, str]:
+    return {"task": "heads", "heads": json.dumps(heads), "labels": json.dumps(labels)}
+
+
 METADATA_CHANGES = {
+    "no heads": {"task": "heads"},
+    "heads that are no list": heads_metadata() | {"heads": '{"a": 1}'},
+    "a head that is no object": heads_metadata() | {"heads": '["hue"]'},
+    "heads of other labels": heads_metadata(HUE, DEPTH, labels=("red", "green", "depth")),
+    "two heads of one name": heads_metadata(HUE, HUE | {"classes": ["red", "blue"]}),
+    "a value first": heads_metadata(DEPTH, HUE, labels=("depth", "hue=red", "hue=green")),
+    "a head of another kind": heads_metadata(HUE | {"kind": "argmax"}, DEPTH),
+    "a head with one class": heads_metadata(HUE | {"classes": ["red"]}, DEPTH),
+    "a head with a number for a class": heads_metadata(HUE | {"classes": ["red", 1]}, DEPTH),
+    "a head with an unknown field": heads_metadata(HUE | {"x": 1}, DEPTH),
+    "a head that says =": heads_metadata(HUE | {"name": "a=b"}, DEPTH),
+    "a head with a nameless class": heads_metadata(
+        HUE | {"classes": ["red", ""]}, DEPTH, labels=("hue=red", "hue=", "depth")
+    ),
+    "no spread": heads_metadata(HUE, DEPTH | {"std": 0.0}),
+    "a mean that is no number": heads_metadata(HUE, DEPTH | {"mean": "5"}),
+    "an endless weight": heads_metadata(HUE, DEPTH | {"weight": float("inf")}),
     "two labels": {"labels": '["a", "b"]'},
     "not JSON": {"labels": "a b c"},
     "numbers": {"labels": "[1, 2, 3]"},
@@ -192,6 +219,16 @@ def test_hostile_metadata_are_refused(make: Any, change: str) -> None:
     path = make.ir(make.folder / "model.xml", changes=METADATA_CHANGES[change])
     with pytest.raises(ArtifactError, match=r"model\.xml"):
         Bundle.load(path)
+
+
+def test_several_heads_are_read(make: Any) -> None:
+    metadata = read_metadata(make.describe(make.model(), "edgedistill", make.own_metadata(
+        InputSpec(height=32, width=32), **heads_metadata(HUE, DEPTH))), "m.xml")  # fmt: skip
+    assert metadata.heads is not None and [head.name for head in metadata.heads.heads] == ["hue", "depth"]
+    assert not metadata.multi_label and not metadata.gives_probabilities
+    values = make.own_metadata(InputSpec(height=32, width=32), **heads_metadata(HUE, DEPTH))
+    with pytest.raises(ArtifactError, match="several heads, but it ends in a Softmax"):
+        read_metadata(make.describe(make.model(softmax=True), "edgedistill", values), "m.xml")
 
 
 def test_a_giant_metadata_string_is_refused(make: Any) -> None:

@@ -31,27 +31,75 @@ struct Arguments : ServingArguments {
     bool json = false;
 };
 
-// What is said about an image: labels and probabilities from the likeliest down.
-std::vector<Score> scores(const Prediction& prediction, int top_k, const std::vector<std::string>& labels) {
-    if (top_k == 1 || prediction.index < 0) {
-        return {{prediction.index, prediction.label, prediction.probability}};
+// The network's own words.
+struct Labels {
+    const std::vector<std::string>* names = nullptr;
+    const std::vector<Head>* heads = nullptr;
+    bool multi_label = false;
+};
+
+// One thing said about an image; a value, and that no label applies, have no probability.
+struct Said {
+    std::string label;
+    std::optional<float> probability;
+};
+
+std::vector<Said> heads_said(const Prediction& prediction, const std::vector<Head>& heads) {
+    std::vector<Said> said;
+    for (std::size_t place = 0; place < heads.size(); ++place) {
+        const Head& head = heads[place];
+        const HeadPrediction& answer = prediction.heads[place];
+        if (head.kind == HeadKind::regression) {
+            said.push_back({head.name + "=" + formatted("%.6g", static_cast<double>(answer.value)), std::nullopt});
+        } else if (head.kind == HeadKind::softmax) {
+            said.push_back({head.name + "=" + answer.label, answer.probability});
+        } else {
+            for (const int number : answer.accepted) {
+                const auto index = static_cast<std::size_t>(number);
+                said.push_back({head.name + "=" + head.classes[index], prediction.probabilities[head.first + index]});
+            }
+            if (answer.accepted.empty()) said.push_back({head.name + "=none", std::nullopt});
+        }
     }
-    return prediction.top_k(top_k, labels);
+    return said;
 }
 
-std::string text_line(const Prediction& prediction, const std::vector<Score>& best) {
+// What is said about an image: labels and probabilities from the likeliest down; of several labels or heads all.
+std::vector<Said> said_of(const Prediction& prediction, int top_k, const Labels& labels) {
+    if (prediction.index < 0) return {{prediction.label, prediction.probability}};
+    if (!labels.heads->empty()) return heads_said(prediction, *labels.heads);
+    std::vector<Said> said;
+    if (top_k == 1 && labels.multi_label) {
+        for (const int number : prediction.accepted) {
+            const auto index = static_cast<std::size_t>(number);
+            said.push_back({(*labels.names)[index], prediction.probabilities[index]});
+        }
+        if (said.empty()) said.push_back({"none", std::nullopt});
+        return said;
+    }
+    if (top_k == 1) return {{prediction.label, prediction.probability}};
+    for (const Score& score : prediction.top_k(top_k, *labels.names)) said.push_back({score.label, score.probability});
+    return said;
+}
+
+std::string number_or(const std::optional<float>& value, const char* otherwise) {
+    return value ? shortest(static_cast<double>(*value)) : otherwise;
+}
+
+std::string text_line(const Prediction& prediction, const std::vector<Said>& best) {
     std::vector<std::string> parts{prediction.name};
-    for (const Score& score : best) {
-        parts.push_back(score.label + " " + formatted("%.4f", static_cast<double>(score.probability)));
+    for (const Said& said : best) {
+        parts.push_back(said.label);
+        if (said.probability) parts.back() += " " + formatted("%.4f", static_cast<double>(*said.probability));
     }
     return joined(parts, "\t");
 }
 
-std::string json_line(const Prediction& prediction, const std::vector<Score>& best) {
+std::string json_line(const Prediction& prediction, const std::vector<Said>& best) {
     std::vector<std::string> names, shares;
-    for (const Score& score : best) {
-        names.push_back(json_string(score.label));
-        shares.push_back(shortest(static_cast<double>(score.probability)));
+    for (const Said& said : best) {
+        names.push_back(json_string(said.label));
+        shares.push_back(number_or(said.probability, "null"));
     }
     return "{\"image\": " + json_string(prediction.name) + ", \"labels\": [" + joined(names, ", ") +
            "], \"probabilities\": [" + joined(shares, ", ") + "]}";
@@ -67,11 +115,11 @@ std::string probabilities_line(const Prediction& prediction) {
            ", \"index\": " + std::to_string(prediction.index) + ", \"probabilities\": [" + joined(shares, ", ") + "]}";
 }
 
-std::string csv_row(const Prediction& prediction, const std::vector<Score>& best) {
+std::string csv_row(const Prediction& prediction, const std::vector<Said>& best) {
     std::vector<std::string> fields{csv_field(prediction.name), csv_field(prediction.error)};
-    for (const Score& score : best) {
-        fields.push_back(csv_field(score.label));
-        fields.push_back(shortest(static_cast<double>(score.probability)));
+    for (const Said& said : best) {
+        fields.push_back(csv_field(said.label));
+        fields.push_back(number_or(said.probability, ""));
     }
     return joined(fields, ",") + "\r";
 }
@@ -86,10 +134,10 @@ public:
         }
     }
 
-    void write(const Prediction& prediction, const std::vector<std::string>& labels) {
+    void write(const Prediction& prediction, const Labels& labels) {
         ++images_;
         errors_ += prediction.ok() ? 0 : 1;
-        const auto best = prediction.ok() ? scores(prediction, arguments_.top_k, labels) : std::vector<Score>();
+        const auto best = prediction.ok() ? said_of(prediction, arguments_.top_k, labels) : std::vector<Said>();
         put(line(prediction, best));
         // A camera's answers and a pipe's reader should not wait for a full buffer.
         if (!csv_) {
@@ -113,7 +161,7 @@ public:
     }
 
 private:
-    std::string line(const Prediction& prediction, const std::vector<Score>& best) const {
+    std::string line(const Prediction& prediction, const std::vector<Said>& best) const {
         if (csv_) {
             return csv_row(prediction, best);
         }
@@ -149,10 +197,10 @@ void for_all(const std::vector<std::string>& arguments, const Take& take) {
 
 // Many at once. What was handed over before a source turned out to be missing is still answered.
 void with_engine(const Arguments& arguments, Writer& writer) {
-    const std::vector<std::string>* labels = nullptr;
+    Labels labels;
     Engine engine(arguments.model, engine_options(arguments, arguments.precision),
-                  [&](const Prediction& prediction) { writer.write(prediction, *labels); });
-    labels = &engine.labels();
+                  [&](const Prediction& prediction) { writer.write(prediction, labels); });
+    labels = {&engine.labels(), &engine.heads(), engine.multi_label()};
     std::exception_ptr fault;
     try {
         for_all(arguments.sources, [&](Source source) {
@@ -174,6 +222,7 @@ void with_engine(const Arguments& arguments, Writer& writer) {
 // One at a time, every core on it.
 void with_classifier(const Arguments& arguments, Writer& writer) {
     Classifier classifier(arguments.model, engine_options(arguments, arguments.precision));
+    const Labels labels{&classifier.labels(), &classifier.heads(), classifier.multi_label()};
     Prediction answer;
     for_all(arguments.sources, [&](Source source) {
         try {
@@ -188,7 +237,7 @@ void with_classifier(const Arguments& arguments, Writer& writer) {
             answer.error = error.what();
         }
         answer.name = source.name;
-        writer.write(answer, classifier.labels());
+        writer.write(answer, labels);
     });
 }
 

@@ -19,6 +19,13 @@ namespace edgedistill::detail {
 
 namespace {
 
+bool same_heads(const std::vector<Head>& one, const std::vector<Head>& other) {
+    return std::equal(one.begin(), one.end(), other.begin(), other.end(), [](const Head& a, const Head& b) {
+        return a.name == b.name && a.kind == b.kind && a.classes == b.classes && a.mean == b.mean && a.std == b.std &&
+               a.threshold == b.threshold;
+    });
+}
+
 namespace fs = std::filesystem;
 
 // Far above any network that a CPU answers with at a useful rate.
@@ -247,7 +254,7 @@ void Bundle::check_stages_agree(const fs::path& path) const {
         if (metadata_[number].labels != labels()) {
             refuse(stage + " has other labels than stage 0; export them from one data set");
         }
-        if (metadata_[number].multi_label != multi_label()) {
+        if (metadata_[number].multi_label != multi_label() || !same_heads(metadata_[number].heads, heads())) {
             refuse(stage + " has another task than stage 0; export them from one data set");
         }
     }

@@ -257,6 +257,15 @@ const char* label_at(const std::vector<std::string>& labels, std::int32_t index)
     return labels[static_cast<std::size_t>(index)].c_str();
 }
 
+edgedistill_status head_at(const std::vector<edgedistill::Head>& heads, std::int32_t index,
+                           edgedistill_head* out) noexcept {
+    if (out == nullptr || index < 0 || static_cast<std::size_t>(index) >= heads.size()) return EDGEDISTILL_USAGE;
+    const edgedistill::Head& head = heads[static_cast<std::size_t>(index)];
+    *out = {head.name.c_str(), static_cast<edgedistill_head_kind>(head.kind), static_cast<std::int32_t>(head.first),
+            static_cast<std::int32_t>(head.width()), static_cast<float>(head.threshold)};
+    return EDGEDISTILL_OK;
+}
+
 // ---- handing images over ----
 
 std::size_t bytes_per_pixel(edgedistill::PixelFormat format) noexcept {
@@ -376,6 +385,15 @@ const char* edgedistill_classifier_label(const edgedistill_classifier* classifie
     return classifier == nullptr ? nullptr : label_at(classifier->classifier.labels(), index);
 }
 
+int32_t edgedistill_classifier_head_count(const edgedistill_classifier* classifier) {
+    return classifier == nullptr ? 0 : static_cast<int32_t>(classifier->classifier.heads().size());
+}
+
+edgedistill_status edgedistill_classifier_head(const edgedistill_classifier* classifier, int32_t index,
+                                               edgedistill_head* out) {
+    return classifier == nullptr ? EDGEDISTILL_USAGE : head_at(classifier->classifier.heads(), index, out);
+}
+
 edgedistill_status edgedistill_classify_pixels(edgedistill_classifier* classifier, const edgedistill_image* image,
                                                edgedistill_prediction* out, float* probabilities,
                                                size_t probability_count, char* error, size_t error_size) {
@@ -422,6 +440,14 @@ int32_t edgedistill_engine_class_count(const edgedistill_engine* engine) {
 
 const char* edgedistill_engine_label(const edgedistill_engine* engine, int32_t index) {
     return engine == nullptr ? nullptr : label_at(engine->core.bundle()->labels(), index);
+}
+
+int32_t edgedistill_engine_head_count(const edgedistill_engine* engine) {
+    return engine == nullptr ? 0 : static_cast<int32_t>(engine->core.bundle()->heads().size());
+}
+
+edgedistill_status edgedistill_engine_head(const edgedistill_engine* engine, int32_t index, edgedistill_head* out) {
+    return engine == nullptr ? EDGEDISTILL_USAGE : head_at(engine->core.bundle()->heads(), index, out);
 }
 
 edgedistill_status edgedistill_engine_submit_file(edgedistill_engine* engine, const char* path, uint64_t user,

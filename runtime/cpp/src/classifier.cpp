@@ -122,6 +122,10 @@ const InputSpec& Classifier::spec() const noexcept {
     return impl_->network.bundle().config().stages[0].input_spec;
 }
 
+const std::vector<Head>& Classifier::heads() const noexcept {
+    return impl_->network.bundle().heads();
+}
+
 bool Classifier::multi_label() const noexcept {
     return impl_->network.bundle().multi_label();
 }

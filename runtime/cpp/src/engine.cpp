@@ -97,6 +97,10 @@ const std::vector<std::string>& Engine::labels() const noexcept {
 const InputSpec& Engine::spec() const noexcept {
     return impl_->core.bundle()->config().stages[0].input_spec;
 }
+const std::vector<Head>& Engine::heads() const noexcept {
+    return impl_->core.bundle()->heads();
+}
+
 bool Engine::multi_label() const noexcept {
     return impl_->core.bundle()->multi_label();
 }

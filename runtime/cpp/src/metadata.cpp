@@ -1,8 +1,10 @@
 #include "metadata.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cctype>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string_view>
 #include <unordered_set>
@@ -160,17 +162,98 @@ std::vector<std::string> labels_of(const ov::Model& model) {
     return labels;
 }
 
+double number_of(const nlohmann::json& entry, const char* key, double otherwise) {
+    const auto found = entry.find(key);
+    if (found == entry.end()) return otherwise;
+    const double value = found->is_number() ? found->get<double>() : std::numeric_limits<double>::quiet_NaN();
+    if (!std::isfinite(value)) refuse(std::string("metadata edgedistill.heads: ") + key + " is no finite number");
+    return value;
+}
+
+// A name of 1 to 100 characters without : = | @ and without spaces at its ends.
+bool is_head_name(const std::string& name) {
+    const auto length = utf8_length(name);
+    return length && *length >= 1 && *length <= 100 && is_printable(name) && name.find_first_of(":=|@") == name.npos &&
+           name.front() != ' ' && name.back() != ' ';
+}
+
+Head head_of(const nlohmann::json& entry) {
+    constexpr std::array<std::string_view, 7> known{"name", "kind", "classes", "weight", "mean", "std", "threshold"};
+    constexpr std::array<std::string_view, 3> kinds{"softmax", "sigmoid", "regression"};
+    if (!entry.is_object()) refuse("metadata edgedistill.heads: expected a list of objects");
+    for (const auto& item : entry.items()) {
+        if (std::find(known.begin(), known.end(), item.key()) == known.end()) {
+            refuse("metadata edgedistill.heads: unknown field " + in_quotes(item.key(), 40));
+        }
+    }
+    const auto text = [&](const char* key) {
+        const auto found = entry.find(key);
+        return found != entry.end() && found->is_string() ? found->get<std::string>() : std::string();
+    };
+    Head head;
+    head.name = text("name");
+    if (!is_head_name(head.name)) refuse("metadata edgedistill.heads: name " + in_quotes(head.name, 60));
+    const auto kind = std::find(kinds.begin(), kinds.end(), text("kind"));
+    if (kind == kinds.end()) refuse("head " + head.name + ": kind " + in_quotes(text("kind"), 40));
+    head.kind = static_cast<HeadKind>(kind - kinds.begin());
+    if (const auto classes = entry.find("classes"); classes != entry.end()) {
+        if (!classes->is_array()) refuse("head " + head.name + ": classes are no list");
+        for (const auto& name : *classes) {
+            if (!name.is_string() || name.get_ref<const std::string&>().empty()) {
+                refuse("head " + head.name + ": a class is no text, or empty");
+            }
+            head.classes.push_back(name.get<std::string>());
+        }
+    }
+    const std::size_t least = head.kind == HeadKind::softmax ? 2 : head.kind == HeadKind::sigmoid ? 1 : 0;
+    if (head.classes.size() < least || (head.kind == HeadKind::regression && !head.classes.empty())) {
+        refuse("head " + head.name + ": " + std::to_string(head.classes.size()) + " classes, expected others");
+    }
+    head.mean = number_of(entry, "mean", 0.0);
+    head.std = number_of(entry, "std", 1.0);
+    head.threshold = number_of(entry, "threshold", 0.5);
+    if (!(head.std > 0 && head.threshold >= 0 && head.threshold <= 1 && number_of(entry, "weight", 1.0) >= 0)) {
+        refuse("head " + head.name + ": weight, std or threshold out of range");
+    }
+    return head;
+}
+
+// Checked against the labels, which name the outputs: HEAD=CLASS, or HEAD for a value; the class alone of a lone head.
+std::vector<Head> heads_of(const ov::Model& model, const std::vector<std::string>& labels) {
+    const nlohmann::json list = json_of(model, "heads");
+    if (!list.is_array() || list.empty()) refuse("metadata edgedistill.heads: expected a list of objects");
+    std::vector<Head> heads;
+    std::vector<std::string> outputs;
+    std::unordered_set<std::string> names;
+    for (const auto& entry : list) {
+        Head head = head_of(entry);
+        const bool value = head.kind == HeadKind::regression;
+        if (!names.insert(head.name).second) refuse("two heads are called " + in_quotes(head.name, 60));
+        if (!value && !heads.empty() && heads.back().kind == HeadKind::regression) {
+            refuse("a regression head stands before one of classes");
+        }
+        if (value && heads.empty()) refuse("a regression head stands first");
+        head.first = outputs.size();
+        for (const auto& name : head.classes) outputs.push_back(list.size() == 1 ? name : head.name + "=" + name);
+        if (value) outputs.push_back(head.name);
+        heads.push_back(std::move(head));
+    }
+    if (outputs != labels) refuse("metadata edgedistill.heads: not those of the labels; export the model again");
+    return heads;
+}
+
 ModelMetadata own_metadata(const ov::Model& model) {
     const std::string version = text_of(model, "edgedistill", "format_version");
     if (version != "1") {
         refuse("metadata format " + in_quotes(version, 20) + ", this runtime reads '1'; use the release that wrote it");
     }
     const std::string task = text_of(model, "edgedistill", "task");
-    if (task != "single-label" && task != "multi-label") {
-        refuse("task " + in_quotes(task, 40) + ", this runtime does 'single-label' and 'multi-label'");
+    if (task != "single-label" && task != "multi-label" && task != "heads") {
+        refuse("task " + in_quotes(task, 40) + ", this runtime does 'single-label', 'multi-label' and 'heads'");
     }
     ModelMetadata metadata;
     metadata.labels = labels_of(model);
+    if (task == "heads") metadata.heads = heads_of(model, metadata.labels);
     metadata.temperature = numbers_from(text_of(model, "edgedistill", "temperature"), "edgedistill.temperature", 1)[0];
     if (!(metadata.temperature > 0 && metadata.temperature <= 1000)) {
         refuse("metadata edgedistill.temperature " + shown(metadata.temperature) +
@@ -266,6 +349,11 @@ ModelMetadata checked_metadata(const ov::Model& model, const std::string& name) 
     }
     if (metadata.multi_label && ends_in(model, "Softmax")) {
         refuse(name + ": multi-label, but it ends in a softmax; expected logits or a sigmoid");
+    }
+    for (const char* last : {"Softmax", "Sigmoid"}) {
+        if (!metadata.heads.empty() && ends_in(model, last)) {
+            refuse(name + ": several heads, but it ends in a " + last + "; expected logits");
+        }
     }
     metadata.nhwc = shapes.nhwc;
     metadata.gives_probabilities = ends_in(model, metadata.multi_label ? "Sigmoid" : "Softmax");

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include <edgedistill/options.hpp>
+#include <edgedistill/prediction.hpp>
 
 namespace ov {
 class Model;
@@ -21,6 +22,7 @@ struct ModelMetadata {
     bool bgr = false;                  // it wants BGR planes
     bool nhwc = false;                 // the layout of its input
     bool gives_probabilities = false;  // it ends in a softmax, or a sigmoid where it is multi-label
+    std::vector<Head> heads;           // of a network with several, whose outputs `labels` names
     bool own = true;                   // written by edgedistill; otherwise only Model API's section was there
 };
 

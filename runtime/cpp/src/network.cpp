@@ -147,28 +147,31 @@ void read_logits(const ModelMetadata& metadata, const float* raw, std::vector<fl
     }
 }
 
-// softmax(logits / temperature), in float64.
-void softmax(const std::vector<float>& logits, double temperature, std::vector<double>& weights,
-             std::vector<float>& out) {
+using Floats = std::vector<float>::iterator;
+
+// softmax(logits / temperature) of [begin, end), in float64. `weights`: room for as many.
+void softmax(Floats begin, Floats end, double temperature, std::vector<double>& weights, Floats out) {
+    const auto count = static_cast<std::size_t>(end - begin);
     double largest = -std::numeric_limits<double>::infinity();
-    for (std::size_t index = 0; index < logits.size(); ++index) {
-        weights[index] = static_cast<double>(logits[index]) / temperature;
+    for (std::size_t index = 0; index < count; ++index, ++begin) {
+        weights[index] = static_cast<double>(*begin) / temperature;
         largest = std::max(largest, weights[index]);
     }
     double sum = 0.0;
-    for (double& weight : weights) sum += weight = std::exp(weight - largest);
-    for (std::size_t index = 0; index < weights.size(); ++index) out[index] = static_cast<float>(weights[index] / sum);
+    for (std::size_t index = 0; index < count; ++index) sum += weights[index] = std::exp(weights[index] - largest);
+    for (std::size_t index = 0; index < count; ++index, ++out) *out = static_cast<float>(weights[index] / sum);
 }
 
-// sigmoid(logits / temperature), in float64.
-void sigmoid(const std::vector<float>& logits, double temperature, std::vector<float>& out) {
-    for (std::size_t index = 0; index < logits.size(); ++index) {
-        const double scaled = static_cast<double>(logits[index]) / temperature;
+// sigmoid(logits / temperature) of [begin, end), in float64.
+void sigmoid(Floats begin, Floats end, double temperature, Floats out) {
+    for (; begin != end; ++begin, ++out) {
+        const double scaled = static_cast<double>(*begin) / temperature;
         const double small = std::exp(-std::abs(scaled));
-        out[index] = static_cast<float>((scaled >= 0 ? 1.0 : small) / (1.0 + small));
+        *out = static_cast<float>((scaled >= 0 ? 1.0 : small) / (1.0 + small));
     }
 }
 
+// But for its heads, whose memory is used again.
 void clear_answer(Prediction& out) {
     out.label.clear();
     out.index = -1;
@@ -181,6 +184,7 @@ void clear_answer(Prediction& out) {
 
 void fail(Prediction& out, const std::string& error) {
     clear_answer(out);
+    out.heads.clear();
     out.error = error;
 }
 
@@ -322,6 +326,8 @@ struct Worker::Impl {
     bool load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out, const Preparer::Second* second);
     void run(StageRunner& runner);
     bool finish(std::size_t stage, const float* raw, Prediction& out);
+    bool finish_heads(std::size_t stage, Prediction& out);
+    void answer_head(const Head& head, double temperature, Prediction& out, HeadPrediction& answer);
     void score(const CompiledStage& stage, const float* raw, Prediction& out);
     void accept(const CompiledStage& stage, Prediction& out) const;
     void ask_later_stages(const Frame& frame, std::size_t place, Prediction& out);
@@ -412,10 +418,12 @@ bool Worker::Impl::finish(std::size_t number, const float* raw, Prediction& out)
         return true;
     }
     out.probabilities.resize(logits.size());
+    if (!stage.metadata->heads.empty()) return finish_heads(number, out);
+    out.heads.clear();
     if (stage.metadata->multi_label) {
-        sigmoid(logits, stage.settings->temperature, out.probabilities);
+        sigmoid(logits.begin(), logits.end(), stage.settings->temperature, out.probabilities.begin());
     } else {
-        softmax(logits, stage.settings->temperature, weights, out.probabilities);
+        softmax(logits.begin(), logits.end(), stage.settings->temperature, weights, out.probabilities.begin());
     }
     // From the logits: after rounding two probabilities may be equal.
     const auto index = static_cast<std::size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
@@ -433,6 +441,71 @@ bool Worker::Impl::finish(std::size_t number, const float* raw, Prediction& out)
     }
     out.label.assign(stage.metadata->labels[index]);
     if (stage.metadata->multi_label) accept(stage, out);
+    return true;
+}
+
+// The logits of one head -> its probabilities or value, and its answer.
+void Worker::Impl::answer_head(const Head& head, double temperature, Prediction& out, HeadPrediction& answer) {
+    const auto first = static_cast<std::ptrdiff_t>(head.first);
+    const auto begin = logits.begin() + first;
+    const auto end = begin + static_cast<std::ptrdiff_t>(head.width());
+    const auto shares = out.probabilities.begin() + first;
+    answer.name.assign(head.name);
+    answer.kind = head.kind;
+    answer.label.clear();
+    answer.accepted.clear();
+    answer.index = -1;
+    answer.probability = answer.value = 0.0F;
+    if (head.kind == HeadKind::regression) {
+        answer.value = *shares = static_cast<float>(static_cast<double>(*begin) * head.std + head.mean);
+        return;
+    }
+    if (head.kind == HeadKind::softmax) {
+        softmax(begin, end, temperature, weights, shares);
+    } else {
+        sigmoid(begin, end, temperature, shares);
+    }
+    // From the logits: after rounding two probabilities may be equal.
+    const auto best = std::max_element(begin, end) - begin;
+    answer.index = static_cast<int>(best);
+    answer.probability = shares[best];
+    if (head.kind == HeadKind::softmax) {
+        answer.label.assign(head.classes[static_cast<std::size_t>(best)]);
+        return;
+    }
+    const auto threshold = static_cast<float>(head.threshold);
+    for (std::size_t place = 0; place < head.width(); ++place) {
+        if (shares[static_cast<std::ptrdiff_t>(place)] < threshold) continue;
+        answer.accepted.push_back(static_cast<int>(place));
+        answer.label.append(answer.label.empty() ? "" : "|").append(head.classes[place]);
+    }
+    if (answer.accepted.empty()) answer.label.assign("none");
+}
+
+// As finish, of a network with several heads: its confidence is the smallest over the heads of classes.
+bool Worker::Impl::finish_heads(std::size_t number, Prediction& out) {
+    const CompiledStage& stage = runners[number].stage();
+    const std::vector<Head>& heads = stage.metadata->heads;
+    out.heads.resize(heads.size());
+    out.label.clear();
+    out.probability = std::numeric_limits<float>::infinity();
+    for (std::size_t place = 0; place < heads.size(); ++place) {
+        HeadPrediction& answer = out.heads[place];
+        answer_head(heads[place], stage.settings->temperature, out, answer);
+        if (answer.kind == HeadKind::regression) continue;
+        out.probability = std::min(out.probability, answer.probability);
+        out.label.append(place == 0 ? "" : ", ").append(answer.label);
+    }
+    out.index = out.heads[0].index;
+    out.stage = static_cast<int>(number);
+    const bool last = number + 1 == runners.size();
+    const auto confidence = static_cast<double>(out.probability);
+    if (!last && confidence < stage.settings->exit_threshold.value_or(0.0)) return false;
+    const auto reject_below = network->bundle().config().reject_below;
+    if (last && reject_below && confidence < *reject_below) {
+        out.index = -1;
+        out.label.assign("unknown");
+    }
     return true;
 }
 

@@ -161,6 +161,7 @@ static void nulls(const char* model, edgedistill_classifier* classifier, edgedis
     CHECK(edgedistill_classify_file(NULL, NULL, NULL, NULL, 0, NULL, 0) == EDGEDISTILL_USAGE);
     CHECK(edgedistill_classify_file(NULL, NULL, NULL, NULL, 0, NULL, 99) == EDGEDISTILL_USAGE);
     CHECK(edgedistill_classifier_class_count(NULL) == 0 && edgedistill_classifier_label(NULL, 0) == NULL);
+    CHECK(edgedistill_classifier_head_count(NULL) == 0 && edgedistill_engine_head_count(NULL) == 0);
     CHECK(edgedistill_engine_class_count(NULL) == 0 && edgedistill_engine_label(NULL, 0) == NULL);
     CHECK(edgedistill_engine_dropped(NULL) == 0);
     edgedistill_engine_finish(NULL);
@@ -365,6 +366,32 @@ static char* join(const char* folder, const char* name) {
     return path;
 }
 
+static void several_heads(const char* model, const char* photo) {
+    edgedistill_options options = quiet_options();
+    edgedistill_classifier* classifier = NULL;
+    edgedistill_engine* engine = NULL;
+    edgedistill_prediction answer;
+    edgedistill_head hue, blueness;
+    float outputs[MOST_CLASSES];
+
+    EXPECT(edgedistill_classifier_open(model, &options, &classifier, error, sizeof(error)), EDGEDISTILL_OK);
+    EXPECT(edgedistill_engine_open(model, &options, &engine, error, sizeof(error)), EDGEDISTILL_OK);
+    if (classifier == NULL || engine == NULL) exit(1);
+    CHECK(edgedistill_classifier_head_count(classifier) == 2 && edgedistill_engine_head_count(engine) == 2);
+    CHECK(edgedistill_classifier_head(classifier, 0, &hue) == EDGEDISTILL_OK);
+    CHECK(edgedistill_engine_head(engine, 1, &blueness) == EDGEDISTILL_OK);
+    CHECK(edgedistill_classifier_head(classifier, 2, &hue) == EDGEDISTILL_USAGE);
+    CHECK(edgedistill_classifier_head(classifier, 0, NULL) == EDGEDISTILL_USAGE);
+    CHECK(strcmp(hue.name, "hue") == 0 && hue.kind == EDGEDISTILL_SOFTMAX && hue.first == 0 && hue.count == 2);
+    CHECK(strcmp(blueness.name, "blueness") == 0 && blueness.kind == EDGEDISTILL_REGRESSION && blueness.first == 2);
+    EXPECT(edgedistill_classify_file(classifier, photo, &answer, outputs, MOST_CLASSES, error, sizeof(error)),
+           EDGEDISTILL_OK);
+    CHECK(fabsf(outputs[0] + outputs[1] - 1.0F) < 1e-6F && outputs[0] > outputs[1]);
+    CHECK(strcmp(answer.label, "hue=red") == 0 && answer.probability == outputs[0]);
+    edgedistill_engine_free(engine);
+    edgedistill_classifier_free(classifier);
+}
+
 int main(int argc, char** argv) {
     const char* models = getenv("EDGEDISTILL_TEST_MODELS");
     if (argc != 4 && models == NULL) {
@@ -384,7 +411,10 @@ int main(int argc, char** argv) {
     if (argc != 4) {
         char* xml = join(models, "/single/stages/tiny/model.xml");
         char* weights = join(models, "/single/stages/tiny/model.bin");
+        char* heads = join(models, "/heads");
         a_model_in_memory(xml, weights, photo);
+        several_heads(heads, photo);
+        free(heads);
         free(xml);
         free(weights);
     }

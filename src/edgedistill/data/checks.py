@@ -22,6 +22,8 @@ from edgedistill.data.folds import SplitSettings, deal_splits, make_plan
 from edgedistill.data.sources import Source
 from edgedistill.errors import DataError, ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, read_header
+from edgedistill.shard_members import read_file
+from edgedistill.tasks import Task, Values
 
 IMBALANCE_RATIO = 10
 SMALL_SIDE_PX = 32
@@ -50,7 +52,9 @@ class Finding:
 class DataReport:
     """What ``check_data`` found. Arrays are in the order of ``source.items``: ``sizes`` int32 [N, 2] (height, width in
     pixels, upright; 0 where unreadable), ``labels`` int64 [N] index into ``class_names``, ``sha256`` bytes [N],
-    ``near_pairs`` int64 [M, 2] rows of near-duplicates, None where they were not looked for."""
+    ``near_pairs`` int64 [M, 2] rows of near-duplicates, None where they were not looked for. ``heads``: where images
+    carry several labels, the images of each class by head (of a regression head only those with a value); labels and
+    ``class_names`` are then joint ones."""
 
     name: str
     class_names: tuple[str, ...]
@@ -60,6 +64,7 @@ class DataReport:
     sha256: npt.NDArray[np.bytes_]
     near_pairs: duplicates.Pairs | None
     findings: tuple[Finding, ...]
+    heads: dict[str, dict[str, int]] | None = None
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -107,6 +112,7 @@ class DataReport:
             "name": self.name,
             "images": len(self.labels),
             "classes": self.class_counts,
+            **({} if self.heads is None else {"heads": self.heads}),
             "modes": self.modes,
             "sizes": ranges,
             "errors": [_finding_dict(finding) for finding in self.errors],
@@ -144,7 +150,7 @@ class _Image:
 def _look_at(path: Path, max_pixels: int) -> _Image:
     """Never raises for what is in the file."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         return _Image(problem=("unreadable", error.strerror or str(error)))
     sha256 = hashlib.sha256(data).hexdigest()
@@ -211,7 +217,8 @@ def check_data(
     if settings.near_duplicates:
         near, near_findings = _near_duplicates(source, digests, good, hashes, thumbnails)
     findings += _mode_findings(source, images) + _size_findings(source, images)
-    findings += _copies(source, digests, labels, good) + near_findings + _imbalance(source, labels)
+    findings += _copies(source, digests, labels, good) + near_findings
+    findings += _imbalance(source, labels) if source.task is None else _head_findings(source, source.task)
     findings += _trial(source, digests, near, good, settings)
     return DataReport(
         name=source.name,
@@ -222,6 +229,7 @@ def check_data(
         sha256=digests,
         near_pairs=near if settings.near_duplicates else None,
         findings=tuple(findings),
+        heads=None if source.task is None else head_counts(source.task, source.values),
     )
 
 
@@ -403,6 +411,45 @@ def _imbalance(source: Source, labels: npt.NDArray[np.int64]) -> list[Finding]:
     ]
 
 
+def head_counts(task: Task, values: Values) -> dict[str, dict[str, int]]:
+    """Images of each class, by head; of a regression head those that have a value; 'missing' where labels are missing."""
+    counts: dict[str, dict[str, int]] = {}
+    for head, columns in task.columns():
+        own = values[:, columns]
+        missing = np.isnan(own).any(axis=1)
+        if head.kind == "softmax":
+            numbers = np.bincount(own[~missing, 0].astype(np.int64), minlength=head.width).tolist()
+        elif head.kind == "sigmoid":
+            numbers = (own >= 0.5).sum(axis=0).tolist()
+        else:
+            numbers = [int((~missing).sum())]
+        counts[head.name] = dict(zip(head.classes or ("values",), numbers, strict=True))
+        if missing.any():
+            counts[head.name]["missing"] = int(missing.sum())
+    return counts
+
+
+def _head_findings(source: Source, task: Task) -> list[Finding]:
+    """Missing labels, and classes far rarer than others, of each head."""
+    findings = []
+    counts = head_counts(task, source.values)
+    for head, columns in task.columns():
+        missing = np.isnan(source.values[:, columns]).any(axis=1)
+        if missing.any():
+            message = f"{missing.sum()} images have no label in {head.name!r}; its loss leaves them out"
+            findings.append(
+                Finding("warning", "missing labels", message, "fill them in", _ids(source, np.flatnonzero(missing)))
+            )
+        of_classes = {name: counts[head.name][name] for name in head.classes}
+        if not of_classes:
+            continue
+        most, least = max(of_classes, key=of_classes.__getitem__), min(of_classes, key=of_classes.__getitem__)
+        if of_classes[most] >= IMBALANCE_RATIO * of_classes[least]:
+            message = f"{head.name}: {most!r} has {of_classes[most]} images, {least!r} {of_classes[least]}"
+            findings.append(Finding("warning", "class imbalance", message, "judge by macro-F1, not by accuracy"))
+    return findings
+
+
 def _trial(
     source: Source,
     digests: npt.NDArray[np.bytes_],
@@ -413,8 +460,8 @@ def _trial(
     """Whether the images that can be read can be dealt to splits and folds; what the deal will not enforce."""
     keep = np.flatnonzero(good)
     place = np.cumsum(good) - 1
-    rest = Source(source.name, source.root, tuple(source.items[row] for row in keep))
-    gone = sorted(set(source.class_names) - set(rest.class_names))
+    rest = Source(source.name, source.root, tuple(source.items[row] for row in keep), task=source.task)
+    gone = sorted(set(source.class_names) - set(rest.class_names)) if source.task is None else []
     if gone or not len(keep):
         return [
             Finding(

@@ -11,7 +11,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +19,10 @@ import numpy.typing as npt
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from edgedistill import console
-from edgedistill.data import duplicates
+from edgedistill.data import duplicates, stratify
 from edgedistill.data.manifest import Dataset, hash_files
 from edgedistill.data.sources import Source
+from edgedistill.data.stratify import Marks
 from edgedistill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -66,15 +67,18 @@ class SplitSettings:
 @dataclass(frozen=True)
 class Table:
     """What the deal looks at, all int64 [N]: ``classes`` 0..C-1, ``strata`` 0..S-1, ``groups`` (rows of one number stay
-    together), and ``given``: 0 for rows to deal, 1 for the data's own val, 2 for the data's own test."""
+    together), and ``given``: 0 for rows to deal, 1 for the data's own val, 2 for the data's own test. ``marks``: where
+    images carry several labels, which then are balanced in the place of classes and strata."""
 
     classes: Codes
     strata: Codes
     groups: Codes
     given: Codes
+    marks: Marks | None = None
 
     def take(self, rows: Codes) -> Table:
-        return Table(self.classes[rows], self.strata[rows], self.groups[rows], self.given[rows])
+        marks = None if self.marks is None else self.marks.take(rows)
+        return Table(self.classes[rows], self.strata[rows], self.groups[rows], self.given[rows], marks)
 
 
 def freeze_dataset(source: Source, settings: SplitSettings, *, checks: DataReport | None = None) -> Dataset:
@@ -97,6 +101,8 @@ def freeze_dataset(source: Source, settings: SplitSettings, *, checks: DataRepor
     absolute = np.asarray([os.path.abspath(path) for path in paths])  # noqa: PTH100 (symbolic links stay as they are)
     labels = plan.table.classes.astype(np.int32)
     dataset = Dataset(plan.ids, absolute, digests, labels, plan.groups, splits, folds, source.class_names)
+    if source.task is not None:
+        dataset = replace(dataset, task=source.task, values=source.values)
     verify_folds(dataset)
     return dataset
 
@@ -145,7 +151,8 @@ def make_plan(source: Source, digests: npt.NDArray[np.bytes_], near: duplicates.
     chained = np.isin(near[:, 0], np.concatenate(chains)) if chains else np.zeros(len(near), bool)
     user_groups = np.asarray([item.group for item in source.items])
     groups = _join_groups(ids, user_groups, digests, near=near[inside & ~chained], given=given)
-    table = Table(classes, strata, group_codes(groups), given)
+    marks = None if source.task is None else stratify.make_marks(source.task, source.values, classes)
+    table = Table(classes, strata, group_codes(groups), given, marks)
     return Plan(ids, table, groups, near[~inside], chains)
 
 
@@ -268,6 +275,9 @@ def deal_splits(
 def _cut(table: Table, pool: Codes, share: float, reserve: int, rng: np.random.Generator) -> tuple[Codes, Codes]:
     """(rows left, rows cut): ``share`` of each class, at least one image, and leaving ``reserve`` for what follows."""
     rows = table.take(pool)
+    if rows.marks is not None:
+        taken = stratify.cut(rows.marks, rows.groups, share, reserve=reserve, rng=rng)
+        return pool[~taken], pool[taken]
     sizes = np.bincount(rows.classes).astype(np.float64)
     wanted = np.minimum(np.maximum(np.minimum(share * sizes, sizes - reserve), 1.0), sizes)
     taken = deal(rows, np.stack([wanted, sizes - wanted]), rng) == 0
@@ -282,6 +292,9 @@ def val_fraction(count: int, settings: SplitSettings) -> float:
 
 
 def _check_class_sizes(pool: Table, folds: int, class_names: Sequence[str]) -> None:
+    if pool.marks is not None:
+        stratify.check_sizes(pool.marks, pool.groups, folds)
+        return
     images = np.bincount(pool.classes, minlength=len(class_names))
     pairs = np.unique(np.stack([pool.classes, pool.groups]), axis=1) if _is_grouped(pool) else None
     groups = images if pairs is None else np.bincount(pairs[0], minlength=len(class_names))
@@ -302,6 +315,8 @@ def _is_grouped(table: Table) -> bool:
 
 def _deal_folds(pool: Table, settings: SplitSettings, rng: np.random.Generator, names: Sequence[str]) -> npt.NDArray:
     """Fold int16 of each row; every class in every fold."""
+    if pool.marks is not None:
+        return stratify.deal_folds(pool.marks, pool.groups, settings.folds, rng)
     sizes = np.bincount(pool.classes)
     quotas = np.tile(sizes / settings.folds, (settings.folds, 1))
     if not _is_grouped(pool):
@@ -465,7 +480,12 @@ def verify_folds(dataset: Dataset) -> None:
     order = np.sort(dataset.ids)
     if (order[1:] == order[:-1]).any():
         raise DataError(f"{order[:-1][order[1:] == order[:-1]][0]}: the id stands twice; freeze the data set again")
-    missing = _missing(dataset.folds[train], dataset.labels[train].astype(np.int64), dataset.fold_count)
+    if dataset.task is not None and dataset.values is not None:
+        marks = Marks(dataset.task.marks(dataset.values[train]), dataset.task.mark_names)
+        stratify.prove(marks, dataset.folds[train], range(dataset.fold_count))
+        missing = None
+    else:
+        missing = _missing(dataset.folds[train], dataset.labels[train].astype(np.int64), dataset.fold_count)
     if missing is not None:
         raise DataError(f"class {dataset.class_names[missing[1]]!r} is missing in fold {missing[0]}; use fewer --folds")
     places = np.unique(dataset.splits, return_inverse=True)[1] * 1000 + dataset.folds

@@ -1,7 +1,8 @@
 """dataset.csv: the frozen manifest that every stage reads. Needs numpy only.
 
 Columns: id, path, sha256, label, group, split, fold. ``id`` is the NFC-normalised relative POSIX path; ``split`` is
-train, val or test; ``fold`` is 0..K-1 on train and -1 elsewhere.
+train, val or test; ``fold`` is 0..K-1 on train and -1 elsewhere. Where images carry several labels, ``label`` is their
+joint label and further columns hold each of them (see task_columns).
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ import numpy.typing as npt
 
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, sha256_file
+from edgedistill.data import stratify, task_columns
 from edgedistill.errors import ArtifactError, DataError
+from edgedistill.shard_members import exists, member_of, read_file
+from edgedistill.tasks import Task, Values
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("id", "path", "sha256", "label", "group", "split", "fold")
 CHUNK_ROWS = 2_048  # more rows at once and Python's garbage collector doubles the time
 HEXADECIMAL = re.compile("[0-9a-f]*")
 MAX_FOLDS = 1000
+# Of a joint label, or balanced sampling would draw a handful of images all the time.
+MIN_JOINT_IMAGES = 8
 REMEDY = "make it again with a new run folder, or restore it from a copy"
 
 
@@ -40,7 +46,9 @@ class Dataset:
 
     ``labels``: int32, index into ``class_names`` (sorted by code point). ``groups``: str, '' where the image stands
     alone. ``splits``: one of SPLITS. ``folds``: int16, -1 outside train. ``sha256``: 64 hexadecimal digits as bytes
-    (str costs four times the memory: 256 MB for a million images); str is converted.
+    (str costs four times the memory: 256 MB for a million images); str is converted. ``task`` and ``values``, float32
+    [N, V] as ``tasks`` has them: where images carry several labels; ``labels`` are then their joint labels. Mean and
+    standard deviation of a task's regression heads are taken from the train rows.
     Raises ArtifactError when the arrays are not of one length.
     """
 
@@ -52,6 +60,8 @@ class Dataset:
     splits: npt.NDArray[np.str_]
     folds: npt.NDArray[np.int16]
     class_names: tuple[str, ...]
+    task: Task | None = None
+    values: Values | None = None
 
     def __post_init__(self) -> None:
         kinds: dict[str, Any] = {"sha256": "S64", "labels": np.int32, "folds": np.int16}
@@ -64,6 +74,14 @@ class Dataset:
             object.__setattr__(self, name, column)
         if len(self) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
             raise ArtifactError(f"data set: labels outside 0..{len(self.class_names) - 1}, the class names' indices")
+        if self.task is not None:
+            values = np.zeros((0, 0), np.float32) if self.values is None else np.asarray(self.values, np.float32)
+            if values.shape != (len(self), self.task.column_count):
+                raise ArtifactError(
+                    f"data set: values have shape {values.shape}, expected {(len(self), self.task.column_count)}"
+                )
+            object.__setattr__(self, "values", values)
+            object.__setattr__(self, "task", task_columns.standardised(self.task, values, self.splits == "train"))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,9 +94,23 @@ class Dataset:
     def fold_count(self) -> int:
         return int(self.folds.max(initial=-1)) + 1
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """A name for each output of a network that learns it: the class names where every image has one label."""
+        return self.class_names if self.task is None else self.task.outputs
+
+    @cached_property
+    def sampling_labels(self) -> npt.NDArray[np.int32]:
+        """int32 [N]: what balanced sampling draws equally often."""
+        if self.task is None or self.values is None:
+            return self.labels
+        joint = self.labels.astype(np.int64)
+        return stratify.sampling_codes(self.task, self.values, joint, least=MIN_JOINT_IMAGES)
+
     @cached_property
     def hash(self) -> str:
-        """sha256 over the sorted (id, sha256, label) triples: what soft labels and models are tied to."""
+        """sha256 over the sorted (id, sha256, label) triples: what soft labels and models are tied to. With a task, each
+        label column counts too."""
         digest = hashlib.sha256()
         order = np.argsort(self.ids, kind="stable")
         for start in range(0, len(order), CHUNK_ROWS):
@@ -86,6 +118,10 @@ class Dataset:
             columns = zip(self.ids[part].tolist(), self.sha256[part].tolist(), self.labels[part].tolist(), strict=True)
             lines = (f"{id}\0{sha.decode()}\0{self.class_names[label]}\n" for id, sha, label in columns)
             digest.update("".join(lines).encode())
+        if self.task is not None and self.values is not None:
+            digest.update("\0".join(task_columns.column_names(self.task)).encode())
+            for column in task_columns.cells(self.task, self.values[order]):
+                digest.update("\0".join(column).encode())
         return digest.hexdigest()
 
 
@@ -107,21 +143,27 @@ def hash_files(paths: Sequence[Path] | Sequence[str] | npt.NDArray[np.str_]) -> 
 
 def _hash_block(paths: Sequence[Path]) -> list[str]:
     try:
-        return [sha256_file(path) for path in paths]
+        return [_sha256(path) for path in paths]
     except OSError as error:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}); 'edgedistill check-data' lists every such file"
         ) from error
 
 
+def _sha256(path: Path | str) -> str:
+    return sha256_file(Path(path)) if member_of(path) is None else hashlib.sha256(read_file(path)).hexdigest()
+
+
 def write_dataset(dataset: Dataset, path: Path) -> None:
     """dataset.csv, whole or not at all. Raises ArtifactError when it cannot be written."""
     names = np.asarray(dataset.class_names, dtype=object)
+    more = [] if dataset.task is None else task_columns.column_names(dataset.task)
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow([*COLUMNS, *more])
         for start in range(0, len(dataset), CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
+            values = None if dataset.values is None else dataset.values[part]
             columns = (
                 dataset.ids[part].tolist(),
                 dataset.paths[part].tolist(),
@@ -130,6 +172,7 @@ def write_dataset(dataset: Dataset, path: Path) -> None:
                 dataset.groups[part].tolist(),
                 dataset.splits[part].tolist(),
                 dataset.folds[part].tolist(),
+                *([] if dataset.task is None or values is None else task_columns.cells(dataset.task, values)),
             )
             writer.writerows(zip(*columns, strict=True))
 
@@ -141,7 +184,8 @@ def read_dataset(path: Path, data_root: Path | None = None) -> Dataset:
     that does not fit the split, sha256 that is none, id that stands twice, fold without images.
     """
     path = Path(path)
-    columns = _read_columns(path)
+    columns, more = _read_columns(path)
+    task, values = task_columns.read_task(list(more), list(more.values()), path) if more else (None, None)
     class_names, labels = _label_codes(columns.pop("label"))
     dataset = Dataset(
         ids=_joined(columns, "id"),
@@ -152,22 +196,32 @@ def read_dataset(path: Path, data_root: Path | None = None) -> Dataset:
         splits=_joined(columns, "split"),
         folds=_joined(columns, "fold"),
         class_names=class_names,
+        task=task,
+        values=values,
     )
     _check_ids_and_folds(dataset, path)
     return dataset if data_root is None else _relocated(dataset, Path(data_root))
 
 
-def _read_columns(path: Path) -> dict[str, list[npt.NDArray[Any]]]:
-    """Columns as lists of chunks: a million Python rows at once would be gigabytes."""
+def _read_columns(path: Path) -> tuple[dict[str, list[npt.NDArray[Any]]], dict[str, list[str]]]:
+    """(COLUMNS as lists of chunks: a million Python rows at once would be gigabytes; the label columns of a task)."""
+    more: dict[str, list[str]] = {}
     columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in COLUMNS}
     names: dict[str, int] = {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            if tuple(header) != COLUMNS:
+            width = len(COLUMNS)
+            if tuple(header[:width]) != COLUMNS or len(set(header)) != len(header):
                 raise ArtifactError(f"{path}: line 1: columns {','.join(header)!r}, expected {','.join(COLUMNS)!r}")
+            more = {name: [] for name in header[width:]}
             for lines, rows in _chunks(reader):
+                if more:
+                    _check_widths(rows, lines, path, width=len(header))
+                    for number, cells in enumerate(more.values(), start=width):
+                        cells.extend(row[number] for row in rows)
+                    rows = [row[:width] for row in rows]
                 for name, column in zip(COLUMNS, _checked_columns(rows, lines, path), strict=True):
                     if name == "label":
                         column = np.fromiter((names.setdefault(str(x), len(names)) for x in column), np.int32)
@@ -179,7 +233,7 @@ def _read_columns(path: Path) -> dict[str, list[npt.NDArray[Any]]]:
     if not names:
         raise ArtifactError(f"{path}: no images; {REMEDY}")
     columns["label"].append(np.asarray(list(names)))  # last: the names by code
-    return columns
+    return columns, more
 
 
 def _chunks(reader: Any) -> Iterator[tuple[list[int], list[list[str]]]]:
@@ -193,9 +247,7 @@ def _checked_columns(rows: list[list[str]], lines: list[int], path: Path) -> lis
 
     Whole columns are checked at once; the line is looked for only when something is wrong.
     """
-    if set(map(len, rows)) != {len(COLUMNS)}:
-        line, row = next((line, row) for line, row in zip(lines, rows, strict=True) if len(row) != len(COLUMNS))
-        raise ArtifactError(f"{path}: line {line}: {len(row)} columns, expected {len(COLUMNS)}; {REMEDY}")
+    _check_widths(rows, lines, path, width=len(COLUMNS))
     ids, paths, digests, labels, groups, splits, folds = zip(*rows, strict=True)
     for name, column in (("id", ids), ("path", paths), ("label", labels)):
         if not all(column):
@@ -213,6 +265,12 @@ def _checked_columns(rows: list[list[str]], lines: list[int], path: Path) -> lis
     types = (np.str_, np.str_, "S64", None, np.str_, np.str_, np.int16)
     columns = (ids, paths, digests, labels, groups, splits, folds)
     return [list(c) if t is None else np.asarray(c, t) for c, t in zip(columns, types, strict=True)]
+
+
+def _check_widths(rows: list[list[str]], lines: list[int], path: Path, *, width: int) -> None:
+    if set(map(len, rows)) != {width}:
+        line, row = next((line, row) for line, row in zip(lines, rows, strict=True) if len(row) != width)
+        raise ArtifactError(f"{path}: line {line}: {len(row)} columns, expected {width}; {REMEDY}")
 
 
 def _fold_problem(split: str, fold: str) -> str:
@@ -253,11 +311,18 @@ def _check_ids_and_folds(dataset: Dataset, path: Path) -> None:
         raise ArtifactError(f"{path}: fold {empty} of 0..{len(sizes) - 1} has no images; {REMEDY}")
 
 
+def _below(data_root: Path, path: str, id: str) -> str:
+    """Where the image would lie in ``data_root``: under its id, a member in a shard of the same name."""
+    member = member_of(path)
+    return str(
+        data_root / id if member is None else member._replace(shard=str(data_root / Path(member.shard).name)).path
+    )
+
+
 def _relocated(dataset: Dataset, data_root: Path) -> Dataset:
-    exists = os.path.exists  # three times faster than Path.exists on a million rows
     moved, missing = [], []
     for path, id in zip(dataset.paths.tolist(), dataset.ids.tolist(), strict=True):
-        found = path if exists(path) else str(data_root / id)
+        found = path if exists(path) else _below(data_root, path, id)
         moved.append(found)
         if found != path and not exists(found):
             missing.append(id)

@@ -2,13 +2,15 @@
 
 - a folder of class folders:          photos/cat/1.jpg
 - split folders of class folders:     photos/train/cat/1.jpg, photos/val/..., photos/test/...
-- a CSV file with columns path,label and optionally group and split
+- a CSV file with columns path,label and optionally group and split; other label columns by ``LabelColumns``
+- WebDataset shards:                  'shards/*.tar', one .tar, or a folder of them
 - built-in names: ``elpv``, ``elpv-4class``, ``fashion-mnist``, ``fashion-mnist:FOLDER``
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import itertools
 import os
@@ -17,9 +19,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill import console
 from edgedistill.data import fashion_mnist
+from edgedistill.data.label_columns import LabelColumns, check_header, read_labels
+from edgedistill.data.shards import find_shards, read_shards
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES
+from edgedistill.tasks import Task, Values
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # Photographs that look like images to their owner and that no decoder here reads; left out silently they would be missed.
@@ -32,13 +41,15 @@ NOT_UTF8, BROKEN_LINK = "file name is not valid UTF-8", "broken symbolic link"
 JUNK_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 BUILT_IN = ("elpv", "elpv-4class", "fashion-mnist", "fashion-mnist:FOLDER")
 CSV_COLUMNS = ("path", "label", "group", "split")
+SINGLE_LABEL = LabelColumns()
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One labelled image. ``id``: NFC-normalised POSIX path relative to the source's root; ``split``: '' where the data
     do not say, else train, val or test; ``group``: images of one group never part; ``stratum``: balanced in every split
-    beside the label."""
+    beside the label. ``values``: what is true of it, V numbers as ``tasks`` has them, where the source has a task; then
+    ``label`` is their joint label."""
 
     id: str
     path: Path
@@ -46,30 +57,42 @@ class Item:
     group: str = ""
     split: str = ""
     stratum: str = ""
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """``items`` in the order of their ids; ``skipped``: (path, reason) of every file that is not used."""
+    """``items`` in the order of their ids; ``skipped``: (path, reason) of every file that is not used. ``task``: None
+    where every image has one label."""
 
     name: str
     root: Path
     items: tuple[Item, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    task: Task | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(sorted({item.label for item in self.items}))
 
+    @property
+    def values(self) -> Values:
+        """float32 [N, V], in the order of ``items``; V is 0 without a task."""
+        return np.asarray([item.values for item in self.items], np.float32).reshape(len(self.items), -1)
 
-def open_source(data: str, *, cache: Path | None = None) -> Source:
+
+def open_source(data: str, *, cache: Path | None = None, labels: LabelColumns = SINGLE_LABEL) -> Source:
     """The labelled images behind ``--data``; nothing is decoded. ``cache``: where built-in data sets are unpacked
-    (default: $EDGEDISTILL_CACHE or ~/.cache/edgedistill).
+    (default: $EDGEDISTILL_CACHE or ~/.cache/edgedistill). ``labels``: the label columns of a CSV file.
 
     Raises UsageError when nothing of that name exists and DataError when it cannot be read as labelled images; both
     name the file or folder and the remedy.
     """
     data = str(data)
+    if labels and not data.lower().endswith(".csv"):
+        raise UsageError(
+            f"--data {data}: label columns are read from a CSV file only; give one with path and the columns"
+        )
     if data in ("elpv", "elpv-4class"):
         return _checked(_elpv(data))
     if data == "fashion-mnist" or data.startswith("fashion-mnist:"):
@@ -79,12 +102,17 @@ def open_source(data: str, *, cache: Path | None = None) -> Source:
         raise DataError(
             f"{os.fsencode(path).decode(errors='replace')}: the folder's name is not valid UTF-8; rename it"
         )
+    shards = find_shards(data)
+    if shards is not None:
+        return _checked(_shards(shards))
     if path.is_dir():
         return _checked(_folder(path))
     if path.is_file() and path.suffix.lower() == ".csv":
-        return _checked(_csv(path))
+        return _checked(_csv(path, labels))
     if path.exists():
-        raise DataError(f"{path}: neither a folder nor a .csv file; give a folder of class folders or a CSV path,label")
+        raise DataError(
+            f"{path}: neither a folder nor a .csv or .tar file; give a folder of class folders, a CSV path,label or shards"
+        )
     raise UsageError(f"--data {data}: no such folder or file, and not a built-in name ({', '.join(BUILT_IN)})")
 
 
@@ -103,7 +131,7 @@ def _checked(source: Source) -> Source:
             f"{source.root}: {len(items)} images of {len(labels)} class ({names}), expected at least two classes: "
             "one folder per class (photos/cat/1.jpg, photos/dog/2.jpg) or a CSV file with columns path,label"
         )
-    return Source(source.name, source.root, tuple(items), source.skipped)
+    return Source(source.name, source.root, tuple(items), source.skipped, source.task)
 
 
 def _id(path: str) -> str:
@@ -262,24 +290,43 @@ def _holds_images(folder: Path) -> bool:
     return False
 
 
+# ---- shards ----
+
+
+def _shards(paths: Sequence[Path]) -> Source:
+    """id = SHARD/KEY with the image's suffix; the shards' own folder is the root."""
+    samples, skipped = read_shards(paths)
+    items = [
+        Item(
+            _id(f"{sample.shard}/{sample.key}{Path(sample.path).suffix}"), Path(sample.path), sample.label, sample.group
+        )
+        for sample in samples
+    ]
+    root = paths[0].absolute().parent
+    return Source(root.name, root, tuple(items), tuple(skipped))
+
+
 # ---- CSV ----
 
 
-def _csv(path: Path) -> Source:
+def _csv(path: Path, labels: LabelColumns) -> Source:
     folder = os.path.abspath(path.parent)  # noqa: PTH100 (strings here: a Path costs five times more on long lists)
     lines: dict[str, int] = {}
     rows: list[tuple[str, str, str, str]] = []
-    for line, row in _csv_rows(path):
+    kept: list[tuple[int, dict[str, str]]] = []
+    for line, row in _csv_rows(path, labels):
         where = f"{path}: line {line}"
         file = os.path.normpath(os.path.join(folder, row["path"].strip()))  # noqa: PTH118
-        label = _id(row["label"].strip())
+        label = "" if labels else _id(row["label"].strip())
         split = row.get("split", "").strip().lower()
-        _check_csv_row(where, row["path"], file, label, split)
+        _check_csv_row(where, row["path"], file, label if not labels else None, split)
         key = _id(file)
         if key in lines:
             raise DataError(f"{where}: {row['path']!r} stands on line {lines[key]} already; keep one of the two rows")
         lines[key] = line
         rows.append((file, label, row.get("group", "").strip(), SPLIT_NAMES.get(split, "")))
+        if labels:
+            kept.append((line, row))
     if not rows:
         raise DataError(f"{path}: no rows below the header; expected one row per image")
     root = _common_root(folder, [row[0] for row in rows])
@@ -288,17 +335,51 @@ def _csv(path: Path) -> Source:
         Item(_id(file[prefix:].replace(os.sep, "/")), Path(file), label, group, split)
         for file, label, group, split in rows
     ]
-    if any(item.split == "train" for item in items):
+    task = None
+    if labels:
+        task, items = _with_labels(path, items, kept, labels)
+    elif any(item.split == "train" for item in items):
         _check_split_classes(path, [item for item in items if item.split])
-    return Source(path.stem, Path(root), tuple(items))
+    return Source(path.stem, Path(root), tuple(items), (), task)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _with_labels(
+    path: Path, items: Sequence[Item], rows: Sequence[tuple[int, dict[str, str]]], labels: LabelColumns
+) -> tuple[Task, list[Item]]:
+    """The items with their values and joint label."""
+    task, values = read_labels(path, rows, labels)
+    if any(item.split == "train" for item in items):
+        _check_split_values(path, task, values, np.asarray([item.split for item in items]))
+    labelled = (
+        dataclasses.replace(item, label=task.joint_label(row), values=tuple(row.tolist()))
+        for item, row in zip(items, values, strict=True)
+    )
+    return task, list(labelled)
+
+
+def _check_split_values(path: Path, task: Task, values: Values, splits: npt.NDArray[np.str_]) -> None:
+    """Every class of val and test is learned: it is in train too."""
+    marks = task.marks(values)
+    learned = marks[splits == "train"].any(axis=0)
+    for split in ("val", "test"):
+        unknown = np.flatnonzero(marks[splits == split].any(axis=0) & ~learned)
+        if len(unknown):
+            raise DataError(
+                f"{path}: {task.mark_names[unknown[0]]} is in {split} and not in train; add training images for it"
+            )
+
+
+def _csv_rows(path: Path, labels: LabelColumns) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip().lower() for name in next(reader, [])]
-            _check_header(path, header)
+            if labels:
+                unread = check_header(path, header, labels)
+                if unread:
+                    console.note(f"{path}: columns that are not read: {', '.join(unread)}")
+            else:
+                _check_header(path, header)
             for row in reader:
                 if not row:
                     continue
@@ -330,10 +411,11 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
         )
 
 
-def _check_csv_row(where: str, given: str, file: str, label: str, split: str) -> None:
+def _check_csv_row(where: str, given: str, file: str, label: str | None, split: str) -> None:
+    """``label`` None: labels are in other columns, which are checked as a whole."""
     if not given.strip():
         raise DataError(f"{where}: the path is empty; write the image's path or delete the row")
-    if not label:
+    if label == "":
         raise DataError(f"{where}: the label of {given!r} is empty; write it or delete the row")
     if split and split not in SPLIT_NAMES:
         raise DataError(f"{where}: split {split!r}, expected train, val, test or nothing")

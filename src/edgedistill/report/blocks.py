@@ -126,6 +126,15 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """One picture over the whole width. ``data``: a data URI."""
+
+    kind: ClassVar[str] = "sheet"
+    data: str
+    alt: str
+
+
+@dataclass(frozen=True)
 class Facts:
     kind: ClassVar[str] = "facts"
     pairs: tuple[tuple[str, str], ...]
@@ -161,7 +170,20 @@ class Details:
 
 
 Block = (
-    Text | Heading | Callout | Sentences | Missing | Table | Charts | Matrix | Gallery | Facts | Code | Cards | Details
+    Text
+    | Heading
+    | Callout
+    | Sentences
+    | Missing
+    | Table
+    | Charts
+    | Matrix
+    | Gallery
+    | Sheet
+    | Facts
+    | Code
+    | Cards
+    | Details
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from edgedistill.errors import ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.images import InputSpec, image_size, load_image, read_bytes
+from edgedistill.metrics import expected_calibration_error, softmax
 from edgedistill.report.blocks import (
     Block,
     Callout,
@@ -34,6 +36,7 @@ from edgedistill.report.wording import (
     METRIC_NAMES,
     count,
     difference_sentence,
+    finite,
     level,
     model_name,
     number,
@@ -52,6 +55,13 @@ BIN_COUNT = 10
 MAX_PICTURES = 24
 THUMBNAIL_PX = 176
 Z_95 = 1.959964
+ONE_LABEL_ONLY = "Drawn for networks that give one label per image; the comparison above has the figures of each head."
+# Of a head of each kind: its figures in evaluation.json, their titles, and how they are shown.
+HEAD_FIGURES: dict[str, tuple[tuple[str, str, Callable[[Any], str]], ...]] = {
+    "softmax": (("accuracy", "accuracy", percent), ("macro_f1", "macro-F1", percent)),
+    "sigmoid": (("map", "mAP", percent), ("macro_f1", "macro-F1 at the threshold", percent)),
+    "regression": (("mae", "MAE", number),),
+}
 
 
 def comparison_section(record: RunRecord) -> Section:
@@ -67,6 +77,7 @@ def comparison_section(record: RunRecord) -> Section:
             f"95% bootstrap intervals over these images; they say nothing about another training seed."
         ),
         _comparison_table(models, names, record.main_model),
+        *head_blocks(record.evaluation, models, names, record.main_model),
         Charts(_comparison_figures(models, names, pairs)),
     ]
     if pairs:
@@ -111,6 +122,39 @@ def _comparison_table(models: dict[str, Any], names: list[str], strong: str) -> 
     )
 
 
+def head_blocks(evaluation: dict[str, Any], models: dict[str, Any], names: list[str], strong: str) -> tuple[Block, ...]:
+    """What accuracy means where a network answers several heads, and a table with the figures of each head."""
+    heads = [(str(head["name"]), str(head["kind"])) for head in evaluation.get("heads", ())]
+    if not heads:
+        return ()
+    columns = ["network"]
+    for head, kind in heads:
+        columns += [f"{shorten(head, 30)}: {title}" for _, title, _ in HEAD_FIGURES[kind]]
+    rows = tuple(
+        (
+            model_name(name),
+            *(
+                show(models[name]["heads"][head].get(figure))
+                for head, kind in heads
+                for figure, _, show in HEAD_FIGURES[kind]
+            ),
+        )
+        for name in names
+    )
+    table = Table(
+        "Each head on the test split",
+        tuple(columns),
+        rows,
+        colors=tuple(COLORS.get(name, "peer") for name in names),
+        strong_row=names.index(strong) if strong in names else None,
+    )
+    lead = (
+        "Accuracy above is the joint score: the share of images on which every known label is right. Macro-F1 is the mean "
+        "over heads of classes, log-loss their sum. Errors of values (MAE) are in their own units."
+    )
+    return (Text(lead), table)
+
+
 def _comparison_figures(models: dict[str, Any], names: list[str], pairs: list[dict[str, Any]]) -> tuple[Figure, ...]:
     figures = []
     for metric, title in (("accuracy", "Accuracy"), ("macro_f1", "Macro-F1")):
@@ -150,6 +194,8 @@ def confusion_section(record: RunRecord) -> Section:
     title = "Confusion matrix"
     evaluation = record.evaluation
     model = (evaluation or {}).get("models", {}).get(record.main_model)
+    if evaluation is not None and model is not None and "heads" in evaluation:
+        return Section("confusion", title, _head_details(model["heads"], model_name(record.main_model)))
     if evaluation is None or model is None or not model.get("confusion"):
         return Section("confusion", title, (Missing("No test predictions of the student", record.command("distill")),))
     confusion = np.asarray(model["confusion"], np.int64)
@@ -161,6 +207,26 @@ def confusion_section(record: RunRecord) -> Section:
         blocks.append(_pairs_table(confusion, names))
     blocks.append(_class_table(confusion, names))
     return Section("confusion", title, tuple(blocks))
+
+
+def _head_details(heads: dict[str, Any], model: str) -> tuple[Block, ...]:
+    """A matrix for each attribute, a table for each head of labels."""
+    blocks: list[Block] = []
+    for name, figures in heads.items():
+        head = shorten(str(name), 40)
+        if figures.get("confusion"):
+            names = [str(label) for label in figures["classes"]]
+            blocks.append(_matrix(np.asarray(figures["confusion"], np.int64), names, f"{model}, {head},"))
+        elif figures["kind"] == "sigmoid":
+            rows = tuple(
+                (shorten(str(label), 40), count(positives), percent(precision))
+                for label, positives, precision in zip(
+                    figures["classes"], figures["positives"], figures["average_precision"], strict=True
+                )
+            )
+            columns = ("label", "images to which it applies", "average precision")
+            blocks.append(Table(f"The {model} on test: {head}", columns, rows))
+    return tuple(blocks)
 
 
 def _matrix(confusion: npt.NDArray[np.int64], names: list[str], model: str) -> Matrix:
@@ -224,10 +290,12 @@ def _class_table(confusion: npt.NDArray[np.int64], names: list[str]) -> Details:
 
 def reliability_section(record: RunRecord) -> Section:
     title = "Reliability"
+    if "heads" in (record.evaluation or {}):
+        return Section("reliability", title, (Text(ONE_LABEL_ONLY),))
     shown = [name for name in ("student", "hard_label_student", "teacher") if name in record.predictions]
     if not shown or record.test_labels is None:
         return Section("reliability", title, (Missing("No test probabilities", record.command("distill")),))
-    figures = []
+    figures = _untempered_figure(record, record.test_labels)
     for name in shown:
         bins = reliability_bins(record.predictions[name], record.test_labels)
         error = (record.evaluation or {}).get("models", {}).get(name, {}).get("ece")
@@ -239,6 +307,23 @@ def reliability_section(record: RunRecord) -> Section:
         "above it too modest. Whiskers are 95% intervals; faint points rest on fewer than ten images."
     )
     return Section("reliability", title, (lead, Charts(tuple(figures))))
+
+
+def _untempered_figure(record: RunRecord, labels: npt.NDArray[np.integer]) -> list[Figure]:
+    """The student as it was before its temperature, beside the calibrated one that follows; [] where it has none."""
+    name = record.main_model
+    temperature = finite((record.evaluation or {}).get("models", {}).get(name, {}).get("temperature"))
+    if temperature is None or temperature <= 0 or temperature == 1 or name not in record.predictions:
+        return []
+    # softmax(z / T) ** T is softmax(z) up to a constant per image.
+    logs = np.log(np.maximum(np.asarray(record.predictions[name].probs), np.finfo(np.float32).tiny))
+    before = softmax(logs, 1 / temperature).astype(np.float32)
+    bins = reliability_bins(Predictions(before, before.argmax(axis=1), before.max(axis=1)), labels)
+    error = percent(expected_calibration_error(before, labels))
+    title = (
+        f"{model_name(name).capitalize()} before its temperature ({number(temperature, 2)}), calibration error {error}"
+    )
+    return [Figure(title, reliability_chart(bins, alt=f"Reliability of the {model_name(name)} at T=1", color="peer"))]
 
 
 def reliability_bins(predictions: Predictions, labels: npt.NDArray[np.integer]) -> list[ReliabilityBin]:
@@ -271,6 +356,8 @@ def _wilson(share: float, images: int) -> tuple[float, float]:
 
 def mistakes_section(record: RunRecord) -> Section:
     title = "Most confident mistakes"
+    if "heads" in (record.evaluation or {}):
+        return Section("mistakes", title, (Text(ONE_LABEL_ONLY),))
     student, labels, ids = record.predictions.get(record.main_model), record.test_labels, record.test_ids
     if student is None or labels is None or ids is None:
         return Section("mistakes", title, (Missing("No test predictions of the student", record.command("distill")),))
@@ -278,12 +365,12 @@ def mistakes_section(record: RunRecord) -> Section:
     if not len(wrong):
         return Section("mistakes", title, (Callout("good", f"The student got all {len(labels):,} test images right."),))
     worst = wrong[np.argsort(-student.confidence[wrong], kind="stable")][:MAX_PICTURES]
-    paths = _paths_of(record, [str(ids[row]) for row in worst])
+    paths = paths_of(record, [str(ids[row]) for row in worst])
     names = record.class_names
     pictures = []
     for row in worst:
         image_id, predicted, true = str(ids[row]), int(student.predicted[row]), int(labels[row])
-        data, problem = _thumbnail(paths.get(image_id))
+        data, problem = thumbnail(paths.get(image_id))
         pictures.append(
             Picture(
                 data=data,
@@ -302,14 +389,14 @@ def mistakes_section(record: RunRecord) -> Section:
     return Section("mistakes", title, (lead, Gallery(tuple(pictures))))
 
 
-def _paths_of(record: RunRecord, ids: list[str]) -> dict[str, str]:
+def paths_of(record: RunRecord, ids: list[str]) -> dict[str, str]:
     if record.dataset is None:
         return {}
     rows = np.flatnonzero(np.isin(record.dataset.ids, ids))
     return {str(record.dataset.ids[row]): str(record.dataset.paths[row]) for row in rows}
 
 
-def _thumbnail(path: str | None) -> tuple[str, str]:
+def thumbnail(path: str | None) -> tuple[str, str]:
     """(JPEG data URI, '') with the picture's own aspect, never enlarged; ('', why) where it cannot be shown."""
     if path is None:
         return "", "not in dataset.csv"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from edgedistill.artifacts import RunDir, read_array, read_json, read_jsonl
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.errors import ArtifactError, EdgedistillError
+from edgedistill.report.explain_section import Explanation, read_explanation
 
 T = TypeVar("T")
 Rows = tuple[dict[str, Any], ...]
@@ -40,8 +41,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels' and of further students
-    'student-NAME' to epoch rows."""
+    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels', of further students
+    'student-NAME' and of further teachers 'teacher-NAME fold-0', ... to epoch rows."""
 
     run: RunDir
     config: dict[str, Any]
@@ -58,6 +59,7 @@ class RunRecord:
     certificates: tuple[tuple[str, dict[str, Any]], ...]
     benches: tuple[tuple[str, dict[str, Any]], ...]
     tune: dict[str, Any] | None
+    explanation: Explanation | None
     problems: tuple[str, ...]
 
     @property
@@ -140,6 +142,7 @@ def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:
             )
         ),
         tune=optional(run.openvino / "tune.json", lambda path: read_json(path, format="edgedistill-tune")),
+        explanation=optional(run.evaluation / "explain.json", read_explanation),
         problems=tuple(problems),
     )
 
@@ -218,12 +221,18 @@ def _read_metrics(run: RunDir, optional: Any) -> dict[str, Rows]:
     folders = sorted((run.root / "teacher").glob("fold-*"), key=lambda path: (len(path.name), path.name))
     students = [run.student, run.hard_label_student]
     students += sorted(path for path in run.root.glob("student-*") if path.is_dir() and path not in students)
+    others = sorted(
+        (run.root / "teacher").glob("*/fold-*"), key=lambda path: (path.parent.name, len(path.name), path.name)
+    )
+    named = {path.name: path for path in folders}
+    named |= {f"teacher-{path.parent.name} {path.name}": path for path in others}
+    named |= {path.name: path for path in students}
     metrics = {}
-    for folder in (*folders, *students):
+    for name, folder in named.items():
         rows = optional(folder / "metrics.jsonl", read_jsonl) or []
         unique = {(str(row.get("phase", "")), row.get("epoch")): row for row in rows if isinstance(row, dict)}
         if unique:
-            metrics[folder.name] = tuple(unique.values())
+            metrics[name] = tuple(unique.values())
     return metrics
 
 

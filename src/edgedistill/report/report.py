@@ -14,6 +14,8 @@ from edgedistill.artifacts import RunDir, write_text
 from edgedistill.report.blocks import Callout, Section
 from edgedistill.report.data_sections import data_section, folds_section
 from edgedistill.report.deploy_sections import certificate_section, ladder_section, speed_section
+from edgedistill.report.explain_section import explanation_section
+from edgedistill.report.noisy_section import noisy_section
 from edgedistill.report.quality_sections import (
     comparison_section,
     confusion_section,
@@ -36,6 +38,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunRecord], Section]], ...] = (
     ("confusion", "Confusion matrix", confusion_section),
     ("reliability", "Reliability", reliability_section),
     ("mistakes", "Most confident mistakes", mistakes_section),
+    ("explain", "Where the student looks", lambda record: explanation_section(record.explanation, run=record.run.root)),
+    ("noisy-labels", "Labels that look wrong", noisy_section),
     ("certificate", "Export certificate", certificate_section),
     ("ladder", "INT8 ladder", ladder_section),
     ("speed", "Speed", speed_section),

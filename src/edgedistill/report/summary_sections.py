@@ -54,6 +54,11 @@ def architecture(record: RunRecord, stage: str) -> str:
     paths = ((stage, "name"), (stage, "architecture"))
     name = next((value for path in paths if isinstance(value := setting(record.config, *path), str)), "")
     exported = record.certificates[0][0] if stage == "student" and record.certificates else ""
+    others = setting(record.config, "ensemble", "others") if stage == "teacher" else None
+    if isinstance(others, list) and others:
+        return shorten(
+            " + ".join([name, *(str(other.get("label")) for other in others if isinstance(other, dict))]), 80
+        )
     if name and exported and name != exported:
         return shorten(f"{name} ({exported})", 80)
     return shorten(name or exported, 80)

@@ -9,7 +9,7 @@ from typing import Any
 from edgedistill.report.blocks import Block, Callout, Charts, Figure, Heading, Key, Missing, Section, Table, Text
 from edgedistill.report.charts import PERCENT, PLAIN, Series, Unit, line_chart
 from edgedistill.report.record import Rows, RunRecord
-from edgedistill.report.wording import compact, count, duration, finite, model_name, number, percent, rate
+from edgedistill.report.wording import compact, count, duration, finite, model_name, number, percent, rate, shorten
 
 MAX_LINES = 8
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
@@ -29,12 +29,12 @@ CURVES: tuple[tuple[str, str, Unit, tuple[float, float] | None], ...] = (
 
 
 def curves_section(record: RunRecord) -> Section:
-    teachers = {name: rows for name, rows in record.metrics.items() if name.startswith("fold-")}
+    teachers = {name: rows for name, rows in record.metrics.items() if name.startswith(("fold-", "teacher-"))}
     students = {name: rows for name, rows in record.metrics.items() if name.startswith("student")}
     blocks: list[Block] = []
     if teachers:
         styles = {
-            name: (name.replace("-", " "), f"fold{index % 6}", DASHES[index // 6 % len(DASHES)])
+            name: (_teacher_label(name), f"fold{index % 6}", DASHES[index // 6 % len(DASHES)])
             for index, name in enumerate(teachers)
         }
         blocks += [Heading("Teachers"), _charts(teachers, styles), _effort(teachers, styles)]
@@ -51,6 +51,12 @@ def curves_section(record: RunRecord) -> Section:
         blocks.append(Missing("No hard-label student to compare with", f"{record.command('distill')} --baseline"))
     waiting = _waiting_callout(record)
     return Section("curves", "Training curves", tuple(blocks if waiting is None else [*blocks, waiting]))
+
+
+def _teacher_label(name: str) -> str:
+    """'fold-0' -> 'fold 0'; of a further architecture, 'teacher-swinb fold-0' -> 'swinb fold 0'."""
+    architecture, _, fold = name.removeprefix("teacher-").rpartition("fold-")
+    return f"{shorten(architecture, 32)}fold {fold}"
 
 
 def _student_styles(students: Iterable[str]) -> dict[str, tuple[str, str, str]]:
@@ -77,7 +83,37 @@ def oof_section(record: RunRecord) -> Section:
         "what the student can learn from them."
     )
     table = Table("Quality of the soft labels on the training images", columns, tuple(rows), strong_row=len(rows) - 1)
-    return Section("oof", "Out-of-fold soft labels", (lead, table))
+    return Section("oof", "Out-of-fold soft labels", (lead, *_architectures(record.oof), table))
+
+
+def _architectures(oof: dict[str, Any]) -> tuple[Block, ...]:
+    """Of several architectures each one's quality and weight, beside their combination's; nothing where there is one."""
+    blend = oof.get("blend")
+    if not blend:
+        return ()
+    rows = [
+        (*_quality_row(shorten(item["label"], 40), item["all"]), number(weight, 2))
+        for item, weight in zip(oof["architectures"], blend["weights"], strict=True)
+    ]
+    rows.append((*_quality_row("combination", oof["all"]), ""))
+    columns = ("teacher", "images", "accuracy", "macro-F1", "log-loss (nats)", "calibration error (ECE)", "weight")
+    table = Table(
+        "Each architecture out of fold, and their combination", columns, tuple(rows), strong_row=len(rows) - 1
+    )
+    return (Text(_blend_sentence(blend["settings"])), table)
+
+
+def _blend_sentence(settings: dict[str, Any]) -> str:
+    origin = {
+        "oof": "fitted to the least log-loss out of fold, for each fold from the other folds alone",
+        "score": "in proportion to the accuracy out of fold, for each fold from the other folds alone",
+        "equal": "equal",
+    }.get(str(settings["weights"]), "given")
+    what = "first choices" if settings["vote"] == "hard" else "probabilities"
+    override = (
+        f" One decides alone where it is sure enough: {shorten(settings['override'])}." if settings["override"] else ""
+    )
+    return f"The soft labels are a weighted mean of the architectures' {what}; the weights are {origin}.{override}"
 
 
 def _quality_row(name: str, item: dict[str, Any]) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def duration(seconds: float) -> str:
 
 def model_name(key: str) -> str:
     """'student' -> 'distilled student'; of a run with several, 'student-lcnet' -> 'distilled student lcnet'."""
-    for kind in ("student", "hard_label_student"):
+    for kind in ("student", "hard_label_student", "teacher"):
         if key.startswith(f"{kind}-"):
             return f"{MODEL_NAMES[kind]} {shorten(key.removeprefix(f'{kind}-'), 32)}"
     return MODEL_NAMES.get(key, shorten(key))

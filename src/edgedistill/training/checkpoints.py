@@ -6,6 +6,11 @@ with plain timm in three lines::
     saved = torch.load("model.pt", weights_only=True)
     model = timm.create_model(saved["architecture"], **saved["model_kwargs"])
     model.load_state_dict(saved["state_dict"])
+
+If the network was trained with another pooling or classifier, ``saved["classifier"]`` says which, and one line more is
+needed before the last (as is ``import edgedistill.training.networks`` for FcaNet and ShuffleNetV2)::
+
+    equip(model, ClassifierSettings(**saved["classifier"]))  # from edgedistill.training.classifier
 """
 
 from __future__ import annotations
@@ -25,8 +30,10 @@ import edgedistill
 from edgedistill.artifacts import FORMAT_VERSION, atomic_path
 from edgedistill.errors import ArtifactError, EdgedistillError
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
 from edgedistill.timm_import import import_timm
-from edgedistill.training.models import MODEL_KWARGS, to_channels_last
+from edgedistill.training.classifier import ClassifierSettings, classifier_of, equip
+from edgedistill.training.models import MODEL_KWARGS, all_networks, to_channels_last
 
 MODEL_FORMAT = "edgedistill-model"
 CHECKPOINT_FORMAT = "edgedistill-checkpoint"
@@ -56,6 +63,7 @@ class LoadedModel:
     temperature: float
     dataset_hash: str
     settings: dict[str, Any]
+    task: Task
 
 
 def save_tensors(path: Path, values: Mapping[str, Any], *, format: str) -> None:
@@ -100,8 +108,11 @@ def write_model(
     dataset_hash: str,
     settings: Mapping[str, Any],
     temperature: float = 1.0,
+    task: Task | None = None,
 ) -> None:
-    """model.pt. ``architecture`` and ``model_kwargs`` are what ``timm.create_model`` takes."""
+    """model.pt. ``architecture`` and ``model_kwargs`` are what ``timm.create_model`` takes; how the model was equipped
+    (see classifier.equip) is read off it. ``task``: of a network with several heads, whose outputs ``classes`` names."""
+    classifier = classifier_of(model)
     values = {
         "architecture": architecture,
         "model_kwargs": dict(model_kwargs),
@@ -117,6 +128,10 @@ def write_model(
             "timm": str(import_timm().__version__),
         },
     }
+    if not classifier.plain:
+        values["classifier"] = classifier.to_dict()
+    if task is not None:
+        values["task"] = task.to_dict()
     save_tensors(path, values, format=MODEL_FORMAT)
 
 
@@ -128,18 +143,20 @@ def read_model(path: Path) -> LoadedModel:
         raise ArtifactError(f"{path}: {', '.join(missing)} missing; write it again with 'edgedistill distill'")
     try:
         model = _build(path, values["architecture"], values["model_kwargs"])
+        equip(model, ClassifierSettings.from_dict(values.get("classifier", {}), source=path))
         model.load_state_dict(values["state_dict"])
         classes = tuple(str(name) for name in values["classes"])
         temperature = float(values["temperature"])
         settings = dict(values["settings"])
+        task = Task.from_dict(values["task"]) if "task" in values else Task.single(classes)
     except EdgedistillError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"{path}: its weights and its architecture do not fit ({first})") from error
-    if len(classes) != model.num_classes or not temperature > 0:
+    if len(classes) != model.num_classes or classes != task.outputs or not temperature > 0:
         raise ArtifactError(
-            f"{path}: {len(classes)} class names for {model.num_classes} logits, temperature {temperature}; "
+            f"{path}: {len(classes)} class names, heads of {task.width} outputs for {model.num_classes} logits, temperature {temperature}; "
             "expected one name each and a temperature above 0"
         )
     return LoadedModel(
@@ -150,12 +167,13 @@ def read_model(path: Path) -> LoadedModel:
         temperature=temperature,
         dataset_hash=str(values["dataset_hash"]),
         settings=settings,
+        task=task,
     )
 
 
 def _build(path: Path, architecture: Any, kwargs: Any) -> Any:
     """timm also takes names and options that download or read other files: a model.pt may not use them."""
-    timm = import_timm()
+    timm = all_networks()
     if not isinstance(architecture, str) or not timm.is_model(architecture) or ":" in architecture:
         raise ArtifactError(f"{path}: architecture {architecture!r} is not one of timm {timm.__version__}")
     unknown = sorted(map(str, set(kwargs) - MODEL_KWARGS))

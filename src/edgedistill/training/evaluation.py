@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from edgedistill.metrics import (
     log_loss,
     macro_f1,
     paired_bootstrap_difference,
-    softmax,
 )
-from edgedistill.training.checkpoints import read_model
+from edgedistill.training.checkpoints import LoadedModel, read_model
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.settings import choose_device
+from edgedistill.training.task_evaluation import head_table, priors, task_evaluation
+from edgedistill.training.views import WHOLE, predict_probabilities, views_of
 
 EVALUATION_FORMAT = "edgedistill-evaluation"
 MAJORITY = "majority"
@@ -35,13 +37,28 @@ PAIRED_METRICS: tuple[MetricName, ...] = ("accuracy", "macro_f1")
 Probabilities = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Combination:
+    """A model made of others: ``members``: their names; ``combine``: their probabilities [N, C] to its own."""
+
+    members: tuple[str, ...]
+    combine: Callable[[Sequence[npt.NDArray[Any]]], npt.NDArray[Any]]
+
+
 def evaluate_test(
-    run: RunDir, dataset: Dataset, models: dict[str, list[Path]], *, device: str = "auto", batch_size: int = 64
+    run: RunDir,
+    dataset: Dataset,
+    models: dict[str, list[Path]],
+    *,
+    combinations: Mapping[str, Combination] | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
 ) -> Path:
-    """Write evaluation/evaluation.json, test_ids.npy, test_labels.npy and NAME.probs.npy (float32 [N, C]) per model.
+    """Write evaluation/evaluation.json, test_ids.npy, test_labels.npy and NAME.probs.npy (float32 [N, C]) per model; with
+    several heads test_values.npy (float32 [N, V]) in the place of test_labels.npy, and each head's figures.
 
     ``models``: 'student', 'hard_label_student', 'teacher', 'student-NAME' ... to their model.pt files; several files are an ensemble
-    whose probabilities are averaged. The majority baseline comes from the training labels. Raises DataError without a
+    whose probabilities are averaged. ``combinations``: further models, made of these. The majority baseline comes from the training labels. Raises DataError without a
     test split and ArtifactError for a model of other classes or another data set.
     """
     rows = dataset.rows("test")
@@ -50,21 +67,37 @@ def evaluate_test(
             "the data set has no test split, so nothing can be evaluated; freeze it again with --test-fraction 0.2"
         )
     labels = dataset.labels[rows]
-    probabilities = {MAJORITY: _majority(dataset, len(rows))}
+    probabilities = {MAJORITY: majority(dataset, len(rows))}
+    temperatures: dict[str, float] = {}
     for name, paths in models.items():
+        loaded = [_load(path, dataset) for path in paths]
         members = [
-            _probabilities(path, dataset, rows, name=name, device=device, batch_size=batch_size) for path in paths
+            _probabilities(member, dataset.paths[rows], name=name, device=device, batch_size=batch_size)
+            for member in loaded
         ]
         probabilities[name] = np.stack(members).mean(axis=0, dtype=np.float64).astype(np.float32)
+        if len(loaded) == 1:
+            temperatures[name] = loaded[0].temperature
+    for name, combination in (combinations or {}).items():
+        members = [probabilities[member] for member in combination.members]
+        probabilities[name] = combination.combine(members).astype(np.float32)
     for name, values in probabilities.items():
         write_array(run.evaluation / f"{name}.probs.npy", values)
     write_array(run.evaluation / "test_ids.npy", dataset.ids[rows].astype(str))
+    if dataset.task is not None and dataset.values is not None:
+        write_array(run.evaluation / "test_values.npy", dataset.values[rows])
+        result = task_evaluation(dataset.task, probabilities, dataset.values[rows], pairs=pairs_of(probabilities))
+        write_json(run.evaluation / "evaluation.json", result, format=EVALUATION_FORMAT)
+        return run.evaluation / "evaluation.json"
     write_array(run.evaluation / "test_labels.npy", labels.astype(np.int32))
     result = {
         "split": "test",
         "n": len(rows),
         "classes": list(dataset.class_names),
-        "models": {name: _row(values, labels) for name, values in probabilities.items()},
+        "models": {
+            name: _row(values, labels) | ({"temperature": temperatures[name]} if name in temperatures else {})
+            for name, values in probabilities.items()
+        },
         "paired": [
             _pair(a, b, metric, probabilities, labels) for a, b in pairs_of(probabilities) for metric in PAIRED_METRICS
         ],
@@ -75,37 +108,53 @@ def evaluate_test(
 
 def pairs_of(names: Iterable[str]) -> list[tuple[str, str]]:
     """Who is compared with whom: each student with the majority, with its own hard-label form and with the first
-    student; the teacher with the first student. 'student' is the first, 'student-NAME' another."""
+    student; the teacher with the first student, and of several each architecture with their combination. 'student' is
+    the first, 'student-NAME' another."""
     known = list(names)
     pairs = [("student", MAJORITY), ("student", "hard_label_student"), ("teacher", "student")]
     for label in [name.removeprefix("student-") for name in known if name.startswith("student-")]:
         name = f"student-{label}"
         pairs += [(name, MAJORITY), (name, f"hard_label_student-{label}"), (name, "student")]
+    pairs += [("teacher", name) for name in known if name.startswith("teacher-")]
     return [(a, b) for a, b in pairs if a in known and b in known]
 
 
-def _majority(dataset: Dataset, count: int) -> Probabilities:
+def majority(dataset: Dataset, count: int) -> Probabilities:
     """The class shares of the training images, for every image: the best answer that looks at none."""
+    if dataset.task is not None and dataset.values is not None:
+        return priors(dataset.task, dataset.values[dataset.rows("train")], count)
     counts = np.bincount(dataset.labels[dataset.rows("train")], minlength=len(dataset.class_names))
     return np.tile((counts / max(1, counts.sum())).astype(np.float32), (count, 1))
 
 
-def _probabilities(
-    path: Path, dataset: Dataset, rows: npt.NDArray[np.int64], *, name: str, device: str, batch_size: int
-) -> Probabilities:
+def _load(path: Path, dataset: Dataset) -> LoadedModel:
     loaded = read_model(path)
-    if loaded.classes != dataset.class_names or loaded.dataset_hash != dataset.hash:
+    if loaded.classes != dataset.outputs or loaded.dataset_hash != dataset.hash:
         raise ArtifactError(
             f"{path}: trained on other classes or another data set than dataset.csv; evaluate it in its own run"
         )
-    logits = predict_logits(
-        loaded.model.to(choose_device(device)),
-        dataset.paths[rows],
-        loaded.input_spec,
-        batch_size=batch_size,
-        title=f"test images, {name.replace('_', '-')}",
-    )
-    return softmax(logits, loaded.temperature).astype(np.float32)
+    return loaded
+
+
+def _probabilities(
+    loaded: LoadedModel, paths: npt.NDArray[np.str_], *, name: str, device: str, batch_size: int
+) -> Probabilities:
+    """float32 [N, C] at the model's own temperature, and for the mean of the views that its settings name."""
+    model, title = loaded.model.to(choose_device(device)), f"test images, {name.replace('_', '-')}"
+    views = views_of(str(loaded.settings.get("tta", "")))
+    if views != (WHOLE,):
+        return predict_probabilities(
+            model,
+            paths,
+            loaded.input_spec,
+            views=views,
+            temperature=loaded.temperature,
+            task=loaded.task,
+            batch_size=batch_size,
+            title=title,
+        )
+    logits = predict_logits(model, paths, loaded.input_spec, batch_size=batch_size, title=title)
+    return loaded.task.probabilities(logits, loaded.temperature).astype(np.float32)
 
 
 def _row(probabilities: Probabilities, labels: npt.NDArray[np.int32]) -> dict[str, Any]:
@@ -150,4 +199,6 @@ def comparison_table(evaluation: dict[str, Any]) -> Any:
         for name, values in evaluation["models"].items()
     ]
     columns = ("model", "accuracy [95%]", "macro-F1 [95%]", "log-loss", "ECE")
+    if "heads" in evaluation:
+        return head_table(evaluation)
     return console.table(f"test split, {evaluation['n']} images", columns, rows)

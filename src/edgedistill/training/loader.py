@@ -8,6 +8,7 @@ between processes (and Docker's 64 MB /dev/shm is not needed). What a batch hold
 from __future__ import annotations
 
 import contextlib
+import difflib
 import mmap
 import os
 import signal
@@ -24,8 +25,9 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
 from edgedistill import console
-from edgedistill.errors import DataError, ImageError
+from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
+from edgedistill.training.processes import ALONE, Part, part
 from edgedistill.training.seeds import generator
 
 Augmentation = Callable[[ImageU8, int], ImageU8]
@@ -84,7 +86,7 @@ def open_store(paths: npt.NDArray[np.str_], spec: InputSpec, *, cache_gib: float
     jpeg = np.array([Path(path).suffix.lower() in (".jpg", ".jpeg") for path in paths], dtype=bool)
     image_bytes = spec.height * spec.width * 3
     needed = (len(paths) + int(jpeg.sum())) * image_bytes
-    free = free_memory_bytes() * FREE_MEMORY_SHARE
+    free = free_memory_bytes() * FREE_MEMORY_SHARE / part().local_size
     budget = free if cache_gib is None else cache_gib * 2**30
     if needed > budget:
         console.note(
@@ -118,7 +120,8 @@ class Draw:
     """Which images the epochs of one phase see, and in which order.
 
     ``rows``: int64 [N], rows of the store; ``labels``: int [N]. With ``balanced`` each class gives the same number of
-    images per epoch, each image as often as any other of its class over the epochs.
+    images per epoch. ``weights``: one per class number, the chance of its images relative to others; an epoch stays as
+    long as it was. With either, an image is drawn as often as any other of its class over the epochs.
     """
 
     rows: npt.NDArray[np.int64]
@@ -126,9 +129,10 @@ class Draw:
     batch_size: int
     balanced: bool
     seed: int
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.balanced and self.batch_size > len(self.rows):
+        if not self.balanced and not self.weights and self.batch_size > len(self.rows):
             raise DataError(f"batches of {self.batch_size} from {len(self.rows)} images; lower --batch-size")
 
     @property
@@ -139,17 +143,61 @@ class Draw:
     def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         """int64 [steps, batch_size]: rows of the store for each step."""
         count = self.steps * self.batch_size
-        if not self.balanced:
+        if not self.balanced and not self.weights:
             order = generator(self.seed, "order", epoch).permutation(len(self.rows))[:count]
             return self.rows[order].reshape(self.steps, self.batch_size)
         classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
-        share = -(-count // len(classes))
         drawn = [
-            members[_cycled(len(members), epoch * share, share, self.seed, number)]
-            for number, members in enumerate(classes)
+            members[_cycled(len(members), epoch * quota, quota, self.seed, number)]
+            for number, (members, quota) in enumerate(zip(classes, self._quotas(classes, count), strict=True))
+            if quota
         ]
         order = generator(self.seed, "order", epoch).permutation(np.concatenate(drawn))[:count]
         return self.rows[order].reshape(self.steps, self.batch_size)
+
+    def _quotas(self, classes: Sequence[npt.NDArray[np.int64]], count: int) -> list[int]:
+        """Images per class and epoch, rounded up: together at least ``count``."""
+        if self.balanced:
+            return [-(-count // len(classes))] * len(classes)
+        chances = np.array([len(members) * self.weights[self.labels[members[0]]] for members in classes])
+        return [int(np.ceil(round(share, 9))) for share in count * chances / chances.sum()]
+
+
+def sampling_weights(
+    labels: npt.NDArray[np.int32],
+    class_names: Sequence[str],
+    *,
+    power: float = 0.0,
+    oversample: Sequence[str] = (),
+) -> tuple[float, ...]:
+    """Draw.weights: n_c^-power for a class of n_c images (1: as often as any other class, 0.5: in between), times the
+    factors of ``oversample``, such as ('defective=3',). () when nothing is asked for.
+
+    Raises UsageError for a class that the data does not have and for what cannot be read.
+    """
+    factors = dict(map(parse_oversample, oversample))
+    for name in factors:
+        if name not in class_names:
+            close = difflib.get_close_matches(name, class_names, n=3) or list(class_names)[:5]
+            raise UsageError(f"--oversample {name}: no such class; did you mean {', '.join(close)}?")
+    if not power and not factors:
+        return ()
+    counts = np.maximum(np.bincount(labels, minlength=len(class_names)), 1)
+    return tuple(
+        float(count) ** -power * factors.get(name, 1.0) for name, count in zip(class_names, counts, strict=True)
+    )
+
+
+def parse_oversample(text: str) -> tuple[str, float]:
+    """'defective=3' -> ('defective', 3.0). Raises UsageError."""
+    name, _, factor = text.rpartition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = 0.0
+    if not name or not 0 < value <= 1000:
+        raise UsageError(f"--oversample {text}: expected CLASS=FACTOR with a factor above 0, such as defective=3")
+    return name, value
 
 
 def _cycled(length: int, start: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
@@ -202,8 +250,8 @@ class Schedule:
 class _BatchMaker(Dataset[tuple[int, str]]):
     """Augments one batch into its slot of the ring; runs in the workers."""
 
-    def __init__(self, store: ImageStore, augment: Augmentation, *, ring: ImageU8, seed: int) -> None:
-        self.store, self.augment, self.ring, self.seed = store, augment, ring, seed
+    def __init__(self, store: ImageStore, augment: Augmentation, *, ring: ImageU8, seed: int, part: Part) -> None:
+        self.store, self.augment, self.ring, self.seed, self.part = store, augment, ring, seed, part
 
     def __getitem__(self, step: Step) -> tuple[int, str]:  # type: ignore[override]
         slot = step.number % len(self.ring)
@@ -211,9 +259,9 @@ class _BatchMaker(Dataset[tuple[int, str]]):
         seeds = draws.integers(2**31, size=len(step.rows))
         reduced = draws.random(len(step.rows)) < 0.5
         try:
-            for place, row in enumerate(step.rows):
-                image = self.store.image(row, "reduced" if reduced[place] else "full")
-                cv2.cvtColor(self.augment(image, int(seeds[place])), cv2.COLOR_BGR2RGB, dst=self.ring[slot, place])
+            for place, number in enumerate(self.part.of(np.arange(len(step.rows)))):
+                image = self.store.image(step.rows[number], "reduced" if reduced[number] else "full")
+                cv2.cvtColor(self.augment(image, int(seeds[number])), cv2.COLOR_BGR2RGB, dst=self.ring[slot, place])
         except ImageError as error:
             return slot, str(error)  # as a value: torch would bury the message in a worker's traceback
         return slot, ""
@@ -227,8 +275,11 @@ def batches(
     spec: InputSpec,
     seed: int,
     workers: int,
+    part: Part = ALONE,
 ) -> Iterator[Batch]:
     """The batches of ``schedule`` in order, prepared ahead by ``workers`` processes (0: in this one).
+
+    ``part``: of several training processes this one, which gets its share of each batch.
 
     Raises ImageError that names the damaged file.
     """
@@ -239,7 +290,7 @@ def batches(
     slots = IMAGES_AHEAD * workers + 2
     ring = shared_images(slots * size, spec).reshape(slots, size, spec.height, spec.width, 3)
     loader = DataLoader(
-        _BatchMaker(store, augment, ring=ring, seed=seed),
+        _BatchMaker(store, augment, ring=ring, seed=seed, part=part),
         batch_size=None,
         sampler=schedule,  # type: ignore[arg-type]
         num_workers=workers,
@@ -255,7 +306,8 @@ def batches(
         waited = time.perf_counter() - start
         if error:
             raise ImageError(error)
-        yield Batch(ring[slot, : len(step.rows)], step.rows, waited)
+        rows = part.of(step.rows)
+        yield Batch(ring[slot, : len(rows)], rows, waited)
 
 
 def _next_answer(answers: Iterator[tuple[int, str]]) -> tuple[int, str]:

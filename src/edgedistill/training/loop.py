@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,16 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
+from edgedistill.tasks import Task, Values
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
-from edgedistill.training.loader import Augmentation, Batch, Draw, ImageStore, Schedule, batches, core_count
-from edgedistill.training.losses import LossSettings, Targets, cutmix, loss_of, to_device
+from edgedistill.training.heads import task_loss, validation_metrics
+from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, batches, core_count
+from edgedistill.training.losses import LossSettings, Targets, loss_of, to_device
+from edgedistill.training.mixing import mix
 from edgedistill.training.models import to_channels_last
+from edgedistill.training.optimizers import Phase, learning_rate, make_optimizer, set_learning_rate, update_average
 from edgedistill.training.predict import device_of, load_pixels, network_input, predict_pixels
+from edgedistill.training.processes import Part, check_batch, data_parallel, mean_over_all, on_main, part
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
 
@@ -42,30 +47,15 @@ LOSS_CHECK_STEPS = 50  # reading the loss makes a GPU wait, so it is read this o
 
 
 @dataclass(frozen=True, eq=False)
-class Phase:
-    """Some epochs over one set of rows. The rate falls from ``lr`` to ``final_lr`` on a cosine per step.
-
-    ``average``: the weights at the end of these epochs are averaged.
-    """
-
-    name: str
-    epochs: int
-    draw: Draw
-    lr: float
-    final_lr: float
-    warmup_epochs: float = 0.0
-    average: bool = False
-
-
-@dataclass(frozen=True, eq=False)
 class Validation:
     """Images that nobody trains on; their metrics are logged after each epoch and decide nothing.
 
-    ``pixels``: uint8 [N, H, W, 3] BGR; ``labels``: int32 [N].
+    ``pixels``: uint8 [N, H, W, 3] BGR; ``labels``: int32 [N]; ``values``: float32 [N, V] of a task with several heads.
     """
 
     pixels: ImageU8
     labels: npt.NDArray[np.int32]
+    values: Values | None = None
 
 
 def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validation | None:
@@ -73,14 +63,31 @@ def open_validation(dataset: Dataset, spec: InputSpec, *, seed: int) -> Validati
     rows = dataset.rows("val")
     if len(rows) > VALIDATION_IMAGES:
         rows = np.sort(generator(seed, "validation").choice(rows, VALIDATION_IMAGES, replace=False))
-    return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows]) if len(rows) else None
+    if not len(rows):
+        return None
+    values = None if dataset.values is None else dataset.values[rows]
+    return Validation(load_pixels(dataset.paths[rows], spec), dataset.labels[rows], values)
+
+
+class Judge(Protocol):
+    """Soft targets for a batch as the network sees it, augmented and mixed.
+
+    ``folds``: int16 [N], of the rows of the store; images are mixed with images of their own fold. Called with images
+    [B, H, W, 3] RGB 0-255 on the device and their rows, int64 [B]; returns float32 [B, C] probabilities there.
+    """
+
+    @property
+    def folds(self) -> npt.NDArray[np.int16]: ...
+
+    def __call__(self, images: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """All that one training needs. ``identity``: plain values on which a resumed run must agree.
 
-    ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``.
+    ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``; with a
+    ``judge`` the soft ones are its answers instead. ``task``: of a network with several heads.
     """
 
     title: str
@@ -94,6 +101,8 @@ class Job:
     spec: InputSpec
     augment: Augmentation
     validation: Validation | None = None
+    judge: Judge | None = None
+    task: Task | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -127,6 +136,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average: AveragedModel | None
+    part: Part
     epoch: int = 0
     step: int = 0
     tally: Tally = field(default_factory=Tally)
@@ -134,22 +144,25 @@ class State:
 
 
 def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
-    """Train ``model`` through all phases; returns it on its device, with averaged weights if a phase averages.
+    """Train ``model`` through all phases; returns it on its device, with averaged weights if the settings ask for an average.
 
     Raises UsageError if the folder holds work and ``resume`` is False, ArtifactError if that work was made with other
     settings, ImageError for a damaged image, ModelError when the loss stops being a finite number.
     """
-    settings, epochs = job.settings, job.epochs
+    settings, epochs, this = job.settings, job.epochs, part()
+    for phase in job.phases:
+        check_batch(phase.draw.batch_size, this)
     device = choose_device(settings.device)
     configure_torch(device, deterministic=settings.deterministic)
     model = to_channels_last(model, device)
-    averaged = any(phase.average for phase in job.phases)
-    state = State(model, make_optimizer(model, settings), AveragedModel(model) if averaged else None)
+    averaged = any(phase.average for phase in job.phases) or settings.ema_decay > 0
+    state = State(model, make_optimizer(model, settings), AveragedModel(model) if averaged else None, this)
     restore(job, state, resume=resume)
     schedule = Schedule([phase.draw for phase, _ in epochs], state.epoch, state.step)
-    forward = torch.compile(model) if settings.compile else model
-    workers = worker_count(settings.workers, device)
-    stream = batches(job.store, schedule, job.augment, spec=job.spec, seed=settings.seed, workers=workers)
+    forward: Any = data_parallel(model, this)
+    forward = torch.compile(forward) if settings.compile else forward
+    workers = worker_count(settings.workers, device, sharers=this.local_size)
+    stream = batches(job.store, schedule, job.augment, spec=job.spec, seed=settings.seed, workers=workers, part=this)
     total = sum(phase.draw.steps for phase, _ in epochs)
     with console.progress(job.title, total) as bar, tensorboard(job, state) as board:
         bar.update(bar.task_ids[0], completed=total - len(schedule))
@@ -174,44 +187,62 @@ def train_epoch(
     while state.step < steps:
         batch = next(stream)
         set_learning_rate(state.optimizer, learning_rate(phase, phase_epoch, state.step))
-        torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step))
-        loss_sum += train_step(job, state, batch, targets, forward=forward)
+        rank = (state.part.rank,) if state.part.rank else ()  # what dropout draws differs from process to process
+        torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step, *rank))
+        weight = state.part.weight(phase.draw.batch_size)
+        loss_sum += train_step(job, state, batch, targets, forward=forward, weight=weight)
+        if state.average is not None and settings.ema_decay:
+            update_average(state.average, state.model, decay=settings.ema_decay)
         state.step += 1
         mark = count(state.tally, batch, mark, device=device)
         show(bar, job, state)
         due = time.monotonic() - state.saved_at >= 60 * settings.checkpoint_minutes
         if due or state.step % LOSS_CHECK_STEPS == 0 or state.step == steps:
             state.tally.loss = finite(loss_sum.item(), job, state)
-        if due and state.step < steps:
+        if due and state.step < steps and state.part.main:
             save(job, state)
 
 
-def train_step(job: Job, state: State, batch: Batch, targets: Targets, *, forward: Any) -> torch.Tensor:
-    """One batch through the network and one step of the optimiser; returns the detached loss.
+def train_step(
+    job: Job, state: State, batch: Batch, targets: Targets, *, forward: Any, weight: float = 1.0
+) -> torch.Tensor:
+    """One batch through the network and one step of the optimiser; returns the detached loss, of all processes.
 
-    ``targets``: of all images, on the device: nothing here makes the GPU wait.
+    ``targets``: of all images, on the device: nothing here makes the GPU wait. ``weight``: of this process's share of
+    the batch (see processes.Part.weight).
     """
     settings = job.settings
     device = device_of(state.model)
-    images, targets = cutmix(
-        to_device(batch.images, device),
-        targets.take(batch.rows),
-        alpha=settings.cutmix_alpha,
-        probability=settings.cutmix_probability,
-        seed=settings.seed,
-        epoch=state.epoch,
-        step=state.step,
-    )
-    half = settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
+    images, targets = to_device(batch.images, device), targets.take(batch.rows)
+    if state.epoch < len(job.epochs) - settings.plain_epochs:
+        images, targets = mix(
+            images,
+            targets,
+            settings.mixing(),
+            seed=settings.seed,
+            epoch=state.epoch,
+            step=state.step,
+            folds=None if job.judge is None else job.judge.folds[batch.rows],
+        )
+    if job.judge is not None:
+        targets = Targets(targets.hard, job.judge(images, batch.rows))
+    half = trains_in_half(settings, device)
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(images, job.spec))
-    loss = loss_of(logits, targets, job.loss)
+    task, settled = job.task, job.loss.at(state.epoch / len(job.epochs))
+    loss = loss_of(logits, targets, settled) if task is None else task_loss(logits, targets, settled, task)
+    loss = loss * weight
     loss.backward()
     if settings.grad_clip is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return mean_over_all(loss.detach(), state.part)
+
+
+def trains_in_half(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether networks compute in bfloat16: if asked for, and by default on a GPU."""
+    return settings.precision == "bf16" or (settings.precision == "auto" and device.type == "cuda")
 
 
 def configure_torch(device: torch.device, *, deterministic: bool) -> None:
@@ -223,40 +254,14 @@ def configure_torch(device: torch.device, *, deterministic: bool) -> None:
         torch.backends.cudnn.deterministic = deterministic
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Weight decay falls on matrices and kernels alone, not on biases and norms."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # foreach: one kernel over many tensors; on a CPU torch would otherwise loop over each of a network's ~200 tensors.
-    if settings.optimizer == "radam":
-        return torch.optim.RAdam(groups, lr=settings.lr, decoupled_weight_decay=True, foreach=True)
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, foreach=True)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, foreach=True)
+def worker_count(wanted: int | None, device: torch.device, *, sharers: int = 1) -> int:
+    """Loader processes: enough to feed a GPU; on a CPU one, since it shares the cores with the network.
 
-
-def learning_rate(phase: Phase, epoch: int, step: int) -> float:
-    """Linear warm-up, then half a cosine from ``lr`` to ``final_lr`` over the phase; ``epoch`` counts within it."""
-    done = epoch * phase.draw.steps + step
-    total = phase.epochs * phase.draw.steps
-    warmup = round(phase.warmup_epochs * phase.draw.steps)
-    if done < warmup:
-        return phase.lr * (done + 1) / (warmup + 1)
-    share = (done - warmup) / max(1, total - warmup)
-    return phase.final_lr + (phase.lr - phase.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def worker_count(wanted: int | None, device: torch.device) -> int:
-    """Loader processes: enough to feed a GPU; on a CPU one, since it shares the cores with the network."""
+    ``sharers``: training processes that share this machine's cores.
+    """
     if wanted is not None:
         return wanted
-    return min(16, core_count()) if device.type == "cuda" else 1
+    return min(16, max(1, core_count() // sharers)) if device.type == "cuda" else 1
 
 
 def count(tally: Tally, batch: Batch, mark: float, *, device: torch.device) -> float:
@@ -292,18 +297,21 @@ def finish_epoch(job: Job, state: State, phase: Phase) -> dict[str, Any]:
     """Average, validate, log, and write the checkpoint from which the next epoch starts; returns the logged row."""
     tally = state.tally
     if phase.average and state.average is not None:
-        state.average.update_parameters(state.model)
+        update_average(state.average, state.model, decay=0.0)
     row: dict[str, Any] = {
         "epoch": state.epoch + 1,
         "phase": phase.name,
         "train_loss": tally.loss / max(1, tally.steps),
         "lr": state.optimizer.param_groups[0]["lr"],
-        "images_per_s": tally.images / max(tally.seconds, 1e-9),
+        "images_per_s": tally.images * state.part.size / max(tally.seconds, 1e-9),
         "wait_fraction": tally.waited_s / max(tally.seconds, 1e-9),
         "seconds": tally.seconds,
     }
-    row |= validate(state.model, job.validation, job)
     state.epoch, state.step, state.tally = state.epoch + 1, 0, Tally()
+    if not state.part.main:
+        return row
+    ema = state.average if job.settings.ema_decay else None
+    row |= validate(state.model if ema is None else ema.module, job.validation, job)
     append_jsonl(job.metrics, row)
     save(job, state)
     if not console.err.is_terminal:
@@ -315,6 +323,8 @@ def validate(model: nn.Module, validation: Validation | None, job: Job) -> dict[
     if validation is None:
         return {}
     logits = predict_pixels(model, validation.pixels, job.spec, batch_size=job.settings.batch_size)
+    if job.task is not None and validation.values is not None:
+        return validation_metrics(job.task, logits, validation.values)
     probabilities = softmax(logits)
     return {
         "val_accuracy": accuracy(probabilities, validation.labels),
@@ -334,7 +344,7 @@ def describe(job: Job, row: Mapping[str, Any]) -> str:
 @contextmanager
 def tensorboard(job: Job, state: State) -> Iterator[Any]:
     """A writer for folder/tensorboard that forgets what a killed run wrote beyond its checkpoint; None if not wanted."""
-    if not job.settings.tensorboard:
+    if not job.settings.tensorboard or not state.part.main:
         yield None
         return
     from torch.utils.tensorboard import SummaryWriter
@@ -365,14 +375,10 @@ def save(job: Job, state: State) -> None:
 
 def restore(job: Job, state: State, *, resume: bool) -> None:
     """Put the checkpoint's values into ``state`` and drop the metrics of what it does not know of."""
-    if not job.checkpoint.exists():
-        write_text(job.metrics, "")
+    values = on_main(lambda: read_checkpoint(job, resume=resume))
+    if values is None:
         return
-    if not resume:
-        raise UsageError(f"{job.folder}: holds work already; go on with --resume, or choose another --out")
-    values = load_tensors(job.checkpoint, format=CHECKPOINT_FORMAT)
     try:
-        refuse_other_settings(job.checkpoint, values["identity"], dict(job.identity))
         state.model.load_state_dict(values["model"])
         state.optimizer.load_state_dict(values["optimizer"])
         if state.average is not None:
@@ -380,6 +386,22 @@ def restore(job: Job, state: State, *, resume: bool) -> None:
         state.epoch, state.step, state.tally = values["epoch"], values["step"], Tally(**values["tally"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{job.checkpoint}: not a checkpoint of this training; delete it to start anew") from error
-    rows = [row for row in read_jsonl(job.metrics) if row["epoch"] <= state.epoch]
-    write_text(job.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    if state.part.main:
+        rows = [row for row in read_jsonl(job.metrics) if row["epoch"] <= state.epoch]
+        write_text(job.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     console.note(f"{job.title}: going on from epoch {state.epoch + 1}, step {state.step}")
+
+
+def read_checkpoint(job: Job, *, resume: bool) -> dict[str, Any] | None:
+    """What ``save`` wrote; None where the training has not begun. Raises as ``train`` does."""
+    if not job.checkpoint.exists():
+        write_text(job.metrics, "")
+        return None
+    if not resume:
+        raise UsageError(f"{job.folder}: holds work already; go on with --resume, or choose another --out")
+    values = load_tensors(job.checkpoint, format=CHECKPOINT_FORMAT)
+    try:
+        refuse_other_settings(job.checkpoint, values["identity"], dict(job.identity), type(job.settings))
+    except (KeyError, AttributeError) as error:
+        raise ArtifactError(f"{job.checkpoint}: not a checkpoint of this training; delete it to start anew") from error
+    return values

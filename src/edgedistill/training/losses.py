@@ -1,8 +1,9 @@
-"""Targets and losses: hard labels, stored soft labels, and CutMix on both."""
+"""Targets and losses: hard labels and stored soft labels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,22 +11,54 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from edgedistill.training.seeds import generator
-
 LossName = Literal["ce", "kl", "js"]
+HardLossName = Literal["ce", "focal", "ldam", "soft-f1", "bce"]
+ClassWeights = Literal["none", "inverse", "class-balanced"]
+HARD_LOSSES: tuple[HardLossName, ...] = ("ce", "focal", "ldam", "soft-f1", "bce")
+CLASS_WEIGHTS: tuple[ClassWeights, ...] = ("none", "inverse", "class-balanced")
+LDAM_SCALE, LDAM_MAX_MARGIN = 30.0, 0.5  # of the paper; the cosine classifier multiplies by the same scale
+
+
+@dataclass(frozen=True)
+class HardLoss:
+    """The loss against hard labels, target probabilities t (one-hot, smoothed or mixed) and p = softmax(logits):
+
+    'ce': -sum_c t_c log p_c. 'focal': -alpha sum_c t_c (1 - p_c)^gamma log p_c (Lin et al., 1708.02002, over a softmax).
+    'ldam': cross-entropy of logits whose true class lost its margin, ``margins`` in logits (Cao et al., 1906.07413).
+    'soft-f1': 1 - mean_c 2 tp / (2 tp + fp + fn) on the batch's soft counts tp = sum t p, fp = sum (1 - t) p,
+    fn = sum t (1 - p). 'bce': one sigmoid per class against the rest, summed over classes.
+
+    ``class_weights``: one per class, or empty. An image weighs what its classes weigh, and the mean over the batch is a
+    weighted one, as in torch's cross_entropy. ``deferred``: the share of the epochs that pass before weights count (DRW).
+    """
+
+    name: HardLossName = "ce"
+    gamma: float = 2.0
+    alpha: float = 1.0
+    margins: tuple[float, ...] = ()
+    class_weights: tuple[float, ...] = ()
+    deferred: float = 0.0
 
 
 @dataclass(frozen=True)
 class LossSettings:
     """``soft_weight`` is the share of the soft labels, 0 to 1 (0: hard labels alone). ``temperature`` T softens them.
 
-    'ce': cross-entropy against the mixture of both, student at T=1. 'kl' and 'js': (1 - w) * cross-entropy with the
-    hard label + w * T^2 * divergence(soft labels at T, student at T), after Hinton et al., 1503.02531.
+    'ce': the hard loss, and cross-entropy with the soft labels, student at T=1; where both are linear in the target
+    (ce, bce) this is one loss against the mixture. 'kl' and 'js': (1 - w) * hard loss + w * T^2 * divergence(soft labels
+    at T, student at T), after Hinton et al., 1503.02531. ``hard``: see HardLoss.
     """
 
     name: LossName = "ce"
     soft_weight: float = 0.0
     temperature: float = 1.0
+    hard: HardLoss = HardLoss()
+
+    def at(self, progress: float) -> LossSettings:
+        """The loss when the share ``progress``, 0 to 1, of the epochs is done."""
+        if not self.hard.class_weights or progress >= self.hard.deferred:
+            return self
+        return replace(self, hard=replace(self.hard, class_weights=()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +103,78 @@ def make_targets(
     return Targets(hard, soft)
 
 
+def class_weights(counts: npt.NDArray[np.int64], kind: ClassWeights, *, beta: float) -> tuple[float, ...]:
+    """One weight per class from its number of training images; a class without any weighs 0. () for 'none'.
+
+    'inverse': N / (C n_c), scikit-learn's 'balanced'. 'class-balanced': (1 - beta) / (1 - beta^n_c), scaled to sum to C
+    (Cui et al., 1901.05555).
+    """
+    if kind == "none":
+        return ()
+    present = counts > 0
+    numbers = np.maximum(counts, 1).astype(np.float64)
+    raw = 1.0 / numbers if kind == "inverse" else (1.0 - beta) / (1.0 - np.power(beta, numbers))
+    raw = np.where(present, raw, 0.0)
+    scale = counts.sum() / present.sum() if kind == "inverse" else present.sum() / raw.sum()
+    return tuple(float(value) for value in raw * scale)
+
+
+def ldam_margins(counts: npt.NDArray[np.int64]) -> tuple[float, ...]:
+    """Margins proportional to n_c^(-1/4), the largest LDAM_MAX_MARGIN in cosines, here times LDAM_SCALE: in logits."""
+    margins = np.where(counts > 0, np.power(np.maximum(counts, 1.0), -0.25), 0.0)
+    return tuple(float(value) for value in LDAM_SCALE * LDAM_MAX_MARGIN * margins / margins.max())
+
+
 def loss_of(logits: torch.Tensor, targets: Targets, settings: LossSettings) -> torch.Tensor:
     """The mean loss of a batch, a float32 scalar. ``logits``: [B, C]."""
-    weight, temperature = settings.soft_weight, settings.temperature
-    log_probs = F.log_softmax(logits.float(), dim=1)
-    if settings.name == "ce" or weight == 0.0:
-        mixture = targets.hard if weight == 0.0 else (1 - weight) * targets.hard + weight * targets.soft
-        return -(mixture * log_probs).sum(dim=1).mean()
-    hard_loss = -(targets.hard * log_probs).sum(dim=1).mean()
-    softened = F.log_softmax(logits.float() / temperature, dim=1)
+    weight, temperature, hard = settings.soft_weight, settings.temperature, settings.hard
+    logits = logits.float()
+    linear = hard.name in ("ce", "bce") and not hard.class_weights
+    if weight == 0.0:
+        return hard_loss_of(logits, targets.hard, hard)
+    if settings.name == "ce" and linear:
+        return hard_loss_of(logits, (1 - weight) * targets.hard + weight * targets.soft, hard)
+    hard_loss = hard_loss_of(logits, targets.hard, hard)
+    if settings.name == "ce":
+        return (1 - weight) * hard_loss + weight * hard_loss_of(logits, targets.soft, HardLoss())
+    softened = F.log_softmax(logits / temperature, dim=1)
     divergence = _kl(targets.soft, softened) if settings.name == "kl" else _js(targets.soft, softened)
     return (1 - weight) * hard_loss + weight * temperature**2 * divergence
+
+
+def hard_loss_of(logits: torch.Tensor, target: torch.Tensor, hard: HardLoss) -> torch.Tensor:
+    """The formula of ``hard``: a float32 scalar. ``logits``, ``target``: float32 [B, C]."""
+    if hard.name == "soft-f1":
+        return _soft_f1(logits, target)
+    weighted = target * _per_class(hard.class_weights, logits.device) if hard.class_weights else target
+    if hard.name == "bce":
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
+        return losses.mean() if not hard.class_weights else _weighted_mean(losses * weighted.sum(dim=1), weighted)
+    if hard.name == "ldam":
+        logits = logits - target * _per_class(hard.margins, logits.device)
+    log_probs = F.log_softmax(logits, dim=1)
+    if hard.name == "focal":
+        log_probs = hard.alpha * (1 - log_probs.exp()) ** hard.gamma * log_probs
+    losses = -(weighted * log_probs).sum(dim=1)
+    return losses.mean() if not hard.class_weights else _weighted_mean(losses, weighted)
+
+
+def _soft_f1(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    probabilities = F.softmax(logits, dim=1)
+    # 2 tp + fp + fn is the sum of both; softmax keeps it above 0.
+    found = 2 * (target * probabilities).sum(dim=0) / (target.sum(dim=0) + probabilities.sum(dim=0))
+    return 1 - found.mean()
+
+
+def _weighted_mean(losses: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
+    return losses.sum() / weighted.sum().clamp(min=1e-12)
+
+
+@functools.lru_cache(maxsize=64)
+def _per_class(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Kept on the device: copying them for each batch would make a GPU wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _kl(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
@@ -94,25 +188,3 @@ def _js(target: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
         F.kl_div(middle, target, reduction="batchmean")
         + F.kl_div(middle, log_probs, reduction="batchmean", log_target=True)
     )
-
-
-def cutmix(
-    images: torch.Tensor, targets: Targets, *, alpha: float, probability: float, seed: int, epoch: int, step: int
-) -> tuple[torch.Tensor, Targets]:
-    """Paste one rectangle per batch from shuffled partners; targets mix by the area pasted (Yun et al., 1905.04899).
-
-    ``images``: uint8 [B, H, W, 3], changed in place. Draws derive from (seed, epoch, step).
-    """
-    draw = generator(seed, "cutmix", epoch, step)
-    if draw.random() >= probability:
-        return images, targets
-    size, height, width = images.shape[:3]
-    cut = np.sqrt(1.0 - draw.beta(alpha, alpha))
-    centre_y, centre_x = draw.integers(height), draw.integers(width)
-    top, bottom = np.clip([centre_y - int(height * cut) // 2, centre_y + int(height * cut) // 2], 0, height)
-    left, right = np.clip([centre_x - int(width * cut) // 2, centre_x + int(width * cut) // 2], 0, width)
-    partner = to_device(draw.permutation(size), images.device)
-    images[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
-    kept = 1.0 - float((bottom - top) * (right - left)) / (height * width)
-    mixed = (kept * kind + (1 - kept) * kind[partner] for kind in (targets.hard, targets.soft))
-    return images, Targets(*mixed)

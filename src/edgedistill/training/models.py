@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 import importlib.util
 import os
 import socket
@@ -18,6 +20,7 @@ from edgedistill.console import warn
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.images import IMAGENET_MEAN, IMAGENET_STD, InputSpec, ResizeMode
 from edgedistill.timm_import import import_timm
+from edgedistill.training.classifier import ClassifierSettings, equip
 
 SHORT_NAMES: dict[str, str] = {
     "effb0": "efficientnet_b0",
@@ -29,6 +32,7 @@ SHORT_NAMES: dict[str, str] = {
     "effb6": "tf_efficientnet_b6",  # timm has no weights for its own b6 and b7
     "effb7": "tf_efficientnet_b7",
     "effv2s": "tf_efficientnetv2_s",
+    "effv2m": "tf_efficientnetv2_m",
     "efflite0": "tf_efficientnet_lite0",
     "efflite1": "tf_efficientnet_lite1",
     "efflite2": "tf_efficientnet_lite2",
@@ -52,8 +56,20 @@ SHORT_NAMES: dict[str, str] = {
     "resnet50": "resnet50",
     "resnext50": "resnext50_32x4d",
     "resnext101": "resnext101_32x8d",
+    "resnext101x4": "resnext101_32x4d",
     "seresnext50": "seresnext50_32x4d",
+    "seresnext101": "seresnext101_32x4d",
+    "fcanet18": "fcanet18",
+    "fcanet50": "fcanet50",
     "densenet121": "densenet121",
+    "inception": "inception_v3",
+    "inceptionv4": "inception_v4",
+    "inceptionresnet": "inception_resnet_v2",
+    "hrnet": "hrnet_w18",
+    "hrnet32": "hrnet_w32",
+    "cspdarknet": "cspdarknet53",
+    "shufflenetv2": "shufflenetv2_x1_0",
+    "shufflenetv2_050": "shufflenetv2_x0_5",
     "convnextt": "convnext_tiny",
     "swint": "swin_tiny_patch4_window7_224",
     "swinb": "swin_base_patch4_window7_224",
@@ -83,9 +99,17 @@ class Weights:
     kind: Literal["file", "hub", "packaged"] = "file"
 
 
+@functools.cache
+def all_networks() -> Any:
+    """The timm module, with the networks of training/networks.py in its registry."""
+    timm = import_timm()
+    importlib.import_module("edgedistill.training.networks")
+    return timm
+
+
 def resolve_name(name: str) -> str:
     """timm's name of a network; raises UsageError with close matches for a name that nobody knows."""
-    timm = import_timm()
+    timm = all_networks()
     full = SHORT_NAMES.get(name, name)
     if timm.is_model(full):
         return full
@@ -97,22 +121,31 @@ def resolve_name(name: str) -> str:
 
 def input_spec_for(name: str, image_size: int, *, resize: ResizeMode = "squash") -> InputSpec:
     """The network's own mean and standard deviation (timm's configuration, 0-255 scale) at the wanted resolution."""
-    config = import_timm().get_pretrained_cfg(resolve_name(name))
+    config = all_networks().get_pretrained_cfg(resolve_name(name))
     mean = tuple(255.0 * value for value in config.mean) if config is not None else IMAGENET_MEAN
     std = tuple(255.0 * value for value in config.std) if config is not None else IMAGENET_STD
     return InputSpec(height=image_size, width=image_size, resize=resize, mean=mean, std=std)
 
 
 def model_kwargs_for(
-    name: str, *, class_count: int, image_size: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+    name: str,
+    *,
+    class_count: int,
+    image_size: int,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    classifier: ClassifierSettings = ClassifierSettings(),
 ) -> dict[str, Any]:
-    """What ``timm.create_model(architecture, **kwargs)`` needs to build the same network again."""
+    """What ``timm.create_model(architecture, **kwargs)`` needs to build the same network again.
+
+    ``classifier`` is none of timm's business: a network carries its own into model.pt.
+    """
     kwargs: dict[str, Any] = {"num_classes": class_count}
     if drop_rate:
         kwargs["drop_rate"] = drop_rate
     if drop_path_rate:
         kwargs["drop_path_rate"] = drop_path_rate
-    config = import_timm().get_pretrained_cfg(resolve_name(name))
+    config = all_networks().get_pretrained_cfg(resolve_name(name))
     if config is not None and config.fixed_input_size and tuple(config.input_size[1:]) != (image_size, image_size):
         kwargs["img_size"] = image_size
     return kwargs
@@ -145,11 +178,13 @@ def create_model(
     image_size: int = 224,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    classifier: ClassifierSettings = ClassifierSettings(),
 ) -> nn.Module:
     """A timm network with ``class_count`` logits, in channels_last layout, float32, on the CPU.
 
     ``pretrained``: from ``locate_weights``, a file, or None for random weights (drawn from torch's own generator).
-    Raises UsageError for an unknown name and ModelError for weights that do not fit.
+    ``classifier``: what replaces pooling and last layer, always with new weights.
+    Raises UsageError for an unknown name and ModelError for weights or a classifier that do not fit.
     """
     architecture = resolve_name(name)
     options = model_kwargs_for(
@@ -164,7 +199,7 @@ def create_model(
     if weights is not None and weights.kind == "hub":
         overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights.path)}}
     try:
-        model: Any = import_timm().create_model(architecture, **options, **overlay)
+        model: Any = all_networks().create_model(architecture, **options, **overlay)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"{architecture} cannot be built with {options}: {error}") from error
     config: Any = model.pretrained_cfg
@@ -172,7 +207,7 @@ def create_model(
         calm_classifier(model)
     if weights is not None and weights.kind != "hub":
         load_weights(model, architecture, weights)
-    return to_channels_last(model)
+    return to_channels_last(equip(model, classifier))
 
 
 def calm_classifier(model: Any) -> None:
@@ -254,7 +289,7 @@ def _packaged_weights(architecture: str, package: str, *, flag: str) -> Weights:
 
 
 def _hub_weights(architecture: str, *, flag: str) -> Weights | None:
-    config = import_timm().get_pretrained_cfg(architecture)
+    config = all_networks().get_pretrained_cfg(architecture)
     repository = config.hf_hub_id if config is not None else None
     if not repository:
         warn(f"timm has no pretrained weights for {architecture}: random initialisation; {flag} FILE gives it weights")

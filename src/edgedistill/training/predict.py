@@ -17,6 +17,8 @@ from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
 from edgedistill.training.loader import core_count
 from edgedistill.training.seeds import generator
 
+BATCH_NORM_IMAGES = 16_384  # statistics of more images do not move in the fourth digit
+
 PathLike = str | Path | np.str_
 
 

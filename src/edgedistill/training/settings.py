@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from edgedistill.artifacts import settings_dict
 from edgedistill.data.augment import Augment, AugmentSettings, Strength
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task, Values
+from edgedistill.training.classifier import ClassifierName, ClassifierSettings, PoolName
+from edgedistill.training.loader import parse_oversample, sampling_weights
+from edgedistill.training.losses import (
+    CLASS_WEIGHTS,
+    HARD_LOSSES,
+    ClassWeights,
+    HardLoss,
+    HardLossName,
+    class_weights,
+    ldam_margins,
+)
+from edgedistill.training.mixing import Mixing
 
-OPTIMIZERS = ("radam", "adamw", "sgd")
+ScheduleName = Literal["cosine", "exponential", "constant"]
+
+TORCH_OPTIMIZERS = ("radam", "adam", "adamw", "sgd")  # built by torch; any other name is timm's
+# Fields of ClassifierSettings, and what they are called here.
+CLASSIFIER_FIELDS = {
+    "pool": "pool",
+    "hidden_units": "hidden_units",
+    "dropout": "classifier_dropout",
+    "dropout_samples": "dropout_samples",
+    "classifier": "classifier",
+}
 # What may differ between a run and its resumption: where and how fast it runs, not what it computes.
-FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold"})
+FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold", "soft_label_store"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +48,32 @@ class TrainSettings:
     """One training of one network.
 
     ``name``: a timm or short name. ``weights``: 'auto', 'none', a file or 'packaged:NAME' (see models.locate_weights).
-    ``lr`` is the peak of a cosine per step that ends at ``lr * final_lr``, after ``warmup_epochs`` of linear rise.
-    ``augment``, ``horizontal_flip``, ``any_way_up``, ``color_jitter``: see data.augment.AugmentSettings.
-    ``balanced_sampling`` draws every class equally often. ``cutmix_probability`` is per batch. ``workers``: loader
-    processes (None: chosen for the device). ``cache_gib``: memory for prepared images (None: half of what is free).
-    ``checkpoint_minutes``: the longest stretch of work that a kill can cost; 0 writes a checkpoint after each step.
+    ``test_size``: evaluate, label and deploy at this resolution in place of ``image_size``, after ``fixres_epochs`` of
+    fine-tuning of the last layers there (see training.fixres).
+    ``optimizer``: radam, adam, adamw, sgd, ranger, over9000, any name of timm.optim, or lookahead_NAME.
+    ``lr`` is reached after ``warmup_epochs`` of linear rise. ``schedule``: 'cosine' per step, to ``lr * final_lr``;
+    'exponential', ``lr * lr_decay**epoch``; 'constant'.
+    ``hard_loss``, ``focal_gamma``, ``focal_alpha``: see losses.HardLoss. ``class_weights``: 'none', 'inverse' frequency
+    or 'class-balanced' with ``class_weight_beta``, which count after the share ``defer_weights`` of the epochs (DRW).
+    ``augment`` to ``coarse_dropout``: see data.augment.AugmentSettings. ``balanced_sampling`` draws every class equally
+    often; ``sample_power``, ``oversample`` (CLASS=FACTOR): see loader.sampling_weights. ``cutmix_probability`` and
+    ``mixup_probability`` are per batch; the last ``plain_epochs`` of all mix nothing.
+    ``pool``, ``hidden_units``, ``classifier_dropout``, ``dropout_samples``, ``classifier``: see
+    classifier.ClassifierSettings.
+    Averaging is one of three: ``extra_epochs`` more at a constant ``lr * extra_lr``, whose weights are averaged;
+    ``swa_start``, the share of ``epochs`` after which the rate stays at ``lr * swa_lr`` and the weights at the end of
+    each epoch are averaged (SWA, 1803.05407); ``ema_decay``, an exponential average over steps, for which the decay
+    rises with (1 + n) / (10 + n).
+    ``workers``: loader processes (None: chosen for the device). ``cache_gib``: memory for prepared images (None: half
+    of what is free). ``checkpoint_minutes``: the longest stretch of work that a kill can cost; 0 writes a checkpoint
+    after each step.
     """
 
     name: str
     weights: str = "auto"
     image_size: int = 224
+    test_size: int | None = None
+    fixres_epochs: int = 1
     resize: Literal["squash", "center-crop"] = "squash"
     epochs: int = 10
     batch_size: int = 32
@@ -41,17 +82,45 @@ class TrainSettings:
     final_lr: float = 0.01
     weight_decay: float = 1e-4
     warmup_epochs: float = 0.0
+    schedule: ScheduleName = "cosine"
+    lr_decay: float = 0.995
     grad_clip: float | None = None
     label_smoothing: float = 0.0
+    hard_loss: HardLossName = "ce"
+    focal_gamma: float = 2.0
+    focal_alpha: float = 1.0
+    class_weights: ClassWeights = "none"
+    class_weight_beta: float = 0.999
+    defer_weights: float = 0.0
     balanced_sampling: bool = True
+    sample_power: float = 0.0
+    oversample: tuple[str, ...] = ()
     cutmix_alpha: float = 1.0
     cutmix_probability: float = 0.5
+    mixup_alpha: float = 1.0
+    mixup_probability: float = 0.0
+    plain_epochs: int = 0
     augment: Strength = "light"
     horizontal_flip: bool = True
     any_way_up: bool = False
     color_jitter: float = 0.0
+    auto_augment: str = "none"
+    grayscale: float = 0.0
+    gridmask: float = 0.0
+    cutout: float = 0.0
+    coarse_dropout: float = 0.0
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    pool: PoolName = "avg"
+    hidden_units: int = 0
+    classifier_dropout: float = 0.0
+    dropout_samples: int = 1
+    classifier: ClassifierName = "linear"
+    extra_epochs: int = 0
+    extra_lr: float = 0.1
+    ema_decay: float = 0.0
+    swa_start: float = 0.0
+    swa_lr: float = 0.5
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "f32", "bf16"] = "auto"
@@ -70,7 +139,133 @@ class TrainSettings:
         ]
         if problems:
             raise UsageError(f"{type(self).__name__}: " + "; ".join(problems))
+        object.__setattr__(self, "oversample", tuple(self.oversample))  # JSON gives it back as a list
+        for text in self.oversample:
+            parse_oversample(text)
+        contradictions = [text for wrong, text in self.contradictions() if wrong]
+        if contradictions:
+            raise UsageError(f"{type(self).__name__}: " + "; ".join(contradictions))
         self.augment_settings()
+
+    def contradictions(self) -> list[tuple[bool, str]]:
+        """(whether they are asked for together, which options contradict each other and what to do)."""
+        smoothed, weighted = self.label_smoothing > 0, self.class_weights != "none"
+        mixed = self.cutmix_probability > 0 or self.mixup_probability > 0
+        return [
+            (
+                weighted and self.balanced_sampling,
+                f"class_weights={self.class_weights!r} with balanced sampling counts rare classes twice; "
+                "give --no-balanced or --class-weights none",
+            ),
+            (
+                weighted and self.weighs_draws,
+                f"class_weights={self.class_weights!r} with weighted sampling counts rare classes twice; "
+                "choose one of them",
+            ),
+            (
+                self.balanced_sampling and self.weighs_draws,
+                "sample_power and oversample have no say in balanced sampling; give --no-balanced",
+            ),
+            (
+                self.defer_weights > 0 and not weighted,
+                "defer_weights without class weights defers nothing; give --class-weights class-balanced",
+            ),
+            (
+                self.hard_loss == "soft-f1" and weighted,
+                "soft-f1 weighs all classes alike already; give --class-weights none",
+            ),
+            (
+                self.hard_loss in ("focal", "ldam") and smoothed,
+                f"{self.hard_loss} with label smoothing: one sharpens the target that the other softens; "
+                "give --label-smoothing 0",
+            ),
+            (
+                self.cutmix_probability + self.mixup_probability > 1,
+                f"cutmix {self.cutmix_probability:g} and mixup {self.mixup_probability:g} are shares of the batches, "
+                "and together more than all; lower one of them",
+            ),
+            (
+                (self.extra_epochs > 0) + (self.swa_start > 0) + (self.ema_decay > 0) > 1,
+                f"extra_epochs={self.extra_epochs}, swa_start={self.swa_start:g} and ema_decay={self.ema_decay:g} each "
+                "average the weights; leave one above 0 (--extra-epochs 0)",
+            ),
+            (
+                self.hard_loss == "ldam" and self.classifier != "cosine",
+                "ldam's margins are angles; give --classifier cosine",
+            ),
+            (
+                self.dropout_samples > 1 and not self.classifier_dropout,
+                "dropout_samples without dropout repeats one answer; give --classifier-dropout",
+            ),
+            (
+                self.hard_loss == "ldam" and mixed,
+                "ldam needs one true class per image, and mixed images have two; give --cutmix 0 and --mixup 0",
+            ),
+        ]
+
+    def single_label_only(self) -> list[tuple[bool, str]]:
+        """(whether it is asked for, its flag) of what needs exactly one label per image."""
+        return [
+            (self.hard_loss not in ("ce", "focal"), f"--hard-loss {self.hard_loss}"),
+        ]
+
+    def refuse_for(self, task: Task | None) -> None:
+        """Raises UsageError for what a network of several heads cannot learn by. ``task``: None where it has one."""
+        if task is None:
+            return
+        found = [flag for asked, flag in self.single_label_only() if asked]
+        if self.class_weights != "none" and not any(head.kind == "softmax" for head in task.heads):
+            found.append(f"--class-weights {self.class_weights}")
+        if found:
+            heads = ", ".join(head.name for head in task.heads)
+            raise UsageError(
+                f"{', '.join(found)}: for one label per image, and these images have {heads}; leave that away"
+            )
+
+    def doubts(self) -> list[str]:
+        """What is allowed and seldom wanted: one warning each."""
+        found = []
+        if self.hard_loss == "ldam" and self.balanced_sampling:
+            found.append("LDAM's margins and balanced sampling both favour rare classes; consider --no-balanced")
+        if self.hard_loss == "soft-f1" and self.batch_size < 32:
+            found.append(f"soft-f1 counts within a batch, and batches of {self.batch_size} hold few of each class")
+        return found
+
+    def mixing(self) -> Mixing:
+        return Mixing(self.cutmix_probability, self.cutmix_alpha, self.mixup_probability, self.mixup_alpha)
+
+    @property
+    def weighs_draws(self) -> bool:
+        """Whether classes have chances of their own in the draw."""
+        return self.sample_power > 0 or bool(self.oversample)
+
+    def sampling_weights(self, labels: npt.NDArray[np.int32], class_names: Sequence[str]) -> tuple[float, ...]:
+        """Of loader.Draw. Raises UsageError for a class that the data does not have."""
+        return sampling_weights(labels, class_names, power=self.sample_power, oversample=self.oversample)
+
+    def loss_against(self, labels: npt.NDArray[np.int32], class_count: int) -> HardLoss:
+        """The loss against hard labels when training on ``labels``, int32 [N]: margins and weights come from them."""
+        counts = np.bincount(labels, minlength=class_count)
+        return HardLoss(
+            self.hard_loss,
+            self.focal_gamma,
+            self.focal_alpha,
+            ldam_margins(counts) if self.hard_loss == "ldam" else (),
+            class_weights(counts, self.class_weights, beta=self.class_weight_beta),
+            self.defer_weights,
+        )
+
+    def loss_against_heads(self, task: Task, values: Values) -> HardLoss:
+        """The same for several heads, ``values``: float32 [N, V]. Each softmax head has class weights of its own."""
+        weights: list[float] = []
+        for head, columns in task.columns():
+            if self.class_weights != "none" and head.kind == "softmax":
+                known = values[:, columns][~np.isnan(values[:, columns])].astype(np.int64)
+                counts = np.bincount(known, minlength=head.width)
+                weights += class_weights(counts, self.class_weights, beta=self.class_weight_beta)
+            elif self.class_weights != "none":
+                weights += [1.0] * head.width
+        return HardLoss(self.hard_loss, self.focal_gamma, self.focal_alpha, (), tuple(weights), self.defer_weights)
 
     def augment_settings(self) -> AugmentSettings:
         return AugmentSettings(
@@ -78,6 +273,11 @@ class TrainSettings:
             horizontal_flip=self.horizontal_flip,
             any_way_up=self.any_way_up,
             color_jitter=self.color_jitter,
+            auto_augment=self.auto_augment,
+            grayscale=self.grayscale,
+            gridmask=self.gridmask,
+            cutout=self.cutout,
+            coarse_dropout=self.coarse_dropout,
         )
 
     def augmentation(self, spec: InputSpec) -> Augment:
@@ -90,27 +290,69 @@ class TrainSettings:
             "image_size": self.image_size,
             "drop_rate": self.drop_rate,
             "drop_path_rate": self.drop_path_rate,
+            "classifier": self.classifier_settings(),
         }
+
+    def classifier_settings(self) -> ClassifierSettings:
+        return ClassifierSettings(**{name: getattr(self, field) for name, field in CLASSIFIER_FIELDS.items()})
+
+    @property
+    def main_epochs(self) -> int:
+        """The epochs before SWA."""
+        return round(self.epochs * self.swa_start) if self.swa_start else self.epochs
+
+    @property
+    def total_epochs(self) -> int:
+        return self.epochs + self.extra_epochs
+
+    @property
+    def averages(self) -> bool:
+        """Whether the trained weights are an average, for which batch-norm statistics are to be measured anew."""
+        return bool(self.extra_epochs or self.swa_start or self.ema_decay)
 
     def checks(self) -> list[tuple[str, bool, str]]:
         """(field, whether its value is allowed, what is)."""
         return [
             ("name", bool(self.name), "a network, such as mbv3s"),
             ("image_size", 16 <= self.image_size <= 2048, "16 to 2048 pixels"),
+            ("test_size", self.test_size is None or 16 <= self.test_size <= 2048, "16 to 2048 pixels, or None"),
+            ("fixres_epochs", 0 <= self.fixres_epochs <= 1000, "0 or more"),
             ("resize", self.resize in ("squash", "center-crop"), "'squash' or 'center-crop'"),
             ("epochs", 1 <= self.epochs <= 100_000, "1 or more"),
             ("batch_size", 2 <= self.batch_size <= 65_536, "2 or more (batch normalisation needs two)"),
-            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("optimizer", bool(self.optimizer), "an optimizer, such as radam"),
             ("lr", 0 < self.lr < 100, "a number above 0"),
             ("final_lr", 0 <= self.final_lr <= 1, "a share of lr, 0 to 1"),
             ("weight_decay", 0 <= self.weight_decay < 10, "0 or more"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "0 to less than epochs"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.main_epochs, "0 to less than epochs"),
+            ("schedule", self.schedule in ("cosine", "exponential", "constant"), "cosine, exponential or constant"),
+            ("lr_decay", 0 < self.lr_decay <= 1, "a factor per epoch, above 0 to 1"),
             ("grad_clip", self.grad_clip is None or self.grad_clip > 0, "a norm above 0, or None"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to less than 1"),
+            ("hard_loss", self.hard_loss in HARD_LOSSES, f"one of {', '.join(HARD_LOSSES)}"),
+            ("focal_gamma", 0 <= self.focal_gamma <= 20, "0 to 20"),
+            ("focal_alpha", 0 < self.focal_alpha <= 100, "above 0"),
+            ("class_weights", self.class_weights in CLASS_WEIGHTS, f"one of {', '.join(CLASS_WEIGHTS)}"),
+            ("class_weight_beta", 0 <= self.class_weight_beta < 1, "0 to less than 1"),
+            ("defer_weights", 0 <= self.defer_weights < 1, "a share of the epochs, 0 to less than 1"),
+            ("sample_power", 0 <= self.sample_power <= 2, "0 to 2"),
             ("cutmix_alpha", self.cutmix_alpha > 0, "a number above 0"),
             ("cutmix_probability", 0 <= self.cutmix_probability <= 1, "0 to 1"),
+            ("mixup_alpha", self.mixup_alpha > 0, "a number above 0"),
+            ("mixup_probability", 0 <= self.mixup_probability <= 1, "0 to 1"),
+            ("plain_epochs", 0 <= self.plain_epochs <= self.total_epochs, "0 to all epochs"),
             ("drop_rate", 0 <= self.drop_rate < 1, "0 to less than 1"),
             ("drop_path_rate", 0 <= self.drop_path_rate < 1, "0 to less than 1"),
+            *((CLASSIFIER_FIELDS[name], good, text) for name, good, text in self.classifier_settings().checks()),
+            ("extra_epochs", 0 <= self.extra_epochs <= 1000, "0 or more"),
+            ("extra_lr", 0 < self.extra_lr <= 1, "a share of lr, above 0 to 1"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "0 (none) to less than 1"),
+            (
+                "swa_start",
+                self.swa_start == 0 or 0 < self.main_epochs < self.epochs,
+                "0 (none), or a share of the epochs",
+            ),
+            ("swa_lr", 0 < self.swa_lr <= 1, "a share of lr, above 0 to 1"),
             ("seed", self.seed >= 0, "0 or more"),
             ("precision", self.precision in ("auto", "f32", "bf16"), "auto, f32 or bf16"),
             ("workers", self.workers is None or 0 <= self.workers <= 256, "0 to 256, or None"),
@@ -119,14 +361,31 @@ class TrainSettings:
         ]
 
 
-def identity(settings: TrainSettings, **more: Any) -> dict[str, Any]:
+def identity(settings: TrainSettings, *, task: Task | None = None, **more: Any) -> dict[str, Any]:
     """What decides the trained weights, as plain values: a resumed run must agree on all of it."""
+    more |= {} if task is None else {"task": task.to_dict()}
     return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS} | more
 
 
-def refuse_other_settings(path: object, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises ArtifactError that names the first fields in which the saved work differs from what is asked now."""
+def defaults_of(kind: type[TrainSettings]) -> dict[str, Any]:
+    """The defaults of a stage's settings by field, as settings_dict has them."""
+    return {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for field in fields(kind)
+        if field.default is not MISSING
+    }
+
+
+def refuse_other_settings(
+    path: object, saved: dict[str, Any], current: dict[str, Any], kind: type[TrainSettings]
+) -> None:
+    """Raises ArtifactError that names the first fields in which the saved work differs from what is asked now.
+
+    Both are identities; ``kind``: the class of the settings that they come from.
+    """
     keys = sorted(saved.keys() | current.keys())
+    # What older work does not name did not exist yet: it was made with the default.
+    saved = {key: value for key, value in defaults_of(kind).items() if key in current} | saved
     different = [key for key in keys if saved.get(key) != current.get(key)]
     if different:
         shown = ", ".join(f"{key}={saved.get(key)!r} (now {current.get(key)!r})" for key in different[:3])
@@ -146,12 +405,3 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use --device cpu")
     return device
-
-
-def refuse_several_processes() -> None:
-    """Two processes would write the same checkpoints: a launcher's processes get one fold each instead."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count not in ("", "1"):
-        raise UsageError(
-            f"WORLD_SIZE={count}: one training runs in one process; give each process a fold of its own with --fold K"
-        )

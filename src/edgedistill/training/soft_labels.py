@@ -7,7 +7,7 @@ labels by id, never by row position.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgedistill import console
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.soft_label_store import BLOCK_ROWS, SoftLabelStore, open_store, parse_store, write_store
 from edgedistill.errors import ArtifactError, DataError
+from edgedistill.training.heads import head_files, read_scores, write_scores
 
 SOFT_LABELS_FORMAT = "edgedistill-soft-labels"
 HEAD = "label"
@@ -25,7 +28,8 @@ HEAD = "label"
 
 @dataclass(frozen=True, eq=False)
 class FoldResult:
-    """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1.
+    """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1 (with
+    several heads: the scores [n, D] of heads.scores_of).
 
     ``trained_on``: ids_hash of the images that it trained on. ``epochs``: planned and done, which must agree.
     """
@@ -100,76 +104,178 @@ def _prove_groups(dataset: Dataset, train: npt.NDArray[np.int64]) -> None:
             raise DataError(f"soft labels: group {group!r} lies in two folds; freeze the data set again")
 
 
-def write_soft_labels(folder: Path, dataset: Dataset, results: Iterable[FoldResult]) -> Path:
-    """Prove, then write meta.json, ids.npy, fold.npy and label.log_probs.npy [N, C]; meta.json comes last."""
+def write_soft_labels(
+    folder: Path,
+    dataset: Dataset,
+    results: Iterable[FoldResult],
+    *,
+    teachers: Sequence[Mapping[str, Any]] | None = None,
+    blend: Mapping[str, Any] | None = None,
+    store: str = "float32",
+) -> Path:
+    """Prove, then write meta.json, ids.npy, fold.npy and label.log_probs.npy [N, C]; meta.json comes last.
+
+    ``teachers``: what meta.json says of them, where ``results`` combine several (by ``blend``). ``store``: 'float32',
+    'float16' or 'top-k:N' (see data.soft_label_store); what the smaller ones lose is measured, noted in meta.json and
+    said. Labels are written in blocks: where the results' log_probs are mapped files, memory stays bounded.
+    """
     results = sorted(results, key=lambda result: result.fold)
     prove_out_of_fold(dataset, results)
     ids = np.concatenate([result.ids for result in results])
     folds = np.concatenate([np.full(len(result.ids), result.fold, np.int16) for result in results])
-    log_probs = np.concatenate([result.log_probs for result in results]).astype(np.float32)
     order = np.argsort(ids, kind="stable")
+    blocks = _gathered([result.log_probs for result in results], order)
     write_array(folder / "ids.npy", ids[order].astype(str))
     write_array(folder / "fold.npy", folds[order])
-    write_array(folder / f"{HEAD}.log_probs.npy", log_probs[order])
+    if dataset.task is None:
+        shape = (len(ids), len(dataset.class_names))
+        heads = {HEAD: write_store(folder, HEAD, blocks, shape=shape, kind=parse_store(store))}
+        _say_what_is_lost(heads[HEAD], store, len(ids))
+    else:
+        write_scores(folder, dataset.task, np.concatenate(list(blocks)))
+        heads = head_files(dataset.task)
     write_json(
         folder / "meta.json",
         {
             "dataset_hash": dataset.hash,
-            "classes": list(dataset.class_names),
+            "classes": list(dataset.outputs),
             "n": len(ids),
-            "heads": {HEAD: {"kind": "softmax", "file": f"{HEAD}.log_probs.npy", "temperature": 1.0, "views": 1}},
-            "teachers": [result.teacher() for result in results],
-        },
+            "heads": heads,
+            "teachers": [result.teacher() for result in results] if teachers is None else list(teachers),
+        }
+        | ({} if blend is None else {"blend": dict(blend)}),
         format=SOFT_LABELS_FORMAT,
     )
     return folder
 
 
+def _say_what_is_lost(entry: Mapping[str, Any], store: str, count: int) -> None:
+    if "loss" in entry:
+        loss = entry["loss"]
+        console.note(
+            f"soft labels stored as {store}: {loss['kl_mean']:.2g} nats lost on average (at most {loss['kl_max']:.2g}), "
+            f"another first choice for {loss['top1_changed']} of {count} images"
+        )
+
+
+def _gathered(
+    parts: Sequence[npt.NDArray[np.float32]], order: npt.NDArray[np.int64]
+) -> Iterator[npt.NDArray[np.float32]]:
+    """The rows of the parts laid end to end, in ``order``, block by block: float32 [n, C]."""
+    ends = np.cumsum([len(part) for part in parts])
+    for start in range(0, len(order), BLOCK_ROWS):
+        rows = order[start : start + BLOCK_ROWS]
+        owner = np.searchsorted(ends, rows, side="right")
+        block = np.empty((len(rows), parts[0].shape[1]), np.float32)
+        for number in np.unique(owner):
+            mine = owner == number
+            block[mine] = parts[number][rows[mine] - (ends[number] - len(parts[number]))]
+        yield block
+
+
+@dataclass(frozen=True, eq=False)
+class SoftLabels:
+    """A folder of soft labels joined to a data set; the labels themselves stay on the disk.
+
+    ``row_of``: int64 [len(dataset)], each image's row in the store, -1 for those that are not in train.
+    """
+
+    store: SoftLabelStore
+    row_of: npt.NDArray[np.int64]
+
+    def rows(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """float32 [n, C] log-probabilities at T=1 of rows of the data set; NaN outside train."""
+        stored = self.row_of[rows]
+        answer = np.full((len(stored), self.store.class_count), np.nan, np.float32)
+        answer[stored >= 0] = self.store.rows(stored[stored >= 0])
+        return answer
+
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+        """(rows of the data set, their labels float32 [n, C]) of all training images, ``size`` at a time."""
+        train = np.flatnonzero(self.row_of >= 0)
+        for start in range(0, len(train), size):
+            yield train[start : start + size], self.rows(train[start : start + size])
+
+
 def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
-    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train.
+    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train. With several heads:
+    their scores, [len(dataset), D] (see heads.scores_of).
 
     Raises ArtifactError when the labels belong to other images, other classes or another format.
     """
+    joined = np.full((len(dataset), len(dataset.outputs)), np.nan, np.float32)
+    if dataset.task is not None:
+        _, row_of = _matched(folder, dataset)
+        train = dataset.rows("train")
+        joined[train] = read_scores(folder, dataset, len(train))[row_of[train]]
+        return joined
+    for rows, block in open_soft_labels(folder, dataset).blocks():
+        joined[rows] = block
+    return joined
+
+
+def open_soft_labels(folder: Path, dataset: Dataset) -> SoftLabels:
+    """The same labels for reading by rows or blocks, which need not fit into memory; of one head alone. Raises as
+    read_soft_labels does."""
+    meta, row_of = _matched(folder, dataset)
+    entry = dict(meta.get("heads", {}).get(HEAD, {}))
+    count = len(dataset.rows("train"))
+    return SoftLabels(open_store(folder, HEAD, entry, count=count, class_count=len(dataset.class_names)), row_of)
+
+
+def _matched(folder: Path, dataset: Dataset) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+    """(meta.json, SoftLabels.row_of) of labels that belong to exactly this data set."""
     meta_path = folder / "meta.json"
     meta = read_json(meta_path, format=SOFT_LABELS_FORMAT)
     again = "train the teachers again with 'edgedistill teach', or give the --soft-labels of this data set"
     classes = tuple(meta.get("classes", ()))
-    if len(classes) != len(dataset.class_names):
+    if len(classes) != len(dataset.outputs):
         raise ArtifactError(
-            f"{meta_path}: {len(classes)} classes, but the data set has {len(dataset.class_names)}; {again}"
+            f"{meta_path}: {len(classes)} classes, but the data set has {len(dataset.outputs)}; {again}"
         )
-    if classes != dataset.class_names:
+    if classes != dataset.outputs:
         raise ArtifactError(
             f"{meta_path}: classes {', '.join(classes[:5])}, but the data set has "
-            f"{', '.join(dataset.class_names[:5])}; {again}"
+            f"{', '.join(dataset.outputs[:5])}; {again}"
         )
     if meta.get("dataset_hash") != dataset.hash:
         raise ArtifactError(
             f"{meta_path}: made for another data set ({str(meta.get('dataset_hash'))[:12]}..., "
             f"this one is {dataset.hash[:12]}...); {again}"
         )
-    ids, log_probs = read_array(folder / "ids.npy"), read_array(folder / f"{HEAD}.log_probs.npy")
-    _check_arrays(folder, ids, log_probs, len(classes))
+    ids = read_array(folder / "ids.npy")
+    if ids.ndim != 1 or ids.dtype.kind != "U" or len(set(ids.tolist())) != len(ids):
+        raise ArtifactError(f"{folder / 'ids.npy'}: expected distinct strings [N], got {ids.dtype} {ids.shape}")
     train = dataset.rows("train")
     if set(ids.tolist()) != set(dataset.ids[train].tolist()):
         raise ArtifactError(
             f"{folder}: labels for {len(ids)} images that are not exactly the {len(train)} training images: the splits "
             f"differ, and labels of images that are now held out would leak; {again}"
         )
-    row_of = {name: row for row, name in enumerate(ids.tolist())}
-    joined = np.full((len(dataset), len(classes)), np.nan, np.float32)
-    joined[train] = log_probs[[row_of[name] for name in dataset.ids[train].tolist()]]
-    return joined
+    stored = {name: row for row, name in enumerate(ids.tolist())}
+    row_of = np.full(len(dataset), -1, np.int64)
+    row_of[train] = [stored[name] for name in dataset.ids[train].tolist()]
+    return meta, row_of
 
 
-def _check_arrays(folder: Path, ids: npt.NDArray[Any], log_probs: npt.NDArray[Any], class_count: int) -> None:
-    path = folder / f"{HEAD}.log_probs.npy"
-    if ids.ndim != 1 or ids.dtype.kind != "U" or len(set(ids.tolist())) != len(ids):
-        raise ArtifactError(f"{folder / 'ids.npy'}: expected distinct strings [N], got {ids.dtype} {ids.shape}")
-    if log_probs.shape != (len(ids), class_count) or log_probs.dtype != np.float32:
-        raise ArtifactError(
-            f"{path}: {log_probs.dtype} {log_probs.shape}, expected float32 {(len(ids), class_count)}; make it again"
-        )
-    sums = np.exp(log_probs.astype(np.float64)).sum(axis=1)
-    if not np.all(np.abs(sums - 1) < 1e-3):  # also true of NaN
-        raise ArtifactError(f"{path}: rows are not log-probabilities (their exponentials do not sum to 1)")
+def read_teachers(folder: Path) -> list[dict[str, Any]]:
+    """What meta.json says of each teacher: fold, architecture, sha256 of its model.pt, trained_on (an ids_hash)."""
+    return list(read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT)["teachers"])
+
+
+def blend_of(folder: Path) -> dict[str, Any] | None:
+    """How several architectures became one label (teacher.ensemble.Blended.to_dict); None where there is but one."""
+    blend = read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT).get("blend")
+    return None if blend is None else dict(blend)
+
+
+def read_folds(folder: Path, dataset: Dataset) -> npt.NDArray[np.int16]:
+    """int16 [len(dataset)]: the fold whose teacher labelled each image; -1 where nobody did, so that nobody saw it.
+
+    ``dataset`` may have other folds than the run that made the labels. Raises ArtifactError for a damaged folder.
+    """
+    ids, folds = read_array(folder / "ids.npy"), read_array(folder / "fold.npy")
+    if folds.shape != ids.shape or folds.dtype != np.int16:
+        raise ArtifactError(f"{folder / 'fold.npy'}: {folds.dtype} {folds.shape}, expected int16 {ids.shape}")
+    fold_of = dict(zip(ids.tolist(), folds.tolist(), strict=True))
+    return np.array([fold_of.get(name, -1) for name in dataset.ids.tolist()], np.int16)

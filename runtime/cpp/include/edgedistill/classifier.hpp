@@ -46,7 +46,8 @@ public:
     const std::vector<std::string>& labels() const noexcept;
     const InputSpec& spec() const noexcept;  // of the first stage
     bool multi_label() const noexcept;
-    double temperature() const noexcept;  // of the first stage
+    const std::vector<Head>& heads() const noexcept;  // of a network with several heads; else empty
+    double temperature() const noexcept;              // of the first stage
     const std::string& precision() const noexcept;
 
 private:

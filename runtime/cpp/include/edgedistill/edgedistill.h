@@ -67,13 +67,30 @@ typedef struct edgedistill_options {
     void* log_context;
 } edgedistill_options;
 
-/* `label` belongs to the classifier or engine and lives as long. `index` is -1 for "unknown". */
+/* `label` belongs to the classifier or engine and lives as long. `index` is -1 for "unknown". Of a network with several
+ * heads they are the first head's; `probability` is the smallest over its heads of classes. */
 typedef struct edgedistill_prediction {
     int32_t index;
     const char* label;
     float probability;
     int32_t stage;
 } edgedistill_prediction;
+
+typedef enum edgedistill_head_kind {
+    EDGEDISTILL_SOFTMAX = 0,   /* one of its classes: the largest probability */
+    EDGEDISTILL_SIGMOID = 1,   /* each class for itself: those from `threshold` on */
+    EDGEDISTILL_REGRESSION = 2 /* one value, in the place of a probability */
+} edgedistill_head_kind;
+
+/* One question that a network with several heads answers: its outputs are the `count` from `first` on, in
+ * `probabilities` as in the labels. `name` belongs to the classifier or engine and lives as long. */
+typedef struct edgedistill_head {
+    const char* name;
+    edgedistill_head_kind kind;
+    int32_t first;
+    int32_t count;
+    float threshold;
+} edgedistill_head;
 
 typedef struct edgedistill_classifier edgedistill_classifier;
 typedef struct edgedistill_engine edgedistill_engine;
@@ -101,6 +118,12 @@ EDGEDISTILL_C_API int32_t edgedistill_classifier_class_count(const edgedistill_c
 /* NULL for an index outside 0 .. class_count - 1. */
 EDGEDISTILL_C_API const char* edgedistill_classifier_label(const edgedistill_classifier* classifier, int32_t index);
 
+/* 0 where every image gets one label, or one set of labels. */
+EDGEDISTILL_C_API int32_t edgedistill_classifier_head_count(const edgedistill_classifier* classifier);
+/* EDGEDISTILL_USAGE for an index outside 0 .. head_count - 1. */
+EDGEDISTILL_C_API edgedistill_status edgedistill_classifier_head(const edgedistill_classifier* classifier,
+                                                                 int32_t index, edgedistill_head* out);
+
 /* `probabilities`: NULL, or room for `probability_count` floats, of which the first class_count are written;
  * EDGEDISTILL_USAGE when there is less room. */
 EDGEDISTILL_C_API edgedistill_status edgedistill_classify_pixels(edgedistill_classifier* classifier,
@@ -123,6 +146,10 @@ EDGEDISTILL_C_API edgedistill_status edgedistill_engine_open(const char* path, c
 EDGEDISTILL_C_API void edgedistill_engine_free(edgedistill_engine* engine);
 EDGEDISTILL_C_API int32_t edgedistill_engine_class_count(const edgedistill_engine* engine);
 EDGEDISTILL_C_API const char* edgedistill_engine_label(const edgedistill_engine* engine, int32_t index);
+
+EDGEDISTILL_C_API int32_t edgedistill_engine_head_count(const edgedistill_engine* engine);
+EDGEDISTILL_C_API edgedistill_status edgedistill_engine_head(const edgedistill_engine* engine, int32_t index,
+                                                             edgedistill_head* out);
 
 /* `timeout_ms` < 0 waits for ever. `user` comes back with the answer, and names bytes and pixels in messages. The
  * engine copies path, bytes and pixels. */

@@ -1,0 +1,312 @@
+"""What distillation brings: arms of one protocol over several seeds, each in pieces that can be interrupted anywhere.
+
+    python -m edgedistill.benchmarks.distillation benchmarks/protocols/distillation-elpv.toml --minutes 28  # until done
+    python -m edgedistill.benchmarks.distillation benchmarks/protocols/distillation-elpv.toml --summary
+
+A protocol is a TOML file: the data, the seeds, the options of `distill` that teachers and students share over all arms,
+and one line of options per arm. In each seed the teachers are trained once, by the arm named ``teachers_with``, and all
+arms use them; every arm gets the same epochs of the same student (its seconds are recorded too). ``[peers]`` are arms of
+timm's distillation task (see peer_timm_distillation.py), with a teacher of the same network, trained as timm has it: on
+all training images.
+
+A row per (data, seed, arm) goes to RESULTS/NAME.csv, the answers on each test image to RESULTS/NAME/seed-S/, and at the end
+of each piece RESULTS/NAME.json gets each arm minus the reference arm with the paired 95% interval over seeds and images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill import console
+from edgedistill.artifacts import atomic_path, read_array, read_json, read_jsonl, write_array, write_json
+from edgedistill.benchmarks.machine import machine_record
+from edgedistill.benchmarks.reference_runs import run_piece, write_subset
+from edgedistill.errors import EdgedistillError, UsageError
+from edgedistill.metrics import MetricName, hierarchical_difference
+
+RESULTS = Path("benchmarks/results/distillation")
+METRICS: tuple[MetricName, ...] = ("accuracy", "macro_f1")
+TEACHERS = "teachers"
+TIMES_UP = 3  # exit code: run the same command again to go on
+DISTILL = "import sys; from edgedistill.cli import distill_main; distill_main()"
+KEYS = {
+    "data",
+    "train_images",
+    "seeds",
+    "data_options",
+    "teacher_options",
+    "student_options",
+    "teachers_with",
+    "reference",
+    "arms",
+    "peer_teacher",
+    "peers",
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """``data_options``, ``teacher_options``, ``student_options`` and each arm: options of `distill`.
+
+    ``train_images``: so many of the data's training images, evenly by class (0: all). ``teachers_with``: the distilled
+    arm whose run trains the teachers. ``reference``: the arm that the others are compared with. ``peer_teacher``:
+    options of `distill` for the teacher of the ``peers``, whose own options are those of peer_timm_distillation.
+    """
+
+    name: str
+    data: str
+    seeds: tuple[int, ...]
+    data_options: str
+    teacher_options: str
+    student_options: str
+    teachers_with: str
+    reference: str
+    arms: dict[str, str]
+    train_images: int = 0
+    peer_teacher: str = ""
+    peers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One training of one seed: ``arm`` of a protocol, or the peers' teacher (arm '')."""
+
+    seed: int
+    arm: str
+    folder: Path
+    command: list[str]
+
+
+def read_protocol(path: Path) -> Protocol:
+    """Raises UsageError that names what is missing, unknown or contradictory."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML ({error})") from error
+    unknown = sorted(values.keys() - KEYS)
+    if unknown:
+        raise UsageError(f"{path}: {', '.join(unknown)} unknown; expected {', '.join(sorted(KEYS))}")
+    try:
+        protocol = Protocol(path.stem, **values | {"seeds": tuple(values["seeds"])})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{path}: {error}; see benchmarks/protocols for examples") from error
+    for name in (protocol.teachers_with, protocol.reference):
+        if name not in protocol.arms:
+            raise UsageError(f"{path}: {name!r} is not one of its arms {', '.join(protocol.arms)}")
+    if "--no-distillation" in protocol.arms[protocol.teachers_with]:
+        raise UsageError(f"{path}: teachers_with {protocol.teachers_with!r} distils nothing, so it trains no teachers")
+    if protocol.peers and not protocol.peer_teacher:
+        raise UsageError(f"{path}: peers need a peer_teacher, options of distill")
+    return protocol
+
+
+def pieces(protocol: Protocol, runs: Path, data: str) -> Iterator[Piece]:
+    """In the order in which they run: a seed's teachers come first."""
+    for seed in protocol.seeds:
+        root = runs / protocol.name / f"seed-{seed}"
+        common = ["--data", data, "--seed", str(seed), "--no-baseline", "--resume"]
+        common += shlex.split(protocol.data_options)
+        others = [arm for arm in protocol.arms if arm != protocol.teachers_with]
+        for arm in (protocol.teachers_with, *others):
+            options = f"{protocol.student_options} {protocol.arms[arm]}"
+            if arm == protocol.teachers_with:
+                options = f"{protocol.teacher_options} {options}"
+            elif "--no-distillation" not in options:
+                options += f" --soft-labels {shlex.quote(str(root / TEACHERS / 'soft_labels'))}"
+            folder = root / (TEACHERS if arm == protocol.teachers_with else arm)
+            command = [*common, *shlex.split(options), "--out", str(folder)]
+            yield Piece(seed, arm, folder, [sys.executable, "-c", DISTILL, *command])
+        if protocol.peers:
+            folder = root / "peer-teacher"
+            command = [*common, "--no-distillation", *shlex.split(protocol.peer_teacher), "--out", str(folder)]
+            yield Piece(seed, "", folder, [sys.executable, "-c", DISTILL, *command])
+        for arm, options in protocol.peers.items():
+            program = [sys.executable, "-m", "edgedistill.benchmarks.peer_timm_distillation"]
+            files = ["--dataset", str(root / TEACHERS / "dataset.csv"), "--seed", str(seed)]
+            files += ["--teacher", str(root / "peer-teacher" / "model.pt"), "--out", str(root / arm)]
+            yield Piece(seed, arm, root / arm, [*program, *files, *shlex.split(options)])
+
+
+def share_manifest(piece: Piece) -> None:
+    """All arms of a seed have the images and splits of its teachers."""
+    source = piece.folder.parent / TEACHERS
+    if piece.folder == source or (piece.folder / "dataset.csv").exists():
+        return
+    for name in ("data_report.json", "dataset.csv"):
+        if (source / name).exists():
+            with atomic_path(piece.folder / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+def data_argument(protocol: Protocol, runs: Path) -> str:
+    """What --data is given: the protocol's data, or a CSV that names fewer training images of it."""
+    if not protocol.train_images:
+        return protocol.data
+    path = runs / f"{protocol.data.replace(':', '-').replace('/', '_')}-{protocol.train_images}.csv"
+    if not path.exists():
+        write_subset(protocol.data, protocol.train_images, path)
+    return str(path)
+
+
+def rows_of(protocol: Protocol, piece: Piece, out: Path) -> list[dict[str, Any]]:
+    """The arm's row, and the teachers' when it trained them; their answers are kept for the intervals."""
+    evaluation = read_json(piece.folder / "evaluation" / "evaluation.json", format="edgedistill-evaluation")
+    names = {"student" if "student" in evaluation["models"] else "hard_label_student": piece.arm}
+    if piece.arm == protocol.teachers_with:
+        names["teacher"] = TEACHERS
+    kept = out / protocol.name / f"seed-{piece.seed}"
+    labels = read_array(piece.folder / "evaluation" / "test_labels.npy")
+    write_array(kept / "test_labels.npy", labels.astype(np.int16))
+    rows = []
+    for model, arm in names.items():
+        probabilities = read_array(piece.folder / "evaluation" / f"{model}.probs.npy")
+        write_array(kept / f"{arm}.npy", probabilities.argmax(axis=1).astype(np.int16))
+        values = evaluation["models"][model]
+        folders = ("student", "student-hard-labels") if model != "teacher" else ("teacher/fold-*",)
+        logs = [path for name in folders for path in sorted(piece.folder.glob(f"{name}/metrics.jsonl"))]
+        rows.append(
+            {
+                "data": protocol.data,
+                "train_images": protocol.train_images,
+                "seed": piece.seed,
+                "arm": arm,
+                "test_images": evaluation["n"],
+                "accuracy": round(values["accuracy"], 5),
+                "macro_f1": round(values["macro_f1"], 5),
+                "train_s": round(sum(row["seconds"] for path in logs for row in read_jsonl(path)), 1),
+                "command": shlex.join(["distill", *piece.command[3:]] if model != "teacher" else []),
+            }
+        )
+    return rows
+
+
+def append(rows: list[dict[str, Any]], path: Path) -> None:
+    """Earlier rows of the same seed and arm are replaced."""
+    keys = {(str(row["seed"]), row["arm"]) for row in rows}
+    kept = [old for old in read_rows(path) if (old["seed"], old["arm"]) not in keys]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def summarise(protocol: Protocol, out: Path) -> dict[str, Any]:
+    """Each arm over the seeds that it shares with the reference arm; written to NAME.json."""
+    rows = read_rows(out / f"{protocol.name}.csv")
+    answers = {(int(row["seed"]), row["arm"]): row for row in rows}
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    result: dict[str, Any] = {}
+    for arm in arms:
+        seeds = [seed for seed, name in answers if name == arm]
+        shared = [seed for seed in seeds if (seed, protocol.reference) in answers]
+        values: dict[str, Any] = {"seeds": seeds}
+        for metric in METRICS:
+            numbers = [float(answers[seed, arm][metric]) for seed in seeds]
+            values[metric] = {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=len(numbers) > 1))}
+            if arm != protocol.reference and shared:
+                values[metric] |= _difference(protocol, metric, arm, shared, out)
+        values["train_s"] = float(np.median([float(answers[seed, arm]["train_s"]) for seed in seeds]))
+        result[arm] = values
+    record = {"reference": protocol.reference, "arms": result, "machine": machine_record()}
+    write_json(out / f"{protocol.name}.json", record, format="edgedistill-distillation-benchmark")
+    return record
+
+
+def _difference(protocol: Protocol, metric: MetricName, arm: str, seeds: list[int], out: Path) -> dict[str, Any]:
+    def kept(name: str) -> list[npt.NDArray[np.int64]]:
+        folder = out / protocol.name
+        return [read_array(folder / f"seed-{seed}" / f"{name}.npy").astype(np.int64) for seed in seeds]
+
+    paired = hierarchical_difference(metric, kept(arm), kept(protocol.reference), kept("test_labels"))
+    return {"minus_reference": paired.difference, "ci95": list(paired.ci95), "paired_seeds": len(seeds)}
+
+
+def table(record: dict[str, Any], name: str) -> Any:
+    rows = []
+    for arm, values in record["arms"].items():
+        cells = [arm, len(values["seeds"])]
+        for metric in METRICS:
+            cells.append(f"{values[metric]['mean']:.4f}")
+            if "ci95" in values[metric]:
+                low, high = (100 * bound for bound in values[metric]["ci95"])
+                cells.append(f"{100 * values[metric]['minus_reference']:+.2f} [{low:+.2f}, {high:+.2f}]")
+            else:
+                cells.append("-")
+        rows.append([*cells, f"{values['train_s'] / 60:.1f}"])
+    columns = ("arm", "seeds", "accuracy", "points", "macro-F1", "points", "minutes")
+    return console.table(f"{name}: points minus {record['reference']}, 95% over seeds and images", columns, rows)
+
+
+def run(protocol: Protocol, args: argparse.Namespace) -> bool:
+    """Whether all that was asked for is done."""
+    deadline = time.monotonic() + 60 * args.minutes
+    results = args.out / f"{protocol.name}.csv"
+    done = {(int(row["seed"]), row["arm"]) for row in read_rows(results)}
+    for piece in pieces(protocol, args.runs, data_argument(protocol, args.runs)):
+        needed = piece.arm in ("", protocol.teachers_with) or not args.arms or piece.arm in args.arms
+        if not needed or (args.seeds and piece.seed not in args.seeds) or (piece.seed, piece.arm) in done:
+            continue
+        if not piece.arm and (piece.folder / "model.pt").exists():
+            continue
+        share_manifest(piece)
+        console.note(f"{protocol.name}, seed {piece.seed}: {piece.arm or 'the peers teacher'}")
+        if not run_piece(piece.command, deadline - time.monotonic()):
+            console.note("time is up; run the same command again to go on")
+            return False
+        if piece.arm:
+            append(rows_of(protocol, piece, args.out), results)
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("protocol", type=Path, help="a TOML file of benchmarks/protocols")
+    parser.add_argument("--minutes", type=float, default=28.0, help="of this piece; run again to go on")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=[], help="only these, comma between")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[])
+    parser.add_argument("--runs", type=Path, default=Path("runs/distillation"), help="where the runs lie")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--summary", action="store_true", help="train nothing; sum up what is there")
+    parser.add_argument("--list", action="store_true", help="train nothing; print the commands")
+    args = parser.parse_args(argv)
+    protocol = read_protocol(args.protocol)
+    unknown = sorted(set(args.arms) - protocol.arms.keys() - protocol.peers.keys())
+    if unknown:
+        raise UsageError(f"--arms {','.join(unknown)}: not in {args.protocol}: {', '.join(protocol.arms)}")
+    if args.list:
+        for piece in pieces(protocol, args.runs, data_argument(protocol, args.runs)):
+            console.out.print(shlex.join(piece.command), markup=False)
+        return 0
+    finished = args.summary or run(protocol, args)
+    if read_rows(args.out / f"{protocol.name}.csv"):
+        console.out.print(table(summarise(protocol, args.out), protocol.name))
+    return 0 if finished else TIMES_UP
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except EdgedistillError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,201 @@
+"""Targets, losses, soft labels and metrics of a network with several heads.
+
+Its targets lie side by side as its outputs do, float32 [N, D]: probabilities of softmax and sigmoid heads, standardised
+values of regression heads, NaN where a label is missing. So CutMix mixes all heads alike, and what it makes of a missing
+label is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from edgedistill import task_metrics
+from edgedistill.artifacts import read_array, write_array
+from edgedistill.data.manifest import Dataset
+from edgedistill.errors import ArtifactError
+from edgedistill.task_metrics import Scored
+from edgedistill.tasks import Floats, Head, Task, Values
+from edgedistill.training.losses import LossSettings, Targets, loss_of
+
+SUFFIXES = {"softmax": "log_probs", "sigmoid": "logits", "regression": "values"}
+SMALLEST = float(np.finfo(np.float32).tiny)
+Scores = npt.NDArray[np.float32]
+
+
+def make_task_targets(
+    task: Task,
+    values: Values,
+    *,
+    soft_scores: Scores | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> Targets:
+    """Targets of all images. ``values``: float32 [N, V]. ``soft_scores``: float32 [N, D] as ``scores_of`` gives them; where
+    they are NaN the hard target stands in."""
+    hard = np.concatenate([_hard(head, values[:, columns]) for head, columns in task.columns()], axis=1)
+    soft = hard
+    if soft_scores is not None:
+        tempered = np.concatenate(
+            [_tempered(head, soft_scores[:, part], temperature) for head, part in task.slices()], axis=1
+        )
+        soft = np.where(np.isnan(tempered), hard, tempered)
+    if label_smoothing:
+        hard = hard.copy()
+        for head, part in task.slices():
+            if head.kind != "regression":
+                classes = head.width if head.kind == "softmax" else 2
+                hard[:, part] = hard[:, part] * (1 - label_smoothing) + label_smoothing / classes
+    return Targets(torch.from_numpy(hard.astype(np.float32)), torch.from_numpy(soft.astype(np.float32)))
+
+
+def _hard(head: Head, values: Values) -> npt.NDArray[np.float64]:
+    if head.kind == "softmax":
+        return np.where(np.isnan(values), np.nan, values == np.arange(head.width, dtype=np.float32))
+    if head.kind == "sigmoid":
+        return values.astype(np.float64)
+    return (values.astype(np.float64) - head.mean) / head.std
+
+
+def _tempered(head: Head, scores: Scores, temperature: float) -> npt.NDArray[np.float64]:
+    """A head's scores as targets at that temperature; regression has none."""
+    if head.kind == "regression":
+        return scores.astype(np.float64)
+    tensor = torch.from_numpy(scores.astype(np.float64)) / temperature
+    return (torch.softmax(tensor, dim=1) if head.kind == "softmax" else torch.sigmoid(tensor)).numpy()
+
+
+def task_loss(logits: torch.Tensor, targets: Targets, settings: LossSettings, task: Task) -> torch.Tensor:
+    """The sum over heads of weight * mean loss over what is known, a float32 scalar. ``logits``: [B, D].
+
+    Softmax heads: ``loss_of``. Sigmoid heads: the same over each label as a choice between two, whose logits are
+    (z, 0): cross-entropy is then the binary one. Class weights, one for each output, count in softmax heads. Regression: smooth L1 against (1 - w) hard and w soft values.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    for head, part in task.slices():
+        own, hard, soft = logits[:, part].float(), targets.hard[:, part], targets.soft[:, part]
+        if head.kind == "softmax":
+            loss = _known_loss(own, hard, soft, _with_weights(settings, settings.hard.class_weights[part]))
+        elif head.kind == "sigmoid":
+            loss = _known_loss(_as_pairs(own), _shares(hard), _shares(soft), _with_weights(settings, ()))
+        else:
+            loss = _regression_loss(own, hard, soft, settings.soft_weight)
+        total = total + head.weight * loss
+    return total
+
+
+def _with_weights(settings: LossSettings, class_weights: tuple[float, ...]) -> LossSettings:
+    return replace(settings, hard=replace(settings.hard, class_weights=class_weights))
+
+
+def _as_pairs(logits: torch.Tensor) -> torch.Tensor:
+    """[B, C] -> [B * C, 2]: (z, 0), whose softmax is (sigmoid(z), 1 - sigmoid(z))."""
+    flat = logits.reshape(-1)
+    return torch.stack([flat, torch.zeros_like(flat)], dim=1)
+
+
+def _shares(target: torch.Tensor) -> torch.Tensor:
+    """[B, C] -> [B * C, 2]: (p, 1 - p)."""
+    return torch.stack([target.reshape(-1), 1 - target.reshape(-1)], dim=1)
+
+
+def _known_loss(logits: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    known = ~torch.isnan(hard[:, 0])
+    if bool(known.all()):
+        return loss_of(logits, Targets(hard, soft), settings)
+    if not bool(known.any()):
+        return logits.sum() * 0.0
+    return loss_of(logits[known], Targets(hard[known], soft[known]), settings)
+
+
+def _regression_loss(values: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor, weight: float) -> torch.Tensor:
+    known = ~torch.isnan(hard)
+    if not bool(known.any()):
+        return values.sum() * 0.0
+    loss = (1 - weight) * F.smooth_l1_loss(values[known], hard[known])
+    return loss + weight * F.smooth_l1_loss(values[known], soft[known]) if weight else loss
+
+
+def scores_of(task: Task, logits: Floats) -> Scores:
+    """float32 [N, D], what a teacher stores: log-probabilities of softmax heads at T=1, logits of sigmoid heads,
+    standardised values. Any temperature stays exact, and as logits they give the same probabilities."""
+    scores = np.asarray(logits, np.float64).copy()
+    for head, part in task.slices():
+        if head.kind == "softmax":
+            scores[:, part] = torch.log_softmax(torch.from_numpy(scores[:, part]), dim=1).numpy()
+    return scores.astype(np.float32)
+
+
+def scores_from(task: Task, probabilities: Floats) -> Scores:
+    """``scores_of`` logits that have these probabilities, float [N, D] as ``Task.probabilities`` gives them."""
+    scores = np.asarray(probabilities, np.float64).copy()
+    for head, part in task.slices():
+        own = scores[:, part]
+        if head.kind == "regression":
+            scores[:, part] = (own - head.mean) / head.std
+            continue
+        likely = np.log(np.maximum(own, SMALLEST))
+        scores[:, part] = likely if head.kind == "softmax" else likely - np.log(np.maximum(1 - own, SMALLEST))
+    return scores.astype(np.float32)
+
+
+def validation_metrics(task: Task, logits: Floats, values: Values) -> dict[str, float]:
+    """The joint figures and each head's, under val_NAME and val_HEAD_NAME."""
+    found = task_metrics.summary(Scored(task, task.probabilities(logits), values))
+    row = {f"val_{name}": found[name] for name in ("accuracy", "macro_f1", "log_loss")}
+    for head, figures in found["heads"].items():
+        for name in ("accuracy", "macro_f1", "map", "mae"):
+            if figures.get(name) is not None:
+                row[f"val_{head}_{name}"] = figures[name]
+    return row
+
+
+# ---- soft labels on disk ----
+
+
+def head_files(task: Task) -> dict[str, dict[str, Any]]:
+    """The entries of meta.json's heads."""
+    return {
+        head.name: {
+            "kind": head.kind,
+            "file": f"{head.name}.{SUFFIXES[head.kind]}.npy",
+            "classes": list(head.classes),
+            "temperature": 1.0,
+            "views": 1,
+        }
+        for head in task.heads
+    }
+
+
+def write_scores(folder: Path, task: Task, scores: Scores) -> None:
+    """One array [N, C] for each head; regression in its own units."""
+    for head, part in task.slices():
+        own = scores[:, part].astype(np.float64)
+        if head.kind == "regression":
+            own = own * head.std + head.mean
+        write_array(folder / head_files(task)[head.name]["file"], own.astype(np.float32))
+
+
+def read_scores(folder: Path, dataset: Dataset, count: int) -> Scores:
+    """float32 [count, D]. Raises ArtifactError for arrays that are not those of the data set's task."""
+    task = dataset.task
+    if task is None:
+        raise ArtifactError(f"{folder}: soft labels of several heads, but the data set has one label per image")
+    parts = []
+    for head in task.heads:
+        path = folder / head_files(task)[head.name]["file"]
+        own = read_array(path)
+        if own.shape != (count, head.width) or own.dtype != np.float32 or not np.isfinite(own).all():
+            raise ArtifactError(
+                f"{path}: {own.dtype} {own.shape}, expected finite float32 {(count, head.width)}; make it again"
+            )
+        if head.kind == "softmax" and not np.all(np.abs(np.exp(own.astype(np.float64)).sum(axis=1) - 1) < 1e-3):
+            raise ArtifactError(f"{path}: rows are not log-probabilities (their exponentials do not sum to 1)")
+        parts.append((own - head.mean) / head.std if head.kind == "regression" else own)
+    return np.concatenate(parts, axis=1).astype(np.float32)

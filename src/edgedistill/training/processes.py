@@ -1,0 +1,147 @@
+"""One training over several processes: each takes its share of every global batch, and their gradients are averaged.
+
+``accelerate launch`` or ``torchrun`` start the processes and say in the environment who is who. All of them run the
+same code; the main one alone looks at the folders and writes files, and what it finds or decides reaches the others
+through ``on_main``. With one process all of this is nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from edgedistill import console
+from edgedistill.errors import EdgedistillError, UsageError
+
+T = TypeVar("T")
+
+# The main process may label or evaluate for hours while the others wait; a launcher ends them all when one fails.
+PATIENCE = timedelta(days=7)
+HOW = "start them with 'torchrun --nproc_per_node N -m edgedistill distill ...'"
+
+
+@dataclass(frozen=True)
+class Part:
+    """This process among all: ``rank`` 0 to ``size`` - 1; 0 is the main one. ``local_size``: of them on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def of(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The rows of a global batch that are this process's."""
+        return rows[self.rank :: self.size]
+
+    def weight(self, batch_size: int) -> float:
+        """What makes the mean of all processes' weighted mean losses the mean over the global batch."""
+        return len(range(self.rank, batch_size, self.size)) * self.size / batch_size
+
+
+ALONE = Part()
+
+
+def part() -> Part:
+    """Who this process is; the first call joins the others. Raises UsageError for an environment that is not whole."""
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        _refuse_half_a_launch()
+        return ALONE
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if lacking:
+        raise UsageError(
+            f"WORLD_SIZE={size}, but {', '.join(lacking)} missing: {HOW}, or unset WORLD_SIZE and give each process "
+            "a fold of its own with --fold K"
+        )
+    _join()
+    return Part(_number("RANK", 0), size, _number("LOCAL_WORLD_SIZE", size))
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What ``work`` returns in the main process, in every process; an EdgedistillError is raised in all of them."""
+    this = part()
+    if this.size == 1:
+        return work()
+    answer: list[tuple[Any, EdgedistillError | None]] = [(None, None)]
+    if this.main:
+        try:
+            answer = [(work(), None)]
+        except EdgedistillError as error:
+            answer = [(None, error)]
+    dist.broadcast_object_list(answer, src=0, group=_join())
+    value, failure = answer[0]
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
+
+
+def data_parallel(model: nn.Module, this: Part) -> nn.Module:
+    """``model``, or a wrapper of it whose backward pass averages the gradients of all processes."""
+    return model if this.size == 1 else DistributedDataParallel(model)
+
+
+def mean_over_all(value: torch.Tensor, this: Part) -> torch.Tensor:
+    """The mean of a scalar over the processes, equal in all of them."""
+    if this.size > 1:
+        dist.all_reduce(value)
+        value = value / this.size
+    return value
+
+
+def check_batch(batch_size: int, this: Part) -> None:
+    """Raises UsageError for a global batch that leaves a process fewer than two images."""
+    if this.size > 1 and batch_size < 2 * this.size:
+        raise UsageError(
+            f"batches of {batch_size} for {this.size} processes; expected {2 * this.size} or more (batch "
+            "normalisation needs two images in each): raise --batch-size or start fewer processes"
+        )
+
+
+@functools.cache
+def _join() -> Any:
+    """Meet the other processes; returns the group over which the main one tells what it found. Once per process."""
+    local = _number("LOCAL_RANK", 0)
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(local % gpus)
+    # NCCL needs a GPU for each; where processes share one or have none, gloo carries the gradients.
+    own_gpu = gpus >= _number("LOCAL_WORLD_SIZE", 1) and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)
+    if _number("RANK", 0):
+        console.err.quiet = console.out.quiet = True
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or (name == "WORLD_SIZE" and int(text) < 1):
+        raise UsageError(f"{name}={text!r}: expected a whole number; {HOW}, or unset {name}")
+    return int(text)
+
+
+def _refuse_half_a_launch() -> None:
+    """On a CPU 'accelerate launch --num_processes 2' sets an address to meet at and then starts one process alone."""
+    if os.environ.get("WORLD_SIZE") or "ACCELERATE_USE_CPU" not in os.environ:
+        return
+    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
+        raise UsageError(
+            "'accelerate launch' was asked for several processes and started one, as it does on a CPU without MPI: "
+            "give it --multi_gpu too (with --device cpu behind the program's name), or use torchrun --nproc_per_node N"
+        )

@@ -1,0 +1,74 @@
+"""The evaluation of networks with several heads: the joint score and every head, with intervals and paired tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill import console
+from edgedistill.task_metrics import STATISTICS, Scored, bootstrap_interval, paired_difference, summary
+from edgedistill.tasks import Task, Values
+
+Probabilities = npt.NDArray[np.float32]
+# The figure that a table shows of a head of each kind, and its name there.
+SHOWN = {"softmax": ("accuracy", "accuracy"), "sigmoid": ("map", "mAP"), "regression": ("mae", "MAE")}
+
+
+def task_evaluation(
+    task: Task, probabilities: dict[str, Probabilities], values: Values, *, pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """evaluation.json: as for one label per image, ``accuracy`` being the joint score and ``macro_f1`` the mean over
+    heads; ``heads`` describes them, and each model has their figures by name."""
+    scored = {name: Scored(task, found, values) for name, found in probabilities.items()}
+    return {
+        "split": "test",
+        "n": len(values),
+        "classes": list(task.outputs),
+        "heads": task.to_dict(),
+        "models": {name: _row(one) for name, one in scored.items()},
+        "paired": [
+            {"a": a, "b": b, "metric": metric} | paired_difference(metric, scored[a], scored[b])
+            for a, b in pairs
+            for metric in STATISTICS
+        ],
+    }
+
+
+def _row(scored: Scored) -> dict[str, Any]:
+    return summary(scored) | {f"{metric}_ci95": bootstrap_interval(metric, scored) for metric in STATISTICS}
+
+
+def priors(task: Task, values: Values, count: int) -> Probabilities:
+    """What an answer that looks at no image would be, [count, D]: class shares, how often a label applies, medians.
+
+    ``values``: float32 [N, V] of the training images.
+    """
+    parts = []
+    for head, columns in task.columns():
+        own = values[:, columns].astype(np.float64)
+        if head.kind == "softmax":
+            known = own[~np.isnan(own[:, 0]), 0].astype(np.int64)
+            parts.append(np.bincount(known, minlength=head.width) / max(1, len(known)))
+        elif head.kind == "sigmoid":
+            parts.append(np.nan_to_num(np.nanmean(own, axis=0)))
+        else:
+            parts.append(np.nanmedian(own, axis=0))
+    return np.tile(np.concatenate(parts).astype(np.float32), (count, 1))
+
+
+def head_table(evaluation: dict[str, Any]) -> Any:
+    """The joint score and one figure of each head as a table for ``console.out.print``."""
+    heads = [(str(head["name"]), *SHOWN[head["kind"]]) for head in evaluation["heads"]]
+    rows = []
+    for name, row in evaluation["models"].items():
+        low, high = row["accuracy_ci95"]
+        figures = [row["heads"][head].get(figure) for head, figure, _ in heads]
+        shown = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
+        rows.append(
+            [name.replace("_", "-"), f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]", f"{row['macro_f1']:.3f}", *shown]
+        )
+    columns = ("model", "all right [95%]", "macro-F1", *(f"{head}: {word}" for head, _, word in heads))
+    return console.table(f"test split, {evaluation['n']} images", columns, rows)

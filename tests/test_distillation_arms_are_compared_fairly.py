@@ -1,0 +1,262 @@
+"""benchmarks/distillation.py: one teaching per seed, equal budgets, and intervals over seeds and images."""
+
+import json
+import shlex
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from edgedistill.artifacts import read_array, read_json, write_array, write_json
+from edgedistill.benchmarks import distillation
+from edgedistill.errors import DataError, UsageError
+from edgedistill.metrics import hierarchical_difference
+from edgedistill.training.seeds import generator
+
+PROTOCOLS = sorted((Path(distillation.__file__).parent / "protocols").glob("distillation-*.toml"))
+TINY = """
+data = "{data}"
+seeds = [0, 1]
+data_options = "--folds 2"
+teacher_options = "--teacher test_efficientnet --teacher-weights none --teacher-image-size 32 --teacher-epochs 1"
+student_options = "--student test_efficientnet --student-weights none --image-size 32 --epochs 1 --extra-epochs 0 --batch-size 8"
+teachers_with = "contest"
+reference = "hard-labels"
+peer_teacher = "--student test_efficientnet --student-weights none --image-size 32 --epochs 1 --batch-size 8"
+
+[arms]
+contest = "--soft-weight 0.2"
+hard-labels = "--no-distillation"
+live = "--live-teachers"
+
+[peers]
+timm-kd = "--model test_efficientnet --size 32 --epochs 1 --batch-size 8 --workers 0"
+"""
+
+
+def write_protocol(folder, **values):
+    path = folder / "tiny.toml"
+    path.write_text(TINY.format(data=values.pop("data", "photos")), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
+def test_each_protocol_parses_into_settings_that_exist(path, tmp_path):
+    """Every arm's options are known to the command line, and only what an arm is about differs between arms."""
+    import typer
+
+    from edgedistill import cli
+
+    protocol = distillation.read_protocol(path)
+    app = typer.Typer()
+    app.command()(cli.distill)
+    command = typer.main.get_command(app)
+    seen = {}
+    for piece in distillation.pieces(protocol, tmp_path, protocol.data):
+        if piece.seed or piece.command[1] != "-c":
+            continue
+        with command.make_context("distill", piece.command[3:]) as context:
+            seen[piece.arm] = dict(context.params)
+    assert set(seen) >= set(protocol.arms)
+    budget = (
+        "epochs",
+        "extra_epochs",
+        "batch_size",
+        "lr",
+        "student",
+        "image_size",
+        "augment",
+        "any_way_up",
+        "balanced",
+    )
+    reference = seen[protocol.reference]
+    for arm in protocol.arms:
+        assert {key: seen[arm][key] for key in budget} == {key: reference[key] for key in budget}, arm
+        assert seen[arm]["no_distillation"] or seen[arm]["soft_labels"] or arm == protocol.teachers_with
+    assert seen[protocol.teachers_with]["soft_labels"] is None
+
+
+def test_pieces_share_one_teaching_per_seed(tmp_path):
+    protocol = distillation.read_protocol(write_protocol(tmp_path))
+    pieces = list(distillation.pieces(protocol, tmp_path / "runs", "photos"))
+    assert [(piece.seed, piece.arm) for piece in pieces[:5]] == [
+        (0, "contest"),
+        (0, "hard-labels"),
+        (0, "live"),
+        (0, ""),
+        (0, "timm-kd"),
+    ]
+    first, hard, live, peer_teacher, peer = (shlex.join(piece.command) for piece in pieces[:5])
+    root = tmp_path / "runs" / "tiny" / "seed-0"
+    assert f"--out {root / 'teachers'}" in first and "--teacher-epochs 1" in first
+    assert f"--soft-labels {root / 'teachers' / 'soft_labels'}" in live and "--live-teachers" in live
+    assert "--soft-labels" not in hard + peer_teacher
+    assert f"--dataset {root / 'teachers' / 'dataset.csv'}" in peer
+    assert f"--teacher {root / 'peer-teacher' / 'model.pt'}" in peer
+
+
+def fake_piece(command, seconds):
+    """What a training leaves behind: right answers in 60%, 80% with live teachers, 90% for the teachers."""
+    folder = Path(command[command.index("--out") + 1])
+    seed = int(command[command.index("--seed") + 1])
+    if "peer-teacher" in folder.name:
+        (folder / "model.pt").write_bytes(b"")
+        return True
+    if folder.name == "live" and seed == 1 and seconds < 60:
+        return False
+    labels = generator(seed, "labels").integers(0, 3, 400)
+    shares = {"teachers": {"student": 0.6, "teacher": 0.9}, "live": {"student": 0.8}, "timm-kd": {"student": 0.7}}
+    values = {}
+    for model, share in shares.get(folder.name, {"hard_label_student": 0.6}).items():
+        right = generator(seed, folder.name, model).random(400) < share
+        answers = np.where(right, labels, (labels + 1) % 3)
+        write_array(folder / "evaluation" / f"{model}.probs.npy", np.eye(3, dtype=np.float32)[answers])
+        values[model] = {"accuracy": float(right.mean()), "macro_f1": float(right.mean())}
+    write_array(folder / "evaluation" / "test_labels.npy", labels.astype(np.int32))
+    write_json(folder / "evaluation" / "evaluation.json", {"n": 400, "models": values}, format="edgedistill-evaluation")
+    log = folder / ("student" if "student" in values else "student-hard-labels") / "metrics.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text('{"epoch": 1, "seconds": 30.0}\n{"epoch": 2, "seconds": 31.0}\n')
+    if folder.name == "teachers":
+        (folder / "dataset.csv").write_text("the manifest")
+    return True
+
+
+def test_a_benchmark_goes_on_where_time_ran_out_and_sums_up(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(distillation, "run_piece", lambda *args: ran.append(args[0]) or fake_piece(*args))
+    options = [str(write_protocol(tmp_path)), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert distillation.main([*options, "--minutes", "0.5"]) == distillation.TIMES_UP
+    assert "time is up" in capsys.readouterr().err
+    count = len(ran)
+    assert distillation.main([*options, "--minutes", "5"]) == 0
+    assert len(ran) == 11  # five pieces a seed, and the one that time ran out for
+    assert count == 8
+    rows = distillation.read_rows(tmp_path / "out" / "tiny.csv")
+    assert len(rows) == 10
+    assert {row["train_s"] for row in rows if row["arm"] == "live"} == {"61.0"}
+    assert (tmp_path / "runs" / "tiny" / "seed-1" / "live" / "dataset.csv").read_text() == "the manifest"
+    record = read_json(tmp_path / "out" / "tiny.json", format="edgedistill-distillation-benchmark")
+    live = record["arms"]["live"]["accuracy"]
+    assert live["minus_reference"] == pytest.approx(live["mean"] - record["arms"]["hard-labels"]["accuracy"]["mean"])
+    assert live["ci95"][0] > 0.1
+    assert record["arms"]["teachers"]["accuracy"]["mean"] == pytest.approx(0.9, abs=0.04)
+    assert "minus_reference" not in record["arms"]["hard-labels"]["accuracy"]
+    assert read_array(tmp_path / "out" / "tiny" / "seed-0" / "live.npy").shape == (400,)
+    assert distillation.main([*options, "--summary"]) == 0
+    assert "hard-labels" in capsys.readouterr().out
+
+
+def test_protocols_that_cannot_be_run_are_refused(tmp_path):
+    path = write_protocol(tmp_path)
+    text = path.read_text()
+    for wrong, message in (
+        (text.replace('reference = "hard-labels"', 'reference = "soft"'), "'soft' is not one of its arms"),
+        (text.replace('teachers_with = "contest"', 'teachers_with = "hard-labels"'), "trains no teachers"),
+        (text.replace("seeds = [0, 1]", "sedes = [0]"), "sedes unknown; expected arms"),
+        (text.replace("seeds = [0, 1]\n", ""), "'seeds'; see benchmarks/protocols"),
+        (text.replace("peer_teacher", "# peer_teacher"), "peers need a peer_teacher"),
+        ("= 3", "not TOML"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(UsageError, match=message):
+            distillation.read_protocol(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        distillation.read_protocol(tmp_path / "none.toml")
+
+
+def test_intervals_hold_the_truth_over_seeds_and_images():
+    """20 experiments with a true difference of 10 points: the 95% interval holds it in most, and zero in none."""
+    held = 0
+    for trial in range(20):
+        rng = generator(trial, "trial")
+        labels = [rng.integers(0, 2, 300) for _ in range(5)]
+        a = [np.where(rng.random(300) < 0.8, truth, 1 - truth) for truth in labels]
+        b = [np.where(rng.random(300) < 0.7, truth, 1 - truth) for truth in labels]
+        found = hierarchical_difference("accuracy", a, b, labels, resamples=200, seed=trial)
+        assert found.ci95[0] > 0
+        held += found.ci95[0] <= 0.1 <= found.ci95[1]
+    assert held >= 17
+    same = hierarchical_difference("macro_f1", a, a, labels, resamples=20)
+    assert (same.difference, same.ci95) == (0.0, (0.0, 0.0))
+    with pytest.raises(DataError, match="of one length"):
+        hierarchical_difference("accuracy", a[:2], b, labels)
+
+
+def test_one_test_set_is_drawn_once_for_all_seeds():
+    """The same images in every seed: five seeds of one and the same network tell no more than one."""
+    rng = generator(0)
+    labels = [rng.integers(0, 2, 100)] * 5
+    a, b = [labels[0]] * 5, [np.where(rng.random(100) < 0.8, labels[0], 1 - labels[0])] * 5
+    wide = hierarchical_difference("accuracy", a, b, labels, resamples=400).ci95
+    single = hierarchical_difference("accuracy", a[:1], b[:1], labels[:1], resamples=400).ci95
+    assert wide[1] - wide[0] == pytest.approx(single[1] - single[0], rel=0.2)
+
+
+def make_photos(root):
+    for number in range(60):
+        pixels = generator(0, number).integers(0, 120, (40, 40, 3), dtype=np.uint8)
+        pixels[:, :, number % 2] += 100
+        folder = root / ("a", "b")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{number:03d}.png"), pixels)
+
+
+@pytest.mark.slow
+def test_a_tiny_protocol_runs_with_its_peer(tmp_path, monkeypatch):
+    make_photos(tmp_path / "photos")
+    path = write_protocol(tmp_path, data=str(tmp_path / "photos"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = [str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--seeds", "0"]
+    assert distillation.main([*options, "--minutes", "8"]) == 0
+    record = read_json(tmp_path / "out" / "tiny.json", format="edgedistill-distillation-benchmark")
+    assert set(record["arms"]) == {"contest", "teachers", "hard-labels", "live", "timm-kd"}
+    assert all(0 <= values["accuracy"]["mean"] <= 1 for values in record["arms"].values())
+
+
+def test_the_peer_writes_what_an_evaluation_holds(tmp_path, monkeypatch):
+    """timm's task in this process, on a manifest and a teacher of ours."""
+    from edgedistill.benchmarks import peer_timm_distillation
+    from edgedistill.data.manifest import Dataset, write_dataset
+    from edgedistill.training.checkpoints import write_model
+    from edgedistill.training.models import create_model, input_spec_for, model_kwargs_for
+
+    make_photos(tmp_path / "photos")
+    paths = sorted((tmp_path / "photos").rglob("*.png"))
+    numbers = np.arange(len(paths))
+    dataset = Dataset(
+        ids=np.array([path.name for path in paths]),
+        paths=np.array([str(path) for path in paths]),
+        sha256=np.array([f"{n:064x}" for n in numbers]),
+        labels=np.array([int(path.parent.name == "b") for path in paths]),
+        groups=np.array([""] * len(paths)),
+        splits=np.where(numbers % 3 == 0, "test", "train"),
+        folds=np.where(numbers % 3 == 0, -1, numbers % 3 - 1).astype(np.int16),
+        class_names=("a", "b"),
+    )
+    write_dataset(dataset, tmp_path / "dataset.csv")
+    network = {"class_count": 2, "image_size": 32, "drop_rate": 0.0, "drop_path_rate": 0.0}
+    write_model(
+        tmp_path / "teacher.pt",
+        create_model("test_efficientnet", pretrained=None, **network),
+        architecture="test_efficientnet",
+        model_kwargs=model_kwargs_for("test_efficientnet", **network),
+        classes=("a", "b"),
+        input_spec=input_spec_for("test_efficientnet", 32),
+        dataset_hash=dataset.hash,
+        settings={},
+    )
+    files = ["--dataset", tmp_path / "dataset.csv", "--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "peer"]
+    sizes = ["--model", "test_efficientnet", "--size", 32, "--epochs", 2, "--batch-size", 8, "--workers", 0]
+    assert peer_timm_distillation.main([str(part) for part in [*files, *sizes]]) == 0
+    folder = tmp_path / "peer"
+    evaluation = read_json(folder / "evaluation" / "evaluation.json", format="edgedistill-evaluation")
+    probabilities = read_array(folder / "evaluation" / "student.probs.npy")
+    labels = read_array(folder / "evaluation" / "test_labels.npy")
+    assert probabilities.shape == (20, 2) and labels.tolist() == dataset.labels[dataset.rows("test")].tolist()
+    assert evaluation["models"]["student"]["accuracy"] == pytest.approx((probabilities.argmax(1) == labels).mean())
+    lines = (folder / "student" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    with pytest.raises(SystemExit):
+        peer_timm_distillation.main([*map(str, files), "--batch-size", "7"])

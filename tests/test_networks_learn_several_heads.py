@@ -1,0 +1,391 @@
+"""Attributes, several labels and a value beside them, from a CSV file to answers of the exported network."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score, f1_score
+from typer.testing import CliRunner
+
+from edgedistill import task_metrics
+from edgedistill.artifacts import RunDir, read_array, read_json
+from edgedistill.cli import app
+from edgedistill.data.manifest import Dataset, read_dataset
+from edgedistill.errors import ArtifactError, DataError, UsageError
+from edgedistill.report import write_report
+from edgedistill.runtime import Classifier
+from edgedistill.student import StudentSettings
+from edgedistill.task_metrics import Scored
+from edgedistill.tasks import Head, Task, sigmoid, softmax
+from edgedistill.training.checkpoints import read_model
+from edgedistill.training.heads import make_task_targets, scores_from, scores_of, task_loss
+from edgedistill.training.losses import LossSettings, make_targets
+from edgedistill.training.losses import loss_of as one_head_loss
+from edgedistill.training.mixing import Mixing, mix
+from edgedistill.training.predict import predict_logits
+from edgedistill.training.settings import TrainSettings
+from edgedistill.training.soft_labels import read_soft_labels
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+COLORS = {"blue": (220, 60, 40), "green": (40, 200, 40), "red": (40, 40, 220)}
+OPTIONS = (
+    "--teacher resnet10t --student resnet10t --teacher-weights none --student-weights none --folds 2 --image-size 32"
+    " --teacher-epochs 2 --epochs 4 --extra-epochs 1 --batch-size 8 --teacher-batch-size 8 --test-fraction 0.25"
+    " --no-baseline --workers 0 --cutmix 0.1 --optimizer adamw --device cpu"
+).split()
+TASK = Task(
+    (
+        Head("color", "softmax", ("blue", "green", "red")),
+        Head("labels", "sigmoid", ("a", "b")),
+        Head("size", "regression", weight=0.5, mean=10.0, std=4.0),
+    )
+)
+VALUES = np.array([[0, 1, 0, 10], [2, 0, np.nan, 18], [np.nan, 1, 1, np.nan]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def photos_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 pictures of a disc or a bar in one of three colours; five colours are not known."""
+    root, rng = tmp_path_factory.mktemp("attributes"), np.random.default_rng(0)
+    rows = []
+    for number in range(120):
+        color, shape, size = list(COLORS)[number % 3], ("bar", "disc")[number // 3 % 2], int(rng.integers(8, 22))
+        image = rng.integers(0, 60, (48, 48, 3), dtype=np.uint8)
+        x, y = (int(v) for v in rng.integers(18, 30, 2))
+        if shape == "disc":
+            cv2.circle(image, (x, y), size, COLORS[color], -1)
+        else:
+            cv2.rectangle(image, (x - size, y - 3), (x + size, y + 3), COLORS[color], -1)
+        cv2.imwrite(str(root / f"{number:03d}.png"), image)
+        labels = [name for name, there in (("disc", shape == "disc"), ("red", color == "red")) if there]
+        rows.append(
+            {"path": f"{number:03d}.png", "color": "" if number % 24 == 1 else color, "shape": shape, "size": size,
+             "label": "|".join(labels) or "|"}
+        )  # fmt: skip
+    with (root / "photos.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return root / "photos.csv"
+
+
+def call(*arguments: str | Path) -> None:
+    """A command in this process: importing torch anew for each would take most of the time."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="module")
+def attributes(photos_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished, exported run with two attributes and a value."""
+    out = tmp_path_factory.mktemp("runs") / "attributes"
+    labels = ["--label-columns", "color,shape", "--regression", "size", "--missing-labels", "ignore"]
+    call("distill", "--data", photos_csv, "--out", out, *labels, *OPTIONS)
+    call("export-openvino", out / "model.pt", "--int8", "off")
+    return out
+
+
+@pytest.fixture(scope="module")
+def many(photos_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with several labels per image, exported with INT8."""
+    out = tmp_path_factory.mktemp("runs") / "many"
+    call("distill", "--data", photos_csv, "--out", out, "--multi-label", "--loss", "kl", *OPTIONS)
+    call("export-openvino", out / "model.pt", "--int8", "on", "--int8-max-rung", "plain", "--int8-budget", "1")
+    return out
+
+
+# ---- targets and loss ----
+
+
+def test_the_loss_is_the_sum_of_every_heads_own() -> None:
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    loss = task_loss(logits, make_task_targets(TASK, VALUES), LossSettings(), TASK)
+    color = F.cross_entropy(logits[:2, :3], torch.tensor([0, 2]))
+    known = torch.tensor([[True, True], [True, False], [True, True]])
+    truth = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    labels = F.binary_cross_entropy_with_logits(logits[:, 3:5][known], truth[known])
+    size = F.smooth_l1_loss(logits[:2, 5], torch.tensor([0.0, 2.0]))
+    assert loss.item() == pytest.approx((color + labels + 0.5 * size).item(), rel=1e-6)
+
+
+def test_an_image_without_labels_teaches_nothing() -> None:
+    logits = torch.randn(2, 6, requires_grad=True)
+    values = np.full((2, 4), np.nan, np.float32)
+    loss = task_loss(logits, make_task_targets(TASK, values), LossSettings(), TASK)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_one_head_alone_has_the_loss_of_one_label() -> None:
+    task, labels = Task.single(("a", "b", "c")), np.array([2, 0, 1], np.int32)
+    logits, soft = torch.randn(3, 3), torch.log_softmax(torch.randn(3, 3), dim=1).numpy()
+    for settings in (
+        LossSettings(),
+        LossSettings("ce", 0.3, 2.0),
+        LossSettings("kl", 0.5, 2.0),
+        LossSettings("js", 0.5),
+    ):
+        own = make_task_targets(
+            task,
+            labels[:, None].astype(np.float32),
+            soft_scores=soft,
+            temperature=settings.temperature,
+            label_smoothing=0.1,
+        )
+        wanted = make_targets(labels, 3, soft_log_probs=soft, temperature=settings.temperature, label_smoothing=0.1)
+        assert task_loss(logits, own, settings, task).item() == pytest.approx(
+            one_head_loss(logits, wanted, settings).item(), rel=1e-5
+        )
+
+
+def test_soft_targets_keep_the_temperature_and_cutmix_mixes_all_heads() -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 6))
+    targets = make_task_targets(TASK, VALUES, soft_scores=scores_of(TASK, logits), temperature=2.0)
+    np.testing.assert_allclose(targets.soft[:, :3], softmax(logits[:, :3], 2.0), atol=1e-6)
+    np.testing.assert_allclose(targets.soft[:, 3:5], sigmoid(logits[:, 3:5], 2.0), atol=1e-6)
+    np.testing.assert_allclose(targets.soft[:, 5], logits[:, 5], atol=1e-6)
+    images = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
+    _, mixed = mix(images, targets, Mixing(cutmix=1.0), seed=1, epoch=0, step=0)
+    known = ~torch.isnan(mixed.hard).any(dim=1)
+    assert not torch.equal(mixed.soft, targets.soft) and torch.isnan(mixed.hard[2]).any()
+    assert torch.all((mixed.hard[known, :3].sum(dim=1) - 1).abs() < 1e-6)
+
+
+def test_class_weights_are_each_softmax_heads_own() -> None:
+    task = Task((TASK.heads[0], Head("shape", "softmax", ("bar", "disc")), TASK.heads[1]))
+    values = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [1, 0, 1, 1], [2, 1, 0, 0]], np.float32)
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    settings = TrainSettings(name="x", class_weights="inverse", balanced_sampling=False)
+    hard = settings.loss_against_heads(task, values)
+    assert hard.class_weights == pytest.approx((4 / 6, 4 / 3, 4 / 3, 2.0, 4 / 6, 1.0, 1.0))
+    loss = task_loss(logits, make_task_targets(task, values), LossSettings(hard=hard), task)
+    truth = torch.from_numpy(values)
+    expected = (
+        F.cross_entropy(logits[:, :3], truth[:, 0].long(), torch.tensor(hard.class_weights[:3]))
+        + F.cross_entropy(logits[:, 3:5], truth[:, 1].long(), torch.tensor(hard.class_weights[3:5]))
+        + F.binary_cross_entropy_with_logits(logits[:, 5:], truth[:, 2:])
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_needs_one_label_per_image_is_refused() -> None:
+    settings = StudentSettings(hard_loss="soft-f1", live_teachers=True, drop_noisy=0.1)
+    with pytest.raises(UsageError, match="--hard-loss soft-f1, --live-teachers, --drop-noisy: for one label per image"):
+        settings.refuse_for(TASK)
+    settings.refuse_for(None)
+    weighted = TrainSettings(name="x", class_weights="inverse", balanced_sampling=False)
+    weighted.refuse_for(TASK)
+    with pytest.raises(
+        UsageError, match="--class-weights inverse: for one label per image, and these images have labels"
+    ):
+        weighted.refuse_for(Task((TASK.heads[1],)))
+
+
+def test_scores_of_a_mean_over_views_have_its_probabilities() -> None:
+    probabilities = TASK.probabilities(np.random.default_rng(0).normal(size=(5, 6)))
+    again = TASK.probabilities(scores_from(TASK, probabilities))
+    np.testing.assert_allclose(again, probabilities, atol=1e-5)
+    certain = np.array([[1, 0, 0, 1, 0, 10]], np.float64)
+    assert np.isfinite(scores_from(TASK, certain)).all()
+
+
+# ---- metrics ----
+
+
+def test_metrics_of_heads_match_sklearn() -> None:
+    rng = np.random.default_rng(0)
+    values = np.column_stack([rng.integers(0, 3, 200), rng.integers(0, 2, (200, 2)), rng.normal(10, 4, 200)]).astype(
+        np.float32
+    )
+    probabilities = TASK.probabilities(rng.normal(size=(200, 6)))
+    found = task_metrics.summary(Scored(TASK, probabilities, values))
+    truth, answers = values[:, 1:3], probabilities[:, 3:5] >= 0.5
+    heads = found["heads"]
+    assert heads["labels"]["map"] == pytest.approx(
+        average_precision_score(truth, probabilities[:, 3:5], average="macro")
+    )
+    assert heads["labels"]["macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro"))
+    assert heads["color"]["accuracy"] == pytest.approx((probabilities[:, :3].argmax(1) == values[:, 0]).mean())
+    assert heads["size"]["mae"] == pytest.approx(np.abs(probabilities[:, 5] - values[:, 3]).mean())
+    right = (probabilities[:, :3].argmax(1) == values[:, 0]) & (answers == truth).all(axis=1)
+    assert found["accuracy"] == pytest.approx(right.mean())
+    low, high = task_metrics.bootstrap_interval("accuracy", Scored(TASK, probabilities, values))
+    assert low < found["accuracy"] < high
+    worse = Scored(TASK, TASK.probabilities(rng.normal(size=(200, 6))), values)
+    same = task_metrics.paired_difference("accuracy", worse, worse)
+    assert same["difference"] == 0 and same["p_value"] == 1
+
+
+def test_missing_labels_count_nowhere() -> None:
+    logits = np.array([[9, 0, 0, 9, -9, 0], [0, 0, 9, -9, 9, 2.0], [0, 9, 0, -9, -9, 0]])
+    found = task_metrics.summary(Scored(TASK, TASK.probabilities(logits), VALUES))
+    assert found["accuracy"] == pytest.approx(2 / 3) and found["heads"]["color"]["n"] == 2
+    assert found["heads"]["color"]["accuracy"] == 1 and found["heads"]["size"]["mae"] == pytest.approx(0)
+    with pytest.raises(DataError, match="no image has a known label"):
+        Scored(TASK, TASK.probabilities(logits), np.full_like(VALUES, np.nan))
+
+
+def test_one_temperature_makes_overconfident_heads_modest() -> None:
+    rng = np.random.default_rng(0)
+    values = np.column_stack([rng.integers(0, 3, 300), rng.integers(0, 2, (300, 2)), np.zeros(300)]).astype(np.float32)
+    logits = np.concatenate([3 * np.eye(3)[values[:, 0].astype(int)], 6 * values[:, 1:3] - 3, values[:, 3:]], axis=1)
+    noisy = logits + rng.normal(0, 2, logits.shape)
+    one, ten = (task_metrics.fit_temperature(TASK, scale * noisy, values) for scale in (1.0, 10.0))
+    assert ten == pytest.approx(10 * one, rel=1e-3)
+
+
+def test_heads_that_cannot_be_are_refused() -> None:
+    good = TASK.to_dict()
+    assert Task.from_dict(json.loads(json.dumps(good))) == TASK
+    hostile: tuple[object, ...] = (
+        {}, [], [good[2]], [good[0], good[0]], [good[2], good[0]], [good[0] | {"kind": "argmax"}], [good[0] | {"extra": 1}],
+        [good[0] | {"classes": ["x"]}], [good[0] | {"classes": ["x", "x"]}], [good[0] | {"name": "a=b"}],
+        [good[0], good[2] | {"std": 0.0}], [good[0] | {"weight": float("nan")}], [good[1] | {"threshold": "0.5"}],
+        [good[0] | {"weight": 10**400}],
+    )  # fmt: skip
+    for values in hostile:
+        with pytest.raises(ArtifactError):
+            Task.from_dict(values)
+
+
+# ---- the whole job ----
+
+
+def evaluation_of(run: Path) -> dict[str, object]:
+    return read_json(run / "evaluation" / "evaluation.json", format="edgedistill-evaluation")
+
+
+def dataset_of(run: Path) -> Dataset:
+    return read_dataset(run / "dataset.csv")
+
+
+def test_students_learn_every_attribute(attributes: Path) -> None:
+    models = evaluation_of(attributes)["models"]
+    assert isinstance(models, dict) and set(models) == {"majority", "teacher", "student"}
+    student, majority = models["student"], models["majority"]
+    assert student["heads"]["color"]["accuracy"] > majority["heads"]["color"]["accuracy"] + 0.25
+    assert student["accuracy"] > majority["accuracy"] + 0.15
+    dataset, probabilities = dataset_of(attributes), read_array(attributes / "evaluation" / "student.probs.npy")
+    values = read_array(attributes / "evaluation" / "test_values.npy")
+    assert dataset.values is not None
+    np.testing.assert_array_equal(values, dataset.values[dataset.rows("test")])
+    assert student["heads"]["size"]["mae"] == pytest.approx(np.abs(probabilities[:, 5] - values[:, 2]).mean(), rel=1e-5)
+    assert 5 < probabilities[:, 5].mean() < 25  # in pixels, not in standard deviations
+
+
+def test_soft_labels_of_heads_are_the_held_out_teachers(attributes: Path) -> None:
+    dataset = dataset_of(attributes)
+    task = dataset.task
+    assert task is not None and dataset.values is not None
+    stored = read_soft_labels(attributes / "soft_labels", dataset)
+    assert np.isnan(stored[dataset.splits != "train"]).all() and np.isfinite(stored[dataset.splits == "train"]).all()
+    rows = np.flatnonzero(dataset.folds == 1)
+    teacher = read_model(attributes / "teacher" / "fold-1" / "model.pt")
+    assert teacher.task == task and teacher.classes == dataset.outputs
+    scores = scores_of(task, predict_logits(teacher.model, dataset.paths[rows], teacher.input_spec))
+    np.testing.assert_allclose(stored[rows], scores, atol=1e-4)
+    sizes = read_array(attributes / "soft_labels" / "size.values.npy")
+    assert sizes.shape == (len(dataset.rows("train")), 1) and 5 < sizes.mean() < 25
+    meta = json.loads((attributes / "soft_labels" / "meta.json").read_text())
+    assert [head["kind"] for head in meta["heads"].values()] == ["softmax", "softmax", "regression"]
+
+
+def test_the_runtime_answers_every_head_as_torch_does(attributes: Path) -> None:
+    certificate = read_json(
+        attributes / "openvino" / "stages" / "resnet10t" / "certificate.json", format="edgedistill-certificate"
+    )
+    assert certificate["verdict"] == "pass"
+    dataset, loaded = dataset_of(attributes), read_model(attributes / "model.pt")
+    rows = dataset.rows("test")
+    logits = predict_logits(loaded.model, dataset.paths[rows], loaded.input_spec)
+    wanted = loaded.task.probabilities(logits, loaded.temperature)
+    classifier = Classifier(attributes / "openvino", threads=1, cache_dir=False)
+    assert [head.name for head in classifier.heads] == ["color", "shape", "size"]
+    for path, row in zip(dataset.paths[rows].tolist(), wanted, strict=True):
+        answer = classifier.classify(path)
+        np.testing.assert_allclose(answer.probabilities, row, atol=1e-3 * loaded.task.heads[2].std)
+        color, shape, size = answer.heads
+        assert (color.label, color.index) == (("blue", "green", "red")[row[:3].argmax()], row[:3].argmax())
+        assert answer.label == f"{color.label}, {shape.label}" and answer.index == color.index
+        assert answer.probability == min(color.probability, shape.probability)
+        assert size.value == pytest.approx(row[5], abs=0.01)
+
+
+def test_several_labels_are_learned_quantised_and_answered(many: Path) -> None:
+    models = evaluation_of(many)["models"]
+    assert isinstance(models, dict)
+    assert models["student"]["heads"]["labels"]["map"] > models["majority"]["heads"]["labels"]["map"] + 0.2
+    deploy = json.loads((many / "openvino" / "deploy.json").read_text())
+    assert deploy["latency"]["precision"] == "int8"
+    classifier = Classifier(many / "openvino", precision="f32", threads=1, cache_dir=False)
+    assert classifier.multi_label and classifier.labels == ("disc", "red") and classifier.heads == ()
+    loaded, dataset = read_model(many / "model.pt"), dataset_of(many)
+    path = str(dataset.paths[0])
+    row = sigmoid(predict_logits(loaded.model, np.array([path]), loaded.input_spec)[0], loaded.temperature)
+    answer = classifier.classify(path)
+    np.testing.assert_allclose(answer.probabilities, row, atol=1e-3)
+    assert answer.accepted == tuple(np.flatnonzero(row >= 0.5).tolist())
+
+
+def test_predict_prints_what_each_head_says(
+    attributes: Path, many: Path, photos_csv: Path, cli: Cli, tmp_path: Path
+) -> None:
+    image = photos_csv.parent / "003.png"
+    line = cli("predict", attributes / "openvino", image).stdout.strip().split("\t")
+    assert line[0] == str(image) and [part.split("=")[0] for part in line[1:]] == ["color", "shape", "size"]
+    answer = Classifier(attributes / "openvino", cache_dir=False).classify(image)
+    assert line[1] == f"color={answer.heads[0].label} {answer.heads[0].probability:.4f}"
+    assert float(line[3].removeprefix("size=")) == pytest.approx(answer.heads[2].value, rel=1e-3)
+    found = json.loads(cli("predict", many / "openvino", image, "--json", "--precision", "f32").stdout)
+    accepted = Classifier(many / "openvino", precision="f32", cache_dir=False).classify(image).accepted
+    assert found["labels"] == ([("disc", "red")[number] for number in accepted] or ["none"])
+    cli("predict", attributes / "openvino", image, "--csv", tmp_path / "answers.csv")
+    row = next(csv.reader((tmp_path / "answers.csv").open()).__iter__())
+    assert row == ["image", "error", "label", "probability"]
+
+
+def test_the_report_shows_each_head(attributes: Path, many: Path) -> None:
+    for run, words in ((attributes, ("color: accuracy", "size: MAE")), (many, ("labels: mAP", "average precision"))):
+        page = write_report(RunDir(run)).read_text(encoding="utf-8")
+        assert "Each head on the test split" in page and all(word in page for word in words)
+        assert "could not be understood" not in page
+
+
+def test_several_views_weights_and_a_larger_size_go_with_attributes(photos_csv: Path, tmp_path: Path) -> None:
+    labels = ["--label-columns", "color,shape", "--regression", "size", "--missing-labels", "ignore"]
+    options = (
+        "--tta flip --class-weights inverse --no-balanced --test-size 40 --epochs 1 --teacher-test-size 40".split()
+    )
+    call("distill", "--data", photos_csv, "--out", tmp_path / "run", *labels, *OPTIONS, *options)
+    run = RunDir(tmp_path / "run")
+    dataset = dataset_of(run.root)
+    scores = read_soft_labels(run.soft_labels, dataset)[dataset.rows("train")]
+    assert np.abs(np.exp(scores[:, :3]).sum(axis=1) - 1).max() < 1e-3
+    assert read_model(run.model).input_spec.height == 40
+    assert not (run.root / "noisy_labels.csv").exists()
+    with pytest.raises(UsageError, match="several teachers vote on one label per image"):
+        call("teach", "--data", photos_csv, "--out", tmp_path / "two", *labels, "--teacher", "resnet10t,resnet18")
+
+
+def test_the_tuner_refuses_several_labels(attributes: Path, many: Path, cli: Cli) -> None:
+    for run in (attributes, many):
+        result = cli("tune", run / "openvino", "--fps-target", "100", check=False)
+        assert result.returncode == 2 and "several labels per image" in result.stderr
+
+
+def test_a_run_of_other_label_columns_is_not_resumed(attributes: Path, photos_csv: Path, cli: Cli) -> None:
+    text = (attributes / "dataset.csv").read_text()
+    changed = attributes.parent / "changed"
+    (changed / "soft_labels").mkdir(parents=True)
+    (changed / "dataset.csv").write_text(text.replace("regression@0.1:size", "regression@0.5:size"))
+    with pytest.raises(ArtifactError, match="made for another data set"):
+        read_soft_labels(attributes / "soft_labels", dataset_of(changed))

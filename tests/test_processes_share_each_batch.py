@@ -1,0 +1,185 @@
+"""Several processes train what one would: each takes its share of every batch, one writes, all stop at one error."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from edgedistill.artifacts import RunDir, read_jsonl
+from edgedistill.data.manifest import read_dataset
+from edgedistill.errors import UsageError
+from edgedistill.images import InputSpec
+from edgedistill.student import StudentSettings, distil, refuse_several_processes
+from edgedistill.training.checkpoints import load_tensors
+from edgedistill.training.loader import Draw, ImageStore, Schedule, batches, shared_images
+from edgedistill.training.processes import ALONE, Part, check_batch, on_main, part
+from edgedistill.training.soft_labels import read_soft_labels
+
+LAUNCHES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
+# Without batch statistics, dropout and mixing, and without an optimiser that divides by small numbers, nothing but the
+# order of additions differs between one process and two.
+OPTIONS = (
+    "--teacher test_convnext --student test_convnext --teacher-weights none --student-weights none --folds 2"
+    " --image-size 32 --teacher-epochs 1 --epochs 2 --extra-epochs 1 --batch-size 7 --teacher-batch-size 6"
+    " --test-fraction 0.25 --cutmix 0 --optimizer sgd --lr 0.01 --teacher-lr 0.01 --no-baseline --device cpu"
+    " --checkpoint-minutes 0 --workers 0"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in LAUNCHES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_shares_are_disjoint_and_weigh_as_the_whole():
+    rows = np.arange(7)
+    parts = [Part(rank, 3, 3) for rank in range(3)]
+    assert sorted(np.concatenate([this.of(rows) for this in parts]).tolist()) == rows.tolist()
+    losses = np.random.default_rng(0).normal(size=7)
+    means = [this.of(losses).mean() * this.weight(7) for this in parts]
+    assert np.mean(means) == pytest.approx(losses.mean())
+    assert ALONE.weight(7) == 1.0 and ALONE.main
+
+
+def test_the_shares_of_a_batch_are_what_one_process_would_see():
+    spec = InputSpec(height=8, width=8)
+    pixels = shared_images(20, spec)
+    pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape)
+    store = ImageStore(np.array([f"{n}.png" for n in range(20)]), spec, {"full": pixels}, np.full(20, -1))
+    draw = Draw(rows=np.arange(20), labels=np.zeros(20, np.int32), batch_size=5, balanced=False, seed=3)
+
+    def augment(image, seed):
+        return image ^ np.uint8(seed % 251)
+
+    def all_batches(this):
+        stream = batches(store, Schedule([draw, draw]), augment, spec=spec, seed=1, workers=0, part=this)
+        return [(batch.images.copy(), batch.rows.copy()) for batch in stream]
+
+    whole, first, second = all_batches(ALONE), all_batches(Part(0, 2, 2)), all_batches(Part(1, 2, 2))
+    assert len(whole) == len(first) == len(second) == 8
+    for (images, rows), (a, rows_a), (b, rows_b) in zip(whole, first, second, strict=True):
+        assert np.array_equal(rows[0::2], rows_a) and np.array_equal(rows[1::2], rows_b)
+        assert np.array_equal(images[0::2], a) and np.array_equal(images[1::2], b)
+
+
+def test_one_process_is_alone(monkeypatch):
+    assert part() == ALONE
+    assert on_main(lambda: 7) == 7
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert part() == ALONE
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT missing: start them with 'torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "x"}, "but MASTER_PORT missing"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many': expected a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a whole number"),
+        (
+            {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "asked for several processes and started one.*--multi_gpu",
+        ),
+    ],
+)
+def test_half_a_launch_is_a_usage_error(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        part()
+
+
+def test_a_batch_too_small_to_share_is_refused():
+    check_batch(2, ALONE)
+    check_batch(4, Part(0, 2, 2))
+    with pytest.raises(UsageError, match="batches of 3 for 2 processes; expected 4 or more"):
+        check_batch(3, Part(1, 2, 2))
+
+
+def test_live_teachers_want_one_process(monkeypatch):
+    settings = StudentSettings(live_teachers=True)
+    refuse_several_processes(settings)
+    monkeypatch.setattr(distil, "part", lambda: Part(0, 2, 2))
+    with pytest.raises(UsageError, match="--live-teachers judge in one process"):
+        refuse_several_processes(settings)
+    refuse_several_processes(StudentSettings())
+
+
+def launcher(name: str) -> list[str]:
+    if name == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # What 'accelerate launch' runs; the program itself imports timm, which cannot be beside a CPU-only torch.
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "29531"]
+
+
+def start(*arguments: object, by: str) -> subprocess.Popen[str]:
+    command = [*launcher(by), "-m", "edgedistill", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def weights_of(run: RunDir, name: str) -> dict[str, torch.Tensor]:
+    return load_tensors(run.root / name, format="edgedistill-model")["state_dict"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_weights_of_one(photos, tmp_path, cli):
+    one, two = RunDir(tmp_path / "one"), RunDir(tmp_path / "two")
+    options = [*OPTIONS, "--no-distillation"]
+    cli("distill", "--data", photos, "--out", one.root, *options)
+    process = start("distill", "--data", photos, "--out", two.root, *options, by="torchrun")
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    ours, theirs = weights_of(two, "model.pt"), weights_of(one, "model.pt")
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-6), key
+    logged = [read_jsonl(run.hard_label_student / "metrics.jsonl") for run in (one, two)]
+    assert [row["train_loss"] for row in logged[1]] == pytest.approx([row["train_loss"] for row in logged[0]], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_accelerate_runs_the_whole_job_once(photos, tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start("distill", "--data", photos, "--out", run.root, *OPTIONS, "--json", by="accelerate")
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    assert json.loads(out)["evaluation"]["n"] > 0  # one process answers, so it is one object
+    assert np.isfinite(read_soft_labels(run.soft_labels, read_dataset(run.dataset))).any()
+    assert [row["epoch"] for row in read_jsonl(run.student / "metrics.jsonl")] == [1, 2, 3]
+    assert not list(run.root.rglob("checkpoint.pt")) and not list(run.root.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_killed_processes_resume_exactly(photos, tmp_path):
+    options = [*OPTIONS, "--no-distillation", "--epochs", "6"]
+    whole, broken = RunDir(tmp_path / "whole"), RunDir(tmp_path / "broken")
+    assert start("distill", "--data", photos, "--out", whole.root, *options, by="torchrun").wait(250) == 0
+    process = start("distill", "--data", photos, "--out", broken.root, *options, by="torchrun")
+    folder, limit = broken.hard_label_student, time.monotonic() + 200
+    while not read_jsonl(folder / "metrics.jsonl") and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    assert not broken.model.exists() and (folder / "checkpoint.pt").exists()
+    resumed = start("distill", "--data", photos, "--out", broken.root, *options, "--resume", by="torchrun")
+    assert resumed.wait(250) == 0
+    ours, theirs = weights_of(broken, "model.pt"), weights_of(whole, "model.pt")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_main_process_ends_all(photos, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "dataset.csv").write_text("nonsense")
+    process = start("distill", "--data", photos, "--out", tmp_path / "run", *OPTIONS, by="torchrun")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "holds a run already; go on with --resume" in err

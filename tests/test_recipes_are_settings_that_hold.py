@@ -1,0 +1,128 @@
+"""Every recipe builds settings without a contradiction, flags override it, and typing errors are told."""
+
+import dataclasses
+import json
+
+import pytest
+
+from edgedistill import cli, pipeline
+from edgedistill.errors import ModelError, UsageError
+from edgedistill.recipes import read_recipe, recipe_names
+from edgedistill.training import fixres
+from edgedistill.training.models import input_spec_for
+
+SYSTEMS = {"clothing-2nd-place", "gender-status", "mask-gender-age", "eye-disease", "binary-contest"}
+
+
+@pytest.fixture
+def settings_of(monkeypatch):
+    """What a command would run, caught before it runs."""
+
+    def build(*arguments, command="distill"):
+        caught = []
+
+        def catch(settings, **_):
+            caught.append(settings)
+            raise UsageError("caught")
+
+        monkeypatch.setattr(pipeline, "distill", catch)
+        monkeypatch.setattr(pipeline, "teach", catch)
+        with pytest.raises(UsageError, match=r"^caught$"):
+            cli.app([command, "--data", "x", "--out", "y", *arguments], standalone_mode=False)
+        return caught[0]
+
+    return build
+
+
+def test_every_system_of_the_table_has_a_recipe():
+    assert set(recipe_names()) >= SYSTEMS | {"fast-start", "best"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_valid_for_both_commands_as_early_as_a_run_can_tell(name, settings_of):
+    settings = settings_of("--recipe", name)
+    others = [other.settings for other in settings.ensemble.others]
+    pipeline.refuse_early([settings.student, settings.teacher, *others])
+    for network in (settings.student, settings.teacher, *others):
+        fixres.deployed_spec(network, input_spec_for(network.name, network.image_size))
+    hard = dataclasses.replace(settings.student, distillation=False)  # the baseline that distill trains beside it
+    assert hard.epochs == settings.student.epochs
+    alone = settings_of("--recipe", name, command="teach")
+    assert (alone.teacher, alone.ensemble) == (settings.teacher, settings.ensemble)
+    text = read_recipe(name, known=cli._recipe_options()).text
+    assert len(text.splitlines()) < 40 and "# Add:" not in text
+
+
+def test_a_classifier_that_a_network_cannot_take_is_told_before_teachers_are_trained(settings_of):
+    settings = settings_of("--student", "test_vit", "--image-size", "160", "--pool", "gem")
+    with pytest.raises(ModelError, match="use --pool avg"):
+        pipeline.refuse_early([settings.student])
+
+
+def test_flags_override_a_recipe_and_it_overrides_the_defaults(settings_of):
+    plain, recipe = settings_of(), settings_of("--recipe", "gender-status")
+    assert (plain.student.hard_loss, recipe.student.hard_loss, recipe.teacher.hard_loss) == ("ce", "focal", "focal")
+    assert (plain.teacher.pool, recipe.teacher.pool, recipe.teacher.swa_start) == ("avg", "gem", 0.75)
+    own = settings_of("--recipe", "gender-status", "--hard-loss", "ce", "--no-balanced", "--teacher-pool", "avg")
+    assert (own.student.hard_loss, own.teacher.hard_loss, own.teacher.pool) == ("ce", "ce", "avg")
+    assert recipe.student.balanced_sampling and not own.student.balanced_sampling
+    assert not settings_of("--recipe", "fast-start").student.balanced_sampling
+    assert settings_of("--recipe", "fast-start", "--balanced").student.balanced_sampling
+
+
+def test_without_a_recipe_the_defaults_are_the_settings_own(settings_of):
+    from edgedistill.student import StudentSettings
+    from edgedistill.teacher import TeacherSettings
+
+    settings = settings_of()
+    assert settings.student == StudentSettings()
+    assert settings.teacher == TeacherSettings()
+    assert settings_of(command="teach").teacher == TeacherSettings()
+
+
+def test_the_clothing_recipe_is_the_default(settings_of):
+    assert settings_of("--recipe", "clothing-2nd-place") == settings_of()
+
+
+def test_teachers_can_differ_and_lists_arrive(settings_of):
+    settings = settings_of(
+        *("--no-balanced", "--oversample", "a=2", "--oversample", "b=3", "--teacher-optimizer", "lamb"),
+        *("--teacher-mixup", "0.5", "--no-horizontal-flip", "--teacher-horizontal-flip"),
+    )
+    assert settings.student.oversample == ("a=2", "b=3") and settings.teacher.oversample == ()
+    assert (settings.student.optimizer, settings.teacher.optimizer) == ("radam", "lamb")
+    assert (settings.student.mixup_probability, settings.teacher.mixup_probability) == (0.0, 0.5)
+    assert not settings.student.horizontal_flip and settings.teacher.horizontal_flip
+
+
+def test_mistakes_in_recipes_are_told(tmp_path):
+    known = cli._recipe_options()
+    with pytest.raises(UsageError, match=r"no recipe called 'clothing'; did you mean clothing-2nd-place"):
+        read_recipe("clothing", known=known)
+    (tmp_path / "mine.toml").write_text('summary = "mine"\n[options]\nsoft-wait = 0.5\n')
+    with pytest.raises(UsageError, match=r"mine.toml: no option soft-wait; did you mean soft-weight"):
+        read_recipe(str(tmp_path / "mine.toml"), known=known)
+    for text in ("summary = \n", "[options]\nepochs = 3\n", 'summary = "x"\noptions = 3\n'):
+        (tmp_path / "broken.toml").write_text(text)
+        with pytest.raises(UsageError, match=r"broken.toml: not a recipe"):
+            read_recipe(str(tmp_path / "broken.toml"), known=known)
+    with pytest.raises(UsageError, match=r"absent.toml: cannot be read"):
+        read_recipe(str(tmp_path / "absent.toml"), known=known)
+
+
+def test_a_file_of_ones_own_works_like_a_name(tmp_path, settings_of):
+    (tmp_path / "mine.toml").write_text(
+        'summary = "mine"\n[options]\nteacher-epochs = 3\noversample = ["a=2"]\nbalanced = false\n'
+    )
+    settings = settings_of("--recipe", str(tmp_path / "mine.toml"))
+    assert settings.teacher.epochs == 3 and settings.student.oversample == ("a=2",)
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    cli.app(["distill", "--recipe", "list"], standalone_mode=False)
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in recipe_names())
+    cli.app(["recipes", "best"], standalone_mode=False)
+    assert "soft-temperature = 2.0" in capsys.readouterr().out
+    cli.app(["recipes", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["best"]["options"]["loss"] == "kl"

@@ -1,0 +1,242 @@
+"""Several architectures label as one: weights that never saw the labels they mix, votes, overrides, views."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from edgedistill.artifacts import RunDir, read_json
+from edgedistill.data.folds import SplitSettings
+from edgedistill.errors import DataError, UsageError
+from edgedistill.metrics import log_loss, softmax
+from edgedistill.pipeline import DataSettings, TeachSettings, parse_teachers, teach
+from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend
+from edgedistill.teacher.ensemble import Blend, blend_folds, fit_blend, mixture_weights
+from edgedistill.training.checkpoints import read_model
+from edgedistill.training.evaluation import evaluate_test
+from edgedistill.training.predict import predict_logits
+from edgedistill.training.soft_labels import FoldResult
+from edgedistill.training.views import View, predict_probabilities, views_of
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def answers(rng, truth, skill, classes=3):
+    """Probabilities [N, C] of a network that is right the more often the larger ``skill`` is."""
+    logits = rng.normal(size=(len(truth), classes))
+    logits[np.arange(len(truth)), truth] += skill
+    return softmax(logits)
+
+
+def folds_of(probabilities, name, folds=3):
+    return [
+        FoldResult(
+            fold=fold,
+            ids=np.array([f"im{row:03d}" for row in range(fold, len(probabilities), folds)]),
+            log_probs=np.log(probabilities[fold::folds]).astype(np.float32),
+            trained_on="x",
+            epochs_planned=1,
+            epochs_done=1,
+            architecture=name,
+            model_sha256=name,
+        )
+        for fold in range(folds)
+    ]
+
+
+def test_fitted_weights_have_the_least_log_loss():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 600)
+    members = [answers(rng, truth, 2.0), answers(rng, truth, 1.5), answers(rng, truth, 0.0)]
+    likelihoods = np.stack([member[np.arange(600), truth] for member in members])
+    weights = mixture_weights(likelihoods)
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights[2] < 0.1 < weights[1] < weights[0]
+
+    def loss(values):
+        return -np.log(values @ likelihoods).mean()
+
+    grid = [(a, b, 1 - a - b) for a in np.linspace(0, 1, 41) for b in np.linspace(0, 1, 41) if a + b <= 1]
+    assert loss(weights) <= min(loss(np.array(point)) for point in grid) + 1e-6
+
+
+def test_the_weights_of_a_fold_do_not_know_its_labels():
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, 3, 90)
+    results = {name: folds_of(answers(rng, truth, skill), name) for name, skill in (("a", 2.0), ("b", 1.0))}
+    label_of = {f"im{row:03d}": int(label) for row, label in enumerate(truth)}
+    before = blend_folds(BlendSettings(), results, label_of)
+    changed = label_of | {name: (label_of[name] + 1) % 3 for name in results["a"][1].ids.tolist()}
+    after = blend_folds(BlendSettings(), results, changed)
+    assert np.array_equal(before.folds[1].log_probs, after.folds[1].log_probs)
+    assert before.fold_blends[0].weights != after.fold_blends[0].weights
+    # Joined by id: an architecture whose images lie in another order votes the same.
+    turned = [dataclasses.replace(r, ids=r.ids[::-1], log_probs=r.log_probs[::-1]) for r in results["b"]]
+    again = blend_folds(BlendSettings(), results | {"b": turned}, label_of)
+    assert np.allclose(again.folds[2].log_probs, before.folds[2].log_probs)
+    with pytest.raises(DataError, match="teachers a and b labelled different images in fold 0"):
+        blend_folds(BlendSettings(), results | {"b": folds_of(np.full((87, 3), 1 / 3), "b")}, label_of)
+
+
+def test_votes_and_overrides_are_what_they_say():
+    first = np.array([[0.6, 0.4, 0.0], [0.2, 0.5, 0.3], [0.0, 0.05, 0.95]])
+    second = np.array([[0.1, 0.8, 0.1], [0.1, 0.6, 0.3], [0.9, 0.1, 0.0]])
+    assert np.allclose(Blend((0.25, 0.75), "soft")([first, second]), 0.25 * first + 0.75 * second)
+    hard = Blend((0.25, 0.75), "hard")([first, second])
+    assert np.allclose(hard, [[0.25, 0.75, 0], [0, 1, 0], [0.75, 0, 0.25]], atol=1e-3)
+    assert np.allclose(hard.sum(axis=1), 1) and hard.min() > 0
+    sure = Blend((0.25, 0.75), "soft", override=(0, 0.9))([first, second])
+    assert np.array_equal(sure[2], first[2])
+    assert np.allclose(sure[:2], (0.25 * first + 0.75 * second)[:2])
+    truth = np.array([0, 1, 2])
+    assert fit_blend(BlendSettings(weights="1,3"), "ab", [first, second], truth).weights == (0.25, 0.75)
+    assert fit_blend(BlendSettings(weights="equal"), "ab", [first, second], truth).weights == (0.5, 0.5)
+    scored = fit_blend(BlendSettings(weights="score", override="b:0.5"), "ab", [first, second], truth)
+    assert scored.weights == pytest.approx((0.75, 0.25))
+    assert scored.override == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("names", "blend", "message"),
+    [
+        ("a,b", {"weights": "best"}, "expected oof, score, equal, or numbers such as 0.45,0.55"),
+        ("a,b", {"weights": "0,0"}, "one of them above 0"),
+        ("a,b", {"weights": "0.5,nan"}, "expected numbers of 0 or more"),
+        ("a,b", {"weights": "1,1,1"}, "3 numbers for 2 teachers"),
+        ("a,b", {"vote": "loud"}, "--teacher-vote loud: expected soft or hard"),
+        ("a,b", {"override": "b"}, "expected NAME:THRESHOLD"),
+        ("a,b", {"override": "b:1.5"}, "expected NAME:THRESHOLD"),
+        ("a,b", {"override": "c:0.9"}, "c is none of the teachers"),
+        ("a", {"vote": "hard"}, "need several teachers"),
+        ("a,a", {}, "--teacher names a twice"),
+        ("a,b@x", {}, "expected NAME or NAME@SIZE"),
+        (" , ", {}, "expected networks with commas between"),
+    ],
+)
+def test_wrong_combinations_are_usage_errors(names, blend, message):
+    with pytest.raises(UsageError, match=message):
+        parse_teachers(names, "none", TeacherSettings(), blend=BlendSettings(**blend))
+
+
+def test_names_sizes_and_weights_are_read():
+    first, ensemble = parse_teachers("effb4,swinb@384", "none,auto", TeacherSettings(), blend=BlendSettings())
+    assert (first.name, first.weights, first.image_size) == ("effb4", "none", 224)
+    (other,) = ensemble.others
+    assert (other.label, other.settings.name, other.settings.image_size) == ("swinb-384", "swinb", 384)
+    assert ensemble.labels == ("effb4", "swinb-384")
+
+
+def test_views_are_named_and_each_counted_once():
+    assert views_of("") == (View(),)
+    assert views_of("flip") == (View(), View(flip=True))
+    assert len(views_of("five-crop")) == 6
+    assert len(views_of("five-crop,scales")) == 7  # the centre at 8/7 belongs to both
+    assert len(views_of("scales, five-crop, flip")) == 14
+    with pytest.raises(UsageError, match="--tta ten-crop: unknown; expected flip, five-crop, scales"):
+        views_of("flip,ten-crop")
+    with pytest.raises(UsageError, match="no flip where training never flips"):
+        TeacherSettings(tta="flip", horizontal_flip=False)
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory, cli, tiny_options):
+    """Two architectures, one at a size of its own, and a student: trained by the command line."""
+    out = tmp_path_factory.mktemp("voting") / "run"
+    options = [option.replace("mbv3s050", "mbv3s050,test_efficientnet@40", 1) for option in tiny_options[:2]]
+    options += [*tiny_options[2:], "--tta", "flip", "--teacher-override", "test_efficientnet-40:0.99"]
+    cli("distill", "--data", photos, "--out", out, *options, "--no-baseline")
+    return RunDir(out), ("--data", photos, "--out", out, *options, "--no-baseline", "--resume")
+
+
+def test_each_architecture_and_their_combination_are_recorded(run):
+    folder = run[0]
+    quality = read_json(folder.root / "teacher" / "oof.json", format="edgedistill-oof")
+    assert [item["label"] for item in quality["architectures"]] == ["mbv3s050", "test_efficientnet-40"]
+    assert quality["blend"]["settings"] == {"weights": "oof", "vote": "soft", "override": "test_efficientnet-40:0.99"}
+    assert len(quality["blend"]["fold_weights"]) == 2
+    assert (folder.teacher(0) / "model.pt").exists()
+    assert folder.teacher(1, "test_efficientnet-40") == folder.root / "teacher/test_efficientnet-40/fold-1"
+    assert read_model(folder.teacher(1, "test_efficientnet-40") / "model.pt").input_spec.height == 40
+    meta = read_json(folder.soft_labels / "meta.json", format="edgedistill-soft-labels")
+    assert [(teacher["label"], teacher["fold"]) for teacher in meta["teachers"]] == [
+        ("mbv3s050", 0),
+        ("mbv3s050", 1),
+        ("test_efficientnet-40", 0),
+        ("test_efficientnet-40", 1),
+    ]
+    evaluation = read_json(folder.evaluation / "evaluation.json", format="edgedistill-evaluation")
+    assert {"teacher", "teacher-mbv3s050", "teacher-test_efficientnet-40", "student"} <= evaluation["models"].keys()
+    own = [np.load(folder.evaluation / f"teacher-{name}.probs.npy") for name in ("mbv3s050", "test_efficientnet-40")]
+    assert np.allclose(np.load(folder.evaluation / "teacher.probs.npy"), read_blend(folder)(own), atol=1e-6)
+    config = json.loads(folder.config.read_text())
+    assert config["settings"]["ensemble"]["others"][0]["settings"]["tta"] == "flip"
+
+
+def test_the_stored_labels_are_the_blend_of_the_views(run):
+    from edgedistill.data.manifest import read_dataset
+    from edgedistill.training.soft_labels import read_soft_labels
+
+    folder = run[0]
+    dataset = read_dataset(folder.dataset)
+    quality = read_json(folder.root / "teacher" / "oof.json", format="edgedistill-oof")
+    held_out = np.flatnonzero(dataset.folds == 1)
+    members = []
+    for label in ("", "test_efficientnet-40"):
+        loaded = read_model(folder.teacher(1, label) / "model.pt")
+        paths = dataset.paths[held_out]
+        members.append(predict_probabilities(loaded.model, paths, loaded.input_spec, views=views_of("flip")))
+        plain = predict_probabilities(loaded.model, paths, loaded.input_spec, views=views_of(""))
+        assert np.allclose(plain, softmax(predict_logits(loaded.model, paths, loaded.input_spec)), atol=1e-6)
+    blend = dataclasses.replace(read_blend(folder), weights=tuple(quality["blend"]["fold_weights"][1]))
+    stored = read_soft_labels(folder.soft_labels, dataset)
+    assert np.allclose(np.exp(stored[held_out]), blend(members), atol=1e-4)
+    train = dataset.rows("train")
+    assert quality["all"]["log_loss"] == pytest.approx(log_loss(np.exp(stored[train]), dataset.labels[train]), abs=1e-5)
+
+
+def test_a_finished_run_resumes_and_other_views_are_refused(run, cli):
+    folder, arguments = run
+    before = {path: path.stat().st_mtime_ns for path in folder.root.rglob("model.pt")}
+    cli("distill", *arguments)
+    assert {path: path.stat().st_mtime_ns for path in folder.root.rglob("model.pt")} == before
+    result = cli("distill", *arguments, "--tta", "scales", check=False)
+    assert result.returncode == 1
+    assert "fold.json: made with tta='flip' (now 'scales')" in result.stderr
+    page = cli("report", folder.root)
+    assert page.returncode == 0
+    html = folder.report.read_text(encoding="utf-8")
+    assert "Each architecture out of fold" in html
+    assert "test_efficientnet-40 fold 1" in html
+    assert "could not be understood" not in html
+
+
+def test_an_unknown_second_teacher_is_told_before_any_work(photos, tmp_path):
+    first, ensemble = parse_teachers("mbv3s050,nonsense", "none", TeacherSettings(), blend=BlendSettings())
+    data = DataSettings(str(photos), SplitSettings())
+    with pytest.raises(UsageError, match="no network called 'nonsense'"):
+        teach(TeachSettings(data=data, out=tmp_path / "x", teacher=first, ensemble=ensemble), resume=False)
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_are_checked_without_the_command_line():
+    other = NamedTeacher("teacher", TeacherSettings())
+    with pytest.raises(UsageError, match="names teacher twice"):
+        Ensemble(others=(other,))
+
+
+def test_evaluation_takes_the_models_own_views(run, tmp_path):
+    from edgedistill.data.manifest import read_dataset
+
+    folder = run[0]
+    dataset = read_dataset(folder.dataset)
+    path = folder.teacher(0) / "model.pt"
+    evaluate_test(RunDir(tmp_path), dataset, {"teacher": [path]}, device="cpu")
+    loaded = read_model(path)
+    paths = dataset.paths[dataset.rows("test")]
+    expected = predict_probabilities(loaded.model, paths, loaded.input_spec, views=views_of("flip"))
+    assert np.allclose(np.load(tmp_path / "evaluation" / "teacher.probs.npy"), expected, atol=1e-6)

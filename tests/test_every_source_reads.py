@@ -211,7 +211,7 @@ def test_what_does_not_exist_is_wrong_usage_and_names_the_built_in_sets(tmp_path
     with pytest.raises(UsageError, match="fashion-mnist"):
         open_source(str(tmp_path / "nothing"))
     (tmp_path / "data.zip").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"neither a folder nor a \.csv file"):
+    with pytest.raises(DataError, match=r"neither a folder nor a \.csv or \.tar file"):
         open_source(str(tmp_path / "data.zip"))
 
 

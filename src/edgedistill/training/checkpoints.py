@@ -155,8 +155,9 @@ def read_model(path: Path) -> LoadedModel:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"{path}: its weights and its architecture do not fit ({first})") from error
     if len(classes) != model.num_classes or classes != task.outputs or not temperature > 0:
+        heads = "" if task.width == len(classes) else f" and {task.width} outputs in its heads"
         raise ArtifactError(
-            f"{path}: {len(classes)} class names, heads of {task.width} outputs for {model.num_classes} logits, temperature {temperature}; "
+            f"{path}: {len(classes)} class names{heads} for {model.num_classes} logits, temperature {temperature}; "
             "expected one name each and a temperature above 0"
         )
     return LoadedModel(

@@ -20,17 +20,28 @@ import torch
 from torch import nn
 
 from edgedistill import console, task_metrics
-from edgedistill.artifacts import RunDir
+from edgedistill.artifacts import RunDir, settings_dict
 from edgedistill.data.manifest import Dataset
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
 from edgedistill.student.calibration import calibrated, teacher_temperatures
 from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
+from edgedistill.student.unlabelled import (
+    MixedDraw,
+    Unlabelled,
+    choose,
+    find_images,
+    joined,
+    label_images,
+    unlabelled_targets,
+    without_known,
+)
+from edgedistill.student.views import open_views
 from edgedistill.training.checkpoints import read_model, write_model
 from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
-from edgedistill.training.loader import Draw, open_store, prepared_spec
+from edgedistill.training.loader import Draw, Views, open_store, prepared_spec
 from edgedistill.training.loop import Job, open_validation, train, trains_in_half
 from edgedistill.training.losses import HardLoss, LossName, LossSettings, Targets, make_targets
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
@@ -61,6 +72,11 @@ class StudentSettings(TrainSettings):
     temperature that fits val. ``drop_noisy``: leave out the training images whose labels look most wrong to their
     held-out teachers, at most this share. ``final_data`` 'train+val' gives the averaged epochs the val images too; then
     no temperature is fitted, since nothing is left to fit it on.
+    ``views``: as ``live_teachers`` for so many views per image, fixed beforehand and labelled once; the student trains
+    on just these. ``unlabelled``: a folder of images and videos without labels ('': none), labelled by all teachers
+    together, ``unlabelled_share`` of each batch; only answers of at least ``unlabelled_min_confidence``, of no class
+    more than ``unlabelled_class_cap`` times the mean over classes, of a video every ``unlabelled_frame_step``-th frame
+    (see student.unlabelled).
     """
 
     name: str = "mbv3s"
@@ -76,6 +92,12 @@ class StudentSettings(TrainSettings):
     live_teachers: bool = False
     calibrate_soft_labels: bool = False
     drop_noisy: float = 0.0
+    views: int = 0
+    unlabelled: str = ""
+    unlabelled_share: float = 0.5
+    unlabelled_min_confidence: float = 0.5
+    unlabelled_class_cap: float = 3.0
+    unlabelled_frame_step: int = 30
 
     def contradictions(self) -> list[tuple[bool, str]]:
         return [
@@ -83,6 +105,14 @@ class StudentSettings(TrainSettings):
             (
                 self.hard_loss == "bce" and self.loss != "ce" and self.distillation and 0 < self.soft_weight < 1,
                 f"hard_loss='bce' trains sigmoids and loss={self.loss!r} compares softmax probabilities; give --loss ce",
+            ),
+            (
+                self.live_teachers and self.views > 0,
+                f"live_teachers judge every view anew and views={self.views} fixes them; give one of them",
+            ),
+            (
+                self.hard_loss == "ldam" and bool(self.unlabelled) and self.distillation and self.soft_weight < 1,
+                "ldam needs one true class per image, and unlabelled images have none; give --hard-loss ce",
             ),
         ]
 
@@ -92,6 +122,8 @@ class StudentSettings(TrainSettings):
             (self.live_teachers, "--live-teachers"),
             (self.calibrate_soft_labels, "--calibrate-soft-labels"),
             (self.drop_noisy > 0, "--drop-noisy"),
+            (self.views > 0, "--views"),
+            (bool(self.unlabelled), "--unlabelled"),
         ]
 
     def checks(self) -> list[tuple[str, bool, str]]:
@@ -101,7 +133,13 @@ class StudentSettings(TrainSettings):
             ("soft_weight", 0 <= self.soft_weight <= 1, "0 to 1"),
             ("soft_temperature", 0 < self.soft_temperature <= 100, "above 0, at most 100"),
             ("live_teachers", not self.live_teachers or self.soft_weight > 0, "a soft_weight above 0 to go with it"),
+            ("views", 0 <= self.views <= 10_000, "0 (none) to 10,000"),
+            ("views", not self.views or self.soft_weight > 0, "a soft_weight above 0 to go with it"),
             ("drop_noisy", 0 <= self.drop_noisy <= 0.5, "a share of the training images, 0 to 0.5"),
+            ("unlabelled_share", 0 < self.unlabelled_share < 1, "a share of the batch, above 0 and below 1"),
+            ("unlabelled_min_confidence", 0 <= self.unlabelled_min_confidence <= 1, "a probability, 0 to 1"),
+            ("unlabelled_class_cap", self.unlabelled_class_cap >= 1, "1 or more times the mean over classes"),
+            ("unlabelled_frame_step", self.unlabelled_frame_step >= 1, "1 or more frames"),
             ("final_data", self.final_data in ("train", "train+val"), "train or train+val"),
         ]
 
@@ -122,7 +160,8 @@ def train_student(
     networks are needed they are found in teacher/ beside it. Work in progress lies in ``folder``: by default
     run.student, or run.hard_label_student without distillation. Every process of a launch calls it (see
     training.processes). Raises UsageError if there is work already and ``resume`` is False, ArtifactError if that work or
-    the soft labels belong to other settings or data, ImageError for a damaged image.
+    the soft labels belong to other settings or data, ImageError for a damaged image, DataError for unlabelled images that
+    may not be used.
     """
     settings.refuse_for(dataset.task)
     refuse_several_processes(settings)
@@ -138,6 +177,8 @@ def train_student(
     job = _job(settings, dataset, spec, lesson, folder=folder, wanted=wanted)
     if settings.distillation and settings.live_teachers:
         job = dataclasses.replace(job, judge=_judge(settings, dataset, lesson, device))
+    if settings.distillation and settings.views:
+        job = dataclasses.replace(job, views=_views(settings, dataset, lesson, job, device=device, root=run.root))
     network = settings.network(len(dataset.outputs))
     torch.manual_seed(derive(settings.seed, "initial weights"))
     weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--student-weights"))
@@ -197,6 +238,7 @@ class _Lesson:
 
     ``folds``: int16 [len(dataset)], which fold's teachers labelled an image. ``dropped``: rows whose labels look wrong.
     ``teachers``: only if their networks are needed; ``temperatures``: by the sha256 of their files, if calibrated.
+    ``unlabelled``: follow the labelled rows in the store.
     """
 
     soft: npt.NDArray[np.float32] | None = None
@@ -204,6 +246,7 @@ class _Lesson:
     teachers: tuple[TeacherFile, ...] = ()
     temperatures: dict[str, float] | None = None
     dropped: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    unlabelled: Unlabelled | None = None
 
 
 def _lesson(
@@ -215,7 +258,7 @@ def _lesson(
         raise UsageError("distillation needs soft labels; train teachers first, or choose --no-distillation")
     soft = read_soft_labels(folder, dataset)
     folds = read_folds(folder, dataset)
-    needed = settings.live_teachers or settings.calibrate_soft_labels
+    needed = settings.live_teachers or settings.views or settings.calibrate_soft_labels or settings.unlabelled
     teachers = tuple(find_teachers(folder, dataset)) if needed else ()
     temperatures = None
     if settings.calibrate_soft_labels:
@@ -231,7 +274,49 @@ def _lesson(
     if settings.drop_noisy:
         dropped = rows_to_drop(find_noisy_labels(dataset, soft), dataset, settings.drop_noisy)
         console.note(f"--drop-noisy: {len(dropped)} of {len(dataset.rows('train'))} training images are left out")
-    return _Lesson(soft, folds, teachers, temperatures, dropped)
+    lesson = _Lesson(soft, folds, teachers, temperatures, dropped)
+    if not settings.unlabelled:
+        return lesson
+    return dataclasses.replace(lesson, unlabelled=_unlabelled(settings, dataset, lesson, device=device, cache=cache))
+
+
+def find_unlabelled(
+    settings: StudentSettings, dataset: Dataset, cache: Path
+) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.bytes_]]:
+    """Paths and hashes of the images in ``settings.unlabelled``; frames of videos are written below ``cache``.
+
+    Raises UsageError or DataError when the folder cannot be used, above all when it holds a test image.
+    """
+    frames = cache / "unlabelled" / "frames"
+    folder, step = Path(settings.unlabelled), settings.unlabelled_frame_step
+    paths, digests = on_main(lambda: without_known(find_images(folder, frames=frames, frame_step=step), dataset))
+    if not len(paths):
+        raise DataError(f"--unlabelled {settings.unlabelled}: every image is in the train or val split already")
+    return paths, digests
+
+
+def _unlabelled(
+    settings: StudentSettings, dataset: Dataset, lesson: _Lesson, *, device: torch.device, cache: Path
+) -> Unlabelled:
+    paths, digests = find_unlabelled(settings, dataset, cache)
+    labelled = on_main(
+        lambda: label_images(
+            paths,
+            digests,
+            lesson.teachers,
+            dataset,
+            cache=cache / "unlabelled",
+            device=device,
+            half=trains_in_half(settings, device),
+            temperatures=lesson.temperatures,
+        )
+    )
+    return choose(
+        labelled,
+        min_confidence=settings.unlabelled_min_confidence,
+        class_cap=settings.unlabelled_class_cap,
+        seed=settings.seed,
+    )
 
 
 def _judge(settings: StudentSettings, dataset: Dataset, lesson: _Lesson, device: torch.device) -> LiveTeachers:
@@ -240,19 +325,47 @@ def _judge(settings: StudentSettings, dataset: Dataset, lesson: _Lesson, device:
     if lesson.folds is None:
         raise UsageError("live teachers need soft labels: their folds say who may judge which image")
     folds = lesson.folds[_final_rows(settings, dataset, lesson)]
-    return LiveTeachers(teachers, folds, settings.soft_temperature)
+    nobodys = np.full(0 if lesson.unlabelled is None else len(lesson.unlabelled), -1, np.int16)
+    return LiveTeachers(teachers, np.concatenate([folds, nobodys]), settings.soft_temperature)
+
+
+def _views(
+    settings: StudentSettings, dataset: Dataset, lesson: _Lesson, job: Job, *, device: torch.device, root: Path
+) -> Views:
+    unlabelled = "" if lesson.unlabelled is None else lesson.unlabelled.hash
+    wanted = {
+        "images": ids_hash(dataset.ids[_final_rows(settings, dataset, lesson)]) + unlabelled,
+        "dataset_hash": dataset.hash,
+        "augmentation": settings_dict(settings.augment_settings()),
+        "input_spec": job.spec.to_dict(),
+        "teachers": [[t.sha256, t.weight, (lesson.temperatures or {}).get(t.sha256, 1.0)] for t in lesson.teachers],
+    }
+    seed = derive(settings.seed, "student")
+    return open_views(
+        job.store,
+        job.augment,
+        lambda: dataclasses.replace(_judge(settings, dataset, lesson, device), temperature=1.0),
+        count=settings.views,
+        seed=seed,
+        wanted=wanted,
+        root=root / "views",
+        device=device,
+    )
 
 
 def _identity(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> dict[str, Any]:
     """What the student's weights depend on beyond its settings."""
     labels = "" if lesson.soft is None else hashlib.sha256(lesson.soft.tobytes()).hexdigest()
     more: dict[str, Any] = {"soft_labels": labels}
-    if lesson.teachers and settings.live_teachers:
+    if lesson.teachers and (settings.live_teachers or settings.views):
         more["teachers"] = [teacher.sha256 for teacher in lesson.teachers]
         if lesson.temperatures is not None:
             more["teacher_temperatures"] = [lesson.temperatures[teacher.sha256] for teacher in lesson.teachers]
     if len(lesson.dropped):
         more["dropped"] = len(lesson.dropped)
+    if lesson.unlabelled is not None:
+        more["unlabelled_images"] = len(lesson.unlabelled)
+        more["unlabelled_sha256"] = lesson.unlabelled.hash
     trained_on = ids_hash(dataset.ids[_train_rows(dataset, lesson)])
     return identity(settings, task=dataset.task, dataset_hash=dataset.hash, trained_on=trained_on, **more)
 
@@ -280,14 +393,18 @@ def _job(
     rows = _final_rows(settings, dataset, lesson)
     if not len(dataset.rows("train")):
         raise DataError("the data set has no training images; freeze it again")
+    targets, paths = _targets(settings, dataset, rows, lesson), dataset.paths[rows]
+    if lesson.unlabelled is not None:
+        targets = joined(targets, unlabelled_targets(lesson.unlabelled, settings.soft_temperature))
+        paths = np.concatenate([paths, lesson.unlabelled.paths])
     return Job(
         title=folder.name.replace("-hard-labels", ", hard labels"),
         folder=folder,
         settings=settings,
         identity=wanted,
-        store=open_store(dataset.paths[rows], prepared_spec(spec), cache_gib=settings.cache_gib),
-        targets=_targets(settings, dataset, rows, lesson),
-        phases=_phases(settings, dataset, rows),
+        store=open_store(paths, prepared_spec(spec), cache_gib=settings.cache_gib),
+        targets=targets,
+        phases=_phases(settings, dataset, rows, unlabelled=np.arange(len(rows), len(paths))),
         loss=LossSettings(
             settings.loss,
             settings.soft_weight if settings.distillation else 0.0,
@@ -324,13 +441,20 @@ def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.i
     )
 
 
-def _phases(settings: StudentSettings, dataset: Dataset, store_rows: npt.NDArray[np.int64]) -> tuple[Phase, ...]:
-    """The epochs on train, then those whose weights are averaged, on all rows of the store."""
+def _phases(
+    settings: StudentSettings,
+    dataset: Dataset,
+    store_rows: npt.NDArray[np.int64],
+    *,
+    unlabelled: npt.NDArray[np.int64],
+) -> tuple[Phase, ...]:
+    """The epochs on train, then those whose weights are averaged, on all labelled rows of the store; the unlabelled ones
+    join the batches of both."""
     labels = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[store_rows]
     train_rows = np.flatnonzero(dataset.splits[store_rows] == "train")
 
     def draw(rows: npt.NDArray[np.int64]) -> Draw:
-        return Draw(
+        plain = Draw(
             rows=rows,
             labels=labels[rows],
             batch_size=min(settings.batch_size, len(train_rows)),
@@ -338,6 +462,9 @@ def _phases(settings: StudentSettings, dataset: Dataset, store_rows: npt.NDArray
             seed=derive(settings.seed, "student"),
             weights=settings.sampling_weights(labels[rows], dataset.class_names),
         )
+        if not len(unlabelled):
+            return plain
+        return MixedDraw(**vars(plain), unlabelled=unlabelled, share=settings.unlabelled_share)
 
     return make_phases("student", settings, draw(train_rows), last=draw(np.arange(len(labels))))
 

@@ -226,11 +226,12 @@ def distill(
     from edgedistill.student import LIVE_DEFAULTS, StudentSettings
     from edgedistill.teacher import BlendSettings, TeacherSettings
 
-    for field in ("live_teachers", "calibrate_soft_labels", "drop_noisy"):
+    for field in ("live_teachers", "views", "calibrate_soft_labels", "drop_noisy", "unlabelled"):
         if no_distillation and training.student[field]:
             flag = field.replace("_", "-")
             raise UsageError(f"--no-distillation and --{flag} contradict each other; give one of them")
-    values = (LIVE_DEFAULTS if training.student["live_teachers"] else {}) | training.student
+    on_views = training.student["live_teachers"] or training.student["views"]
+    values = (LIVE_DEFAULTS if on_views else {}) | training.student
     first, *others = pipeline.parse_students(
         student,
         student_weights,

@@ -119,6 +119,13 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
         " --soft-temperature 2 unless given.",
         default=False,
     ),
+    _student(
+        "views",
+        int,
+        "Augmented views per image, drawn and labelled once by held-out teachers; the student sees only these, and the"
+        " loss has --live-teachers' defaults.",
+        default=0,
+    ),
     _student("calibrate_soft_labels", bool, "Each fold's teacher at the temperature that fits val.", default=False),
     _student(
         "drop_noisy",
@@ -126,6 +133,23 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
         "Leave out at most this share of the training images: labels that look wrong.",
         default=0.0,
     ),
+    _student(
+        "unlabelled", str, "Folder of images and videos without labels, which all teachers label together.", default=""
+    ),
+    _student("unlabelled_share", float, "Unlabelled images' share of each batch.", default=0.5),
+    _student(
+        "unlabelled_min_confidence",
+        float,
+        "Least probability of the teachers' answer for an unlabelled image to be used.",
+        default=0.5,
+    ),
+    _student(
+        "unlabelled_class_cap",
+        float,
+        "Most unlabelled images of one class, in times the mean over classes.",
+        default=3.0,
+    ),
+    _student("unlabelled_frame_step", int, "Every so many frames of a video become images.", default=30),
     _each("extra_epochs", int, "Last epochs, whose weights are averaged (default: 4)."),
     _each("swa_start", float, "SWA from this share of the epochs on, in place of extra epochs (default: none)."),
     _each("swa_lr", float, "SWA's constant rate, a share of the peak (default: 0.5)."),

@@ -25,7 +25,7 @@ from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
 from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
-from edgedistill.student import StudentSettings, refuse_several_processes, train_student
+from edgedistill.student import StudentSettings, find_unlabelled, refuse_several_processes, train_student
 from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
 from edgedistill.training.models import create_model, locate_weights, resolve_name
@@ -112,12 +112,15 @@ class DistillSettings:
             self._refuse_what_needs_one_architecture()
 
     def _refuse_what_needs_one_architecture(self) -> None:
-        blend = self.ensemble.blend
-        if self.student.calibrate_soft_labels:
+        blend, student = self.ensemble.blend, self.student
+        if student.calibrate_soft_labels:
             raise UsageError("--calibrate-soft-labels knows one teacher a fold; give --teacher one network")
-        if self.student.live_teachers and (blend.vote != "soft" or blend.override):
+        asked = {"--live-teachers": student.live_teachers, "--views": student.views, "--unlabelled": student.unlabelled}
+        averaging = [flag for flag, given in asked.items() if given]
+        if averaging and (blend.vote != "soft" or blend.override):
             raise UsageError(
-                "--live-teachers average what several architectures say; leave --teacher-vote and --teacher-override away"
+                f"{averaging[0]}: averages what several architectures say; leave --teacher-vote and --teacher-override "
+                "away"
             )
 
     @property
@@ -306,6 +309,9 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
         refuse_several_processes(each)
     run = RunDir(settings.out)
     dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
+    for network in students:
+        if network.distillation and network.unlabelled:  # a test image among them is refused before hours of teaching
+            find_unlabelled(network, dataset, run.root)
     models: dict[str, list[Path]] = {}
     combinations: dict[str, Combination] = {}
     labels = settings.soft_labels

@@ -115,10 +115,11 @@ def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, 
     looked_at = epochs * counts["val"] + counts["test"] + counts["train"]
     seconds = cost.seconds_per_image * (trained + FORWARD_SHARE * looked_at)
     judging = 0.0
-    if student.distillation and student.live_teachers:
+    judged = trained if student.live_teachers else student.views * counts["train"]
+    if student.distillation and judged:
         teachers = (settings.teacher, *(other.settings for other in settings.ensemble.others))
         per_image = sum(_measure(teacher, classes).seconds_per_image for teacher in teachers)
-        judging = FORWARD_SHARE * trained * per_image
+        judging = FORWARD_SHARE * judged * per_image
     named_seconds = {"student": seconds + judging} if student.distillation else {}
     if settings.has_baseline(named) or not student.distillation:
         named_seconds["hard-label student"] = seconds

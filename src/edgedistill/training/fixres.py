@@ -77,6 +77,7 @@ def adapt(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
         spec=spec,
         augment=Augment(AugmentSettings(strength="none"), spec.height, spec.width),
         validation=None,
+        views=None,  # they are augmented; whole pictures have the stored labels
     )
     with only_last_layers_learn(model):
         return train(tuning, model, resume=resume)

@@ -148,7 +148,7 @@ class Draw:
             return self.rows[order].reshape(self.steps, self.batch_size)
         classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
         drawn = [
-            members[_cycled(len(members), epoch * quota, quota, self.seed, number)]
+            members[cycled(len(members), epoch * quota, quota, self.seed, number)]
             for number, (members, quota) in enumerate(zip(classes, self._quotas(classes, count), strict=True))
             if quota
         ]
@@ -200,7 +200,7 @@ def parse_oversample(text: str) -> tuple[str, float]:
     return name, value
 
 
-def _cycled(length: int, start: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
+def cycled(length: int, start: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
     """``count`` entries, from ``start`` on, of endless shuffles of range(length) laid end to end."""
     cycles = range(start // length, (start + count - 1) // length + 1)
     laid = np.concatenate([generator(seed, "cycle", number, cycle).permutation(length) for cycle in cycles])
@@ -208,13 +208,36 @@ def _cycled(length: int, start: int, count: int, seed: int, number: int) -> npt.
     return laid[offset : offset + count].astype(np.int64)
 
 
+@dataclass(frozen=True, eq=False)
+class Views:
+    """M augmented views of each row of the store, fixed beforehand: the only ones that batches then show.
+
+    ``seeds``: int64 [N, M], of the augmentation; the lowest bit says how to decode. ``log_probs``: float16 [N, M, C],
+    what the teachers said of each.
+    """
+
+    seeds: npt.NDArray[np.int64]
+    log_probs: npt.NDArray[np.float16]
+
+    def chosen(self, seed: int, step: Step) -> npt.NDArray[np.int64]:
+        """int64 [B]: which view of each image a batch shows."""
+        return generator(seed, "view", step.epoch, step.step).integers(self.seeds.shape[1], size=len(step.rows))
+
+
+def decode_of(seed: int) -> DecodeMode:
+    """How the image of a stored view is decoded."""
+    return "reduced" if seed & 1 else "full"
+
+
 @dataclass(frozen=True)
 class Batch:
-    """``images``: uint8 [B, H, W, 3] RGB, valid until the next batch is asked for. ``rows``: int64 [B]."""
+    """``images``: uint8 [B, H, W, 3] RGB, valid until the next batch is asked for. ``rows``: int64 [B]. ``views``:
+    int64 [B], which of its views each image shows, where views are fixed."""
 
     images: ImageU8
     rows: npt.NDArray[np.int64]
     waited_s: float
+    views: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,14 +273,22 @@ class Schedule:
 class _BatchMaker(Dataset[tuple[int, str]]):
     """Augments one batch into its slot of the ring; runs in the workers."""
 
-    def __init__(self, store: ImageStore, augment: Augmentation, *, ring: ImageU8, seed: int, part: Part) -> None:
-        self.store, self.augment, self.ring, self.seed, self.part = store, augment, ring, seed, part
+    def __init__(
+        self,
+        store: ImageStore,
+        augment: Augmentation,
+        *,
+        ring: ImageU8,
+        seed: int,
+        part: Part,
+        views: Views | None,
+    ) -> None:
+        self.store, self.augment, self.ring, self.seed = store, augment, ring, seed
+        self.part, self.views = part, views
 
     def __getitem__(self, step: Step) -> tuple[int, str]:  # type: ignore[override]
         slot = step.number % len(self.ring)
-        draws = generator(self.seed, "images", step.epoch, step.step)
-        seeds = draws.integers(2**31, size=len(step.rows))
-        reduced = draws.random(len(step.rows)) < 0.5
+        seeds, reduced = self._drawn(step)
         try:
             for place, number in enumerate(self.part.of(np.arange(len(step.rows)))):
                 image = self.store.image(step.rows[number], "reduced" if reduced[number] else "full")
@@ -265,6 +296,14 @@ class _BatchMaker(Dataset[tuple[int, str]]):
         except ImageError as error:
             return slot, str(error)  # as a value: torch would bury the message in a worker's traceback
         return slot, ""
+
+    def _drawn(self, step: Step) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Each image's augmentation seed and whether it is decoded reduced."""
+        if self.views is not None:
+            seeds = self.views.seeds[step.rows, self.views.chosen(self.seed, step)]
+            return seeds, (seeds & 1).astype(bool)
+        draws = generator(self.seed, "images", step.epoch, step.step)
+        return draws.integers(2**31, size=len(step.rows)), draws.random(len(step.rows)) < 0.5
 
 
 def batches(
@@ -276,10 +315,12 @@ def batches(
     seed: int,
     workers: int,
     part: Part = ALONE,
+    views: Views | None = None,
 ) -> Iterator[Batch]:
     """The batches of ``schedule`` in order, prepared ahead by ``workers`` processes (0: in this one).
 
-    ``part``: of several training processes this one, which gets its share of each batch.
+    ``part``: of several training processes this one, which gets its share of each batch. ``views``: the only ones that
+    images are shown in; without, each batch draws views of its own.
 
     Raises ImageError that names the damaged file.
     """
@@ -290,7 +331,7 @@ def batches(
     slots = IMAGES_AHEAD * workers + 2
     ring = shared_images(slots * size, spec).reshape(slots, size, spec.height, spec.width, 3)
     loader = DataLoader(
-        _BatchMaker(store, augment, ring=ring, seed=seed, part=part),
+        _BatchMaker(store, augment, ring=ring, seed=seed, part=part, views=views),
         batch_size=None,
         sampler=schedule,  # type: ignore[arg-type]
         num_workers=workers,
@@ -307,7 +348,8 @@ def batches(
         if error:
             raise ImageError(error)
         rows = part.of(step.rows)
-        yield Batch(ring[slot, : len(rows)], rows, waited)
+        chosen = None if views is None else part.of(views.chosen(seed, step))
+        yield Batch(ring[slot, : len(rows)], rows, waited, chosen)
 
 
 def _next_answer(answers: Iterator[tuple[int, str]]) -> tuple[int, str]:

@@ -32,7 +32,7 @@ from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
 from edgedistill.tasks import Task, Values
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
 from edgedistill.training.heads import task_loss, validation_metrics
-from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, batches, core_count
+from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, Views, batches, core_count
 from edgedistill.training.losses import LossSettings, Targets, loss_of, to_device
 from edgedistill.training.mixing import mix
 from edgedistill.training.models import to_channels_last
@@ -87,7 +87,8 @@ class Job:
     """All that one training needs. ``identity``: plain values on which a resumed run must agree.
 
     ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``; with a
-    ``judge`` the soft ones are its answers instead. ``task``: of a network with several heads.
+    ``judge`` the soft ones are its answers instead, with ``views`` what is stored of each view. ``task``: of a network
+    with several heads.
     """
 
     title: str
@@ -103,6 +104,7 @@ class Job:
     validation: Validation | None = None
     judge: Judge | None = None
     task: Task | None = None
+    views: Views | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -162,7 +164,16 @@ def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
     forward: Any = data_parallel(model, this)
     forward = torch.compile(forward) if settings.compile else forward
     workers = worker_count(settings.workers, device, sharers=this.local_size)
-    stream = batches(job.store, schedule, job.augment, spec=job.spec, seed=settings.seed, workers=workers, part=this)
+    stream = batches(
+        job.store,
+        schedule,
+        job.augment,
+        spec=job.spec,
+        seed=settings.seed,
+        workers=workers,
+        part=this,
+        views=job.views,
+    )
     total = sum(phase.draw.steps for phase, _ in epochs)
     with console.progress(job.title, total) as bar, tensorboard(job, state) as board:
         bar.update(bar.task_ids[0], completed=total - len(schedule))
@@ -213,7 +224,7 @@ def train_step(
     """
     settings = job.settings
     device = device_of(state.model)
-    images, targets = to_device(batch.images, device), targets.take(batch.rows)
+    images, targets = to_device(batch.images, device), seen_targets(job, batch, targets.take(batch.rows))
     if state.epoch < len(job.epochs) - settings.plain_epochs:
         images, targets = mix(
             images,
@@ -238,6 +249,15 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return mean_over_all(loss.detach(), state.part)
+
+
+def seen_targets(job: Job, batch: Batch, targets: Targets) -> Targets:
+    """``targets`` with the soft labels of the very views that the batch shows, where they are stored."""
+    if job.views is None or batch.views is None:
+        return targets
+    log_probs = torch.from_numpy(job.views.log_probs[batch.rows, batch.views].astype(np.float32))
+    soft = torch.softmax(log_probs / job.loss.temperature, dim=1)
+    return Targets(targets.hard, to_device(soft.numpy(), targets.hard.device))
 
 
 def trains_in_half(settings: TrainSettings, device: torch.device) -> bool:

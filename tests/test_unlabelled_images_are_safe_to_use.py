@@ -1,0 +1,202 @@
+"""Unlabelled images and frames: never a test image, labelled by all teachers, filtered, and a fixed share of each batch."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from edgedistill.artifacts import RunDir, sha256_file
+from edgedistill.errors import DataError, UsageError
+from edgedistill.student import StudentSettings, train_student
+from edgedistill.student.live_teachers import find_teachers
+from edgedistill.student.unlabelled import (
+    MixedDraw,
+    Unlabelled,
+    choose,
+    find_images,
+    joined,
+    label_images,
+    unlabelled_targets,
+    without_known,
+)
+from edgedistill.training.checkpoints import read_model
+from edgedistill.training.loader import Draw
+from edgedistill.training.losses import make_targets
+from edgedistill.training.predict import predict_logits
+from edgedistill.training.seeds import generator
+
+CPU = torch.device("cpu")
+SETTINGS = StudentSettings(
+    name="test_efficientnet",
+    weights="none",
+    image_size=32,
+    epochs=1,
+    extra_epochs=1,
+    batch_size=8,
+    workers=0,
+    device="cpu",
+    tensorboard=False,
+    soft_weight=1.0,
+    loss="kl",
+    unlabelled_min_confidence=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def hashed(tiny_dataset):
+    """The data set with the true hashes of its files."""
+    digests = np.array([sha256_file(path) for path in tiny_dataset.paths])
+    return dataclasses.replace(tiny_dataset, sha256=digests)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten new images, one of them twice, and a video of 25 frames."""
+    root = tmp_path_factory.mktemp("unlabelled")
+    (root / "deep").mkdir()
+    for number in range(10):
+        pixels = generator(1, number).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        cv2.imwrite(str(root / "deep" / f"new{number}.png"), pixels)
+    shutil.copy(root / "deep" / "new3.png", root / "again.png")
+    (root / "notes.txt").write_text("no image")
+    writer = cv2.VideoWriter(str(root / "camera.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (48, 40))
+    for number in range(25):
+        writer.write(np.full((40, 48, 3), 10 * number, np.uint8))
+    writer.release()
+    return root
+
+
+def test_images_and_every_so_many_frames_are_found(folder, tmp_path):
+    paths = find_images(folder, frames=tmp_path, frame_step=10)
+    frames = [path for path in paths if str(tmp_path) in path]
+    assert len(paths) == 11 + 3
+    means = [float(cv2.imread(path).mean()) for path in frames]
+    assert means == pytest.approx([0, 100, 200], abs=3)
+    times = [Path(path).stat().st_mtime_ns for path in frames]
+    assert find_images(folder, frames=tmp_path, frame_step=10).tolist() == paths.tolist()
+    assert times == [Path(path).stat().st_mtime_ns for path in frames]  # not written again
+
+
+def test_folders_that_cannot_be_used_are_named(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"--unlabelled .*nowhere: no such folder"):
+        find_images(tmp_path / "nowhere", frames=tmp_path, frame_step=10)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no image and no video in it"):
+        find_images(tmp_path / "empty", frames=tmp_path, frame_step=10)
+    (tmp_path / "empty" / "broken.mp4").write_bytes(b"not a video")
+    with pytest.raises(DataError, match=r"broken.mp4: no frame can be read"):
+        find_images(tmp_path / "empty", frames=tmp_path, frame_step=10)
+
+
+def test_a_test_image_under_any_name_is_refused(hashed, folder, tmp_path, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    shutil.copy(hashed.paths[hashed.rows("train")[0]], own / "seen.png")
+    paths, digests = without_known(find_images(own, frames=tmp_path, frame_step=10), hashed)
+    assert "1 images are in the train or val split and are left out" in capsys.readouterr().err
+    assert len(paths) == len(set(digests.tolist())) == 10 + 3
+    shutil.copy(hashed.paths[hashed.rows("test")[2]], own / "deep" / "harmless.png")
+    with pytest.raises(DataError, match=r"1 images are in the test split, first .*harmless.png"):
+        without_known(find_images(own, frames=tmp_path, frame_step=10), hashed)
+
+
+def test_all_teachers_label_together_and_are_asked_once(tiny_dataset, taught_run, folder, tmp_path, monkeypatch):
+    from edgedistill.student import unlabelled
+
+    files = find_teachers(taught_run.soft_labels, tiny_dataset)
+    paths, digests = without_known(find_images(folder, frames=tmp_path, frame_step=10), tiny_dataset)
+    options = {"cache": tmp_path / "cache", "device": CPU, "half": False, "temperatures": None}
+    found = label_images(paths, digests, files, tiny_dataset, **options)
+    members = [read_model(file.path) for file in files]
+    logits = [predict_logits(member.model, paths, member.input_spec) for member in members]
+    mean = np.mean([torch.softmax(torch.from_numpy(each), dim=1).numpy() for each in logits], axis=0)
+    assert np.allclose(np.exp(found.log_probs), mean, atol=1e-4)
+    unlike = [dataclasses.replace(file, weight=weight) for file, weight in zip(files, (3.0, 1.0), strict=True)]
+    weighted = label_images(paths, digests, unlike, tiny_dataset, **options | {"cache": tmp_path / "weighted"})
+    shares = [torch.softmax(torch.from_numpy(each), dim=1).numpy() for each in logits]
+    assert np.allclose(np.exp(weighted.log_probs), (3 * shares[0] + shares[1]) / 4, atol=1e-4)
+    monkeypatch.setattr(unlabelled, "open_teachers", lambda *args, **more: pytest.fail("asked again"))
+    assert label_images(paths, digests, files, tiny_dataset, **options).hash == found.hash
+
+
+def made_up(answers, confidence=0.9):
+    probabilities = np.full((len(answers), 3), (1 - confidence) / 2)
+    probabilities[np.arange(len(answers)), answers] = confidence
+    names = np.array([f"{number}.png" for number in range(len(answers))])
+    return Unlabelled(names, names.astype("S64"), np.log(probabilities).astype(np.float32))
+
+
+def test_unsure_answers_and_crowding_classes_are_left_out(capsys):
+    images = made_up([0] * 40 + [1] * 4 + [2])
+    unsure = dataclasses.replace(images, log_probs=images.log_probs.copy())
+    unsure.log_probs[40] = np.log(1 / 3)
+    chosen = choose(unsure, min_confidence=0.5, class_cap=1.0, seed=0)
+    counts = np.bincount(chosen.log_probs.argmax(axis=1), minlength=3)
+    assert counts.tolist() == [44 // 3, 3, 1]
+    assert "40.png" not in chosen.paths.tolist()
+    assert choose(unsure, min_confidence=0.5, class_cap=1.0, seed=0).hash == chosen.hash
+    assert choose(unsure, min_confidence=0.5, class_cap=1.0, seed=1).hash != chosen.hash
+    with pytest.raises(DataError, match=r"sure of none .*the surest has 0.90"):
+        choose(images, min_confidence=0.95, class_cap=1.0, seed=0)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_each_batch_has_its_share_and_the_budget_stays(balanced):
+    rows, labels = np.arange(50), (np.arange(50) % 5 == 0).astype(np.int32)
+    plain = Draw(rows, labels, 8, balanced, seed=3)
+    mixed = MixedDraw(rows, labels, 8, balanced, 3, unlabelled=np.arange(50, 57), share=0.25)
+    assert mixed.steps == plain.steps
+    seen = np.concatenate([mixed.epoch(epoch) for epoch in range(6)])
+    assert seen.shape == (6 * plain.steps, 8)
+    assert ((seen >= 50).sum(axis=1) == 2).all()
+    times = np.bincount(seen[seen >= 50] - 50, minlength=7)
+    assert times.max() - times.min() <= 1  # each as often as any other
+    assert np.array_equal(mixed.epoch(4), mixed.epoch(4))
+    assert len(np.unique(mixed.epoch(0)[:, :6])) > 20
+
+
+def test_pseudo_labels_stand_in_for_hard_ones():
+    images = made_up([2, 0], confidence=0.8)
+    both = joined(make_targets(np.array([1], np.int32), 3, temperature=2.0), unlabelled_targets(images, 2.0))
+    assert both.hard[0].tolist() == [0.0, 1.0, 0.0]
+    assert torch.allclose(both.hard[1], torch.tensor([0.1, 0.1, 0.8]), atol=1e-5)
+    roots = torch.tensor([0.1, 0.1, 0.8]).sqrt()
+    assert torch.allclose(both.soft[1], roots / roots.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_student_learns_from_both_and_records_it(hashed, taught_run, folder, tmp_path, live, monkeypatch):
+    run = RunDir(tmp_path)
+    settings = dataclasses.replace(SETTINGS, unlabelled=str(folder), live_teachers=live)
+    monkeypatch.setattr("edgedistill.student.distil.read_soft_labels", lambda path, data: soft_of(data))
+    monkeypatch.setattr("edgedistill.student.live_teachers.read_model", lambda path: of_dataset(path, hashed))
+    train_student(settings, hashed, run, soft_labels=taught_run.soft_labels, out=run.model, resume=False)
+    saved = read_model(run.model).settings
+    assert saved["unlabelled_images"] == 11  # ten images and one frame, each once
+    assert len(saved["unlabelled_sha256"]) == 64
+
+
+def soft_of(dataset):
+    """The fixture's labels belong to a data set whose hashes are made up."""
+    soft = np.full((len(dataset), 3), np.nan, np.float32)
+    soft[dataset.rows("train")] = np.log(1 / 3)
+    return soft
+
+
+def of_dataset(path, dataset):
+    return dataclasses.replace(read_model(path), dataset_hash=dataset.hash)
+
+
+def test_shares_and_caps_are_checked():
+    for wrong, message in (
+        ({"unlabelled_share": 1.0}, "a share of the batch"),
+        ({"unlabelled_min_confidence": 1.5}, "a probability"),
+        ({"unlabelled_class_cap": 0.5}, "1 or more times"),
+        ({"unlabelled_frame_step": 0}, "1 or more frames"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            StudentSettings(**wrong)

@@ -24,7 +24,7 @@ import simplejpeg
 
 from edgedistill.errors import ArtifactError, ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, check_png, read_header
-from edgedistill.shard_members import read_file
+from edgedistill.shard_members import NotAFileError, read_file
 
 ImageU8 = npt.NDArray[np.uint8]
 DecodeMode = Literal["full", "reduced"]
@@ -283,6 +283,8 @@ def read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
         name = str(source)
         try:
             data = read_file(source)
+        except NotAFileError as error:
+            raise ImageError(f"{name}: not a file; name an image file") from error
         except OSError as error:
             raise ImageError(f"{name}: cannot be read ({error.strerror or error})") from error
         except ValueError as error:

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from edgedistill import console
 from edgedistill.artifacts import write_json
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.cpp_peers import cpp_peer
 from edgedistill.benchmarks.inputs import InputSet
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.python_runtime import photographs
 from edgedistill.benchmarks.timing import Spread
-from edgedistill.errors import EdgedistillError, ModelError
+from edgedistill.errors import ModelError
 
 FORMAT = "edgedistill-cpp-decode"
 OWN = "edgedistill"
@@ -62,7 +61,7 @@ def main() -> int:
         results = [measure(image, size=options.size, rounds=options.rounds) for image in sets]
     record = {
         "machine": machine,
-        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.cpp_decode", *sys.argv[1:]]),
+        "command": module_command("cpp_decode"),
         "images": origin,
         "size": options.size,
         "rounds": options.rounds,
@@ -80,8 +79,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgedistillError as problem:
-        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
-        sys.exit(problem.exit_code)
+    exit_with(main)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,12 @@ import numpy as np
 
 from edgedistill import console
 from edgedistill.artifacts import write_json
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.cpp_peers import cpp_program
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
 from edgedistill.benchmarks.target import Target
 from edgedistill.data.manifest import read_dataset
-from edgedistill.errors import EdgedistillError, ModelError
+from edgedistill.errors import ModelError
 from edgedistill.runtime import Bundle, Engine, frames
 
 FORMAT = "edgedistill-cpp-parity"
@@ -95,7 +94,7 @@ def main() -> int:
     results = [compare(bundle, paths, precision) for precision in ("f32", *(["int8"] if int8 else []))]
     record = {
         "machine": machine_record(),
-        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.cpp_parity", *sys.argv[1:]]),
+        "command": module_command("cpp_parity"),
         "artifact": {"path": str(options.run), "sha256": artifact_hash(target.files)},
         "results": results,
     }
@@ -106,8 +105,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgedistillError as problem:
-        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
-        sys.exit(problem.exit_code)
+    exit_with(main)

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +26,7 @@ from typing import Any
 from edgedistill import console
 from edgedistill.artifacts import read_json, write_json
 from edgedistill.benchmarks.bench_fps import CPP_TOLERANCE, measure_entries, result_rows
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.cpp_peers import (
     BARE,
     LIMIT,
@@ -296,7 +295,7 @@ def main() -> int:
         measure(run, options.parts)
     record = {
         "machine": machine,
-        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.cpp_runtime", *sys.argv[1:]]),
+        "command": module_command("cpp_runtime"),
         "artifact": {"path": str(options.bundle), "sha256": artifact_hash(target.files)},
         "images": origin,
         "rounds": options.rounds,
@@ -334,8 +333,4 @@ def _parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgedistillError as problem:
-        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
-        sys.exit(problem.exit_code)
+    exit_with(main)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import cv2
 from edgedistill import console
 from edgedistill.artifacts import write_json
 from edgedistill.benchmarks.bench_fps import measure_entries, result_rows, short
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.inputs import InputSet, input_sets, write_jpeg
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
 from edgedistill.benchmarks.plan import BenchSettings, Entry, Workers, plan_entries
@@ -140,7 +140,7 @@ def main() -> int:
     figures.append(help_figure())
     record = {
         "machine": machine,
-        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.python_runtime", *sys.argv[1:]]),
+        "command": module_command("python_runtime"),
         "artifact": {"path": str(options.bundle), "sha256": artifact_hash(Target.open(options.bundle).files)},
         "images": origin,
         "rounds": options.rounds,
@@ -173,8 +173,4 @@ def _parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgedistillError as problem:
-        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
-        sys.exit(problem.exit_code)
+    exit_with(main)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,15 +29,16 @@ import openvino as ov
 
 from edgedistill import console
 from edgedistill.artifacts import read_json, write_json
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.score import score
 from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.benchmarks.timing import CandidateError, Spread, Worker, WorkerCase, interleave
-from edgedistill.benchmarks.tuner.space import Host, Student
+from edgedistill.benchmarks.tuner.space import PRECISIONS, Host, Student
 from edgedistill.benchmarks.tuner.students import find_students
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.data.manifest import Dataset, read_dataset
-from edgedistill.errors import EdgedistillError, ModelError
+from edgedistill.errors import ModelError
 from edgedistill.runtime import Bundle, Engine
 from edgedistill.runtime.bundle import (
     DeployConfig,
@@ -109,8 +109,8 @@ def fixed_settings(student: Student, folder: Path, host: Host) -> list[Contender
 def _hinted(student: Student) -> ThroughputSettings:
     """The precision and streams that OpenVINO chooses for hint THROUGHPUT, read back."""
     compiled = ov.Core().compile_model(student.root / student.model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
-    precision = {"f32": "f32", "bf16": "bf16"}.get(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-    if precision is None:
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if precision not in PRECISIONS:
         raise ModelError(f"{student.model}: OpenVINO runs it at a precision that deploy.json does not know")
     streams = int(compiled.get_property("NUM_STREAMS"))
     return ThroughputSettings(precision, streams, int(compiled.get_property("INFERENCE_NUM_THREADS")))
@@ -168,7 +168,10 @@ def speeds(
                 command = [sys.executable, "-m", f"edgedistill.benchmarks.{module}"]
                 workers[one.candidate] = stack.enter_context(Worker(command))
             worker = workers[one.candidate]
-            cases.append(WorkerCase.prepare(worker, one.name, one.request(images, threads)))
+            try:
+                cases.append(WorkerCase.prepare(worker, one.name, one.request(images, threads)))
+            except CandidateError as error:
+                raise ModelError(f"{one.name}: {error}") from error
         with console.progress("measuring", (rounds + 1) * len(cases)) as bar:
             slices = interleave(
                 cases, rounds=rounds + 1, seconds=seconds, advance=lambda: bar.update(bar.task_ids[0], advance=1)
@@ -295,8 +298,8 @@ def main() -> int:
             slow = slow_stage(name, path / "deploy.json", students, folder, host)
             contenders += [slow] if slow is not None else []
         contenders += [one for student in students for one in fixed_settings(student, folder, host)]
-        naive = dataclasses.replace(contenders[-1], name="naive program", kind="naive", mode="latency", candidate=BASE)
-        contenders.append(dataclasses.replace(naive, student=students[0], deploy=_f32_of(contenders, students[0])))
+        f32 = next(one.deploy for one in contenders if one.kind == "fixed")  # of the first student
+        contenders.append(Contender("naive program", "naive", f32, students[0], "latency", BASE))
         test = [str(path) for path in dataset.paths[dataset.rows("test")]]
         fed = [test[row] for row in np.random.default_rng(0).permutation(len(test))[:FED_IMAGES]]
         rates = speeds(contenders, fed, rounds=options.rounds, seconds=options.seconds, threads=host.cores)
@@ -304,7 +307,7 @@ def main() -> int:
     promised = figures(judged, records, len(test))
     record = {
         "machine": machine,
-        "command": shlex.join(["python", "-m", "edgedistill.benchmarks.tuned_score", *sys.argv[1:]]),
+        "command": module_command("tuned_score"),
         "objective": objective,
         "test_images": len(test),
         "rounds": options.rounds,
@@ -324,13 +327,5 @@ def main() -> int:
     return 0 if all(one["reached"] for one in promised) else 1
 
 
-def _f32_of(contenders: Sequence[Contender], student: Student) -> Path:
-    return next(one.deploy for one in contenders if one.kind == "fixed" and one.student == student)
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (EdgedistillError, CandidateError) as problem:
-        console.err.print(f"error: {problem}", style="red", markup=False, highlight=False)
-        sys.exit(getattr(problem, "exit_code", 1))
+    exit_with(main)

@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
 from edgedistill.artifacts import RunDir, read_json
-from edgedistill.data.manifest import Dataset
 from edgedistill.errors import UsageError
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
@@ -56,28 +54,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    torch.set_num_threads(1)
-    root, rng, numbers = tmp_path_factory.mktemp("images"), np.random.default_rng(0), np.arange(44)
-    labels = (numbers % 3).astype(np.int32)
-    paths = [str(root / f"im{n:03d}.png") for n in numbers]
-    for path, label in zip(paths, labels, strict=True):
-        pixels = rng.integers(0, 120, (40, 40, 3), dtype=np.uint8)
-        pixels[:, :, label] += 100
-        cv2.imwrite(path, pixels)
-    return Dataset(
-        ids=np.array([f"im{n:03d}.png" for n in numbers]),
-        paths=np.array(paths),
-        sha256=np.array([f"{n:064x}" for n in numbers]),
-        labels=labels,
-        groups=np.array([""] * len(numbers)),
-        splits=np.where(numbers < 32, "train", np.where(numbers < 38, "val", "test")),
-        folds=np.where(numbers < 32, numbers % 2, -1).astype(np.int16),
-        class_names=("a", "b", "c"),
-    )
-
-
 def break_off(monkeypatch, after):
     """The training stops as if killed when it is about to take its step number ``after``."""
     step, taken = loop.train_step, []
@@ -92,19 +68,19 @@ def break_off(monkeypatch, after):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_run_ends_with_the_same_bytes(kind, dataset, tmp_path, monkeypatch):
+def test_a_broken_run_ends_with_the_same_bytes(kind, tiny_dataset, tmp_path, monkeypatch):
     settings = dataclasses.replace(STUDENT, **KINDS[kind])
     whole, broken = RunDir(tmp_path / "whole"), RunDir(tmp_path / "broken")
-    train_student(settings, dataset, whole, soft_labels=None, out=whole.model, resume=False)
+    train_student(settings, tiny_dataset, whole, soft_labels=None, out=whole.model, resume=False)
     for after in (3, 8):  # within the first epoch, and after the averages began
         with monkeypatch.context() as patch:
             break_off(patch, after)
             with pytest.raises(KeyboardInterrupt):
-                train_student(settings, dataset, broken, soft_labels=None, out=broken.model, resume=True)
-    train_student(settings, dataset, broken, soft_labels=None, out=broken.model, resume=True)
+                train_student(settings, tiny_dataset, broken, soft_labels=None, out=broken.model, resume=True)
+    train_student(settings, tiny_dataset, broken, soft_labels=None, out=broken.model, resume=True)
     assert broken.model.read_bytes() == whole.model.read_bytes()
     plain = RunDir(tmp_path / "plain")
-    train_student(STUDENT, dataset, plain, soft_labels=None, out=plain.model, resume=False)
+    train_student(STUDENT, tiny_dataset, plain, soft_labels=None, out=plain.model, resume=False)
     assert plain.model.read_bytes() != whole.model.read_bytes()
 
 
@@ -129,24 +105,24 @@ def test_swa_averages_the_last_share_of_the_epochs_at_a_constant_rate():
     assert (only.epochs, only.final_lr) == (8, pytest.approx(1e-5))
 
 
-def test_nothing_is_mixed_in_the_plain_epochs(dataset, tmp_path, monkeypatch):
+def test_nothing_is_mixed_in_the_plain_epochs(tiny_dataset, tmp_path, monkeypatch):
     mixed, mix = [], loop.mix
     monkeypatch.setattr(loop, "mix", lambda *a, **k: mixed.append(k["epoch"]) or mix(*a, **k))
     run = RunDir(tmp_path)
     settings = dataclasses.replace(STUDENT, plain_epochs=3)
-    train_student(settings, dataset, run, soft_labels=None, out=run.model, resume=False)
+    train_student(settings, tiny_dataset, run, soft_labels=None, out=run.model, resume=False)
     assert set(mixed) == {0}
 
 
-def test_teachers_average_too_and_label_with_what_they_became(dataset, tmp_path):
+def test_teachers_average_too_and_label_with_what_they_became(tiny_dataset, tmp_path):
     run = RunDir(tmp_path)
     settings = TeacherSettings(**COMMON, epochs=2, extra_epochs=1, pool="gem", hard_loss="bce", optimizer="adam")
-    train_teachers(settings, dataset, run, resume=False)
+    train_teachers(settings, tiny_dataset, run, resume=False)
     for fold in range(2):
         values = read_json(run.teacher(fold) / "fold.json", format="edgedistill-teacher-fold")
         assert values["epochs_planned"] == values["epochs_done"] == 3
         assert classifier_of(read_model(run.teacher(fold) / "model.pt").model) == ClassifierSettings("gem")
-    assert train_teachers(settings, dataset, run, resume=True) == run.soft_labels
+    assert train_teachers(settings, tiny_dataset, run, resume=True) == run.soft_labels
 
 
 @pytest.mark.parametrize(
@@ -164,8 +140,8 @@ def test_averages_that_cannot_be_are_refused(wrong, message):
         dataclasses.replace(STUDENT, **wrong)
 
 
-def test_a_class_that_is_not_there_is_told(dataset, tmp_path):
+def test_a_class_that_is_not_there_is_told(tiny_dataset, tmp_path):
     settings = dataclasses.replace(STUDENT, balanced_sampling=False, oversample=("d=2",))
     run = RunDir(tmp_path)
     with pytest.raises(UsageError, match=r"--oversample d: no such class"):
-        train_student(settings, dataset, run, soft_labels=None, out=run.model, resume=False)
+        train_student(settings, tiny_dataset, run, soft_labels=None, out=run.model, resume=False)

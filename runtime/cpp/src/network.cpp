@@ -327,6 +327,8 @@ struct Worker::Impl {
     void run(StageRunner& runner);
     bool finish(std::size_t stage, const float* raw, Prediction& out);
     bool finish_heads(std::size_t stage, Prediction& out);
+    enum class Verdict { ask_next, unknown, known };
+    Verdict settle(std::size_t stage, Prediction& out) const;
     void answer_head(const Head& head, double temperature, Prediction& out, HeadPrediction& answer);
     void score(const CompiledStage& stage, const float* raw, Prediction& out);
     void accept(const CompiledStage& stage, Prediction& out) const;
@@ -429,16 +431,8 @@ bool Worker::Impl::finish(std::size_t number, const float* raw, Prediction& out)
     const auto index = static_cast<std::size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
     out.probability = out.probabilities[index];
     out.index = static_cast<int>(index);
-    out.stage = static_cast<int>(number);
-    const bool last = number + 1 == runners.size();
-    const auto confidence = static_cast<double>(out.probability);
-    if (!last && confidence < stage.settings->exit_threshold.value_or(0.0)) return false;
-    const auto reject_below = network->bundle().config().reject_below;
-    if (last && reject_below && confidence < *reject_below) {
-        out.index = -1;
-        out.label.assign("unknown");
-        return true;
-    }
+    const Verdict verdict = settle(number, out);
+    if (verdict != Verdict::known) return verdict == Verdict::unknown;
     out.label.assign(stage.metadata->labels[index]);
     if (stage.metadata->multi_label) accept(stage, out);
     return true;
@@ -497,16 +491,23 @@ bool Worker::Impl::finish_heads(std::size_t number, Prediction& out) {
         out.label.append(place == 0 ? "" : ", ").append(answer.label);
     }
     out.index = out.heads[0].index;
+    return settle(number, out) != Verdict::ask_next;
+}
+
+// By the answer's confidence; an unknown one loses its label.
+Worker::Impl::Verdict Worker::Impl::settle(std::size_t number, Prediction& out) const {
     out.stage = static_cast<int>(number);
     const bool last = number + 1 == runners.size();
     const auto confidence = static_cast<double>(out.probability);
-    if (!last && confidence < stage.settings->exit_threshold.value_or(0.0)) return false;
-    const auto reject_below = network->bundle().config().reject_below;
-    if (last && reject_below && confidence < *reject_below) {
-        out.index = -1;
-        out.label.assign("unknown");
+    if (!last) {
+        const double threshold = runners[number].stage().settings->exit_threshold.value_or(0.0);
+        return confidence < threshold ? Verdict::ask_next : Verdict::known;
     }
-    return true;
+    const auto reject_below = network->bundle().config().reject_below;
+    if (!reject_below || !(confidence < *reject_below)) return Verdict::known;
+    out.index = -1;
+    out.label.assign("unknown");
+    return Verdict::unknown;
 }
 
 void Worker::Impl::accept(const CompiledStage& stage, Prediction& out) const {

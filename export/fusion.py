@@ -121,7 +121,7 @@ def _reparameterize(
 class _Flow(TorchDispatchMode):
     """Every tensor operation of one forward pass: who reads the outputs that are watched, and how often a weight is used.
 
-    Tensors are told apart by identity; each one that is watched is kept alive, so no identity is used twice.
+    Tensors are told apart by identity; each one whose identity is kept is kept alive, so no identity is used twice.
     """
 
     def __init__(self) -> None:
@@ -148,6 +148,10 @@ class _Flow(TorchDispatchMode):
 
     def watch(self, tensor: torch.Tensor) -> None:
         self.readers[id(tensor)] = []
+        self._alive.append(tensor)
+
+    def enter_norm(self, name: str, tensor: torch.Tensor) -> None:
+        self.current_norm = (name, id(tensor))
         self._alive.append(tensor)
 
 
@@ -206,7 +210,7 @@ def _trace(model: nn.Module, example: torch.Tensor) -> tuple[_Trace, Any]:
             trace.calls[name] += 1
             if args and isinstance(args[0], torch.Tensor):
                 trace.inputs[name] = id(args[0])
-                trace.flow.current_norm = (name, id(args[0]))
+                trace.flow.enter_norm(name, args[0])
 
         return hook
 

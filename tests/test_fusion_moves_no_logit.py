@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgedistill.errors import ModelError
-from edgedistill.export.fusion import fuse
+from edgedistill.export.fusion import fuse, plan_folds
 from edgedistill.timm_import import import_timm
 
 timm = import_timm()
@@ -161,6 +161,24 @@ def test_what_may_not_be_folded_is_left_with_a_reason(
     assert report.folded == 0 and [name for name, _ in report.kept] == ["body.n"]
     assert reason in report.kept[0][1]
     assert report.max_logit_difference == 0
+
+
+def test_a_freed_tensor_is_not_taken_for_a_later_one() -> None:
+    """Forty norms read tensors that die at once; Python gives their identities to the convolutions' outputs after them."""
+    body = parts(
+        n=nn.ModuleList(nn.BatchNorm2d(3) for _ in range(40)), c=nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(40))
+    )
+
+    def forward(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        for norm, convolution in zip(m.n, m.c, strict=True):
+            x = convolution(norm(x.sin()).relu())
+        return x
+
+    folds, kept = plan_folds(
+        Classifier(body, lambda m, x: forward(m, x).tile(1, 3, 1, 1)[:, :8]).eval(), torch.zeros(1, 3, 8, 8)
+    )
+    assert folds == []
+    assert {reason for _, reason in kept} == {"does not follow a convolution or linear layer"}
 
 
 def test_a_norm_in_training_mode_is_left_with_a_reason() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import shlex
 import shutil
 import sys
@@ -34,17 +35,20 @@ from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_array, read_json, read_jsonl, write_array, write_json
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.reference_runs import run_piece, write_subset
+from edgedistill.data.sources import open_source
 from edgedistill.errors import EdgedistillError, UsageError
 from edgedistill.metrics import MetricName, hierarchical_difference
 
 RESULTS = Path("benchmarks/results/distillation")
 METRICS: tuple[MetricName, ...] = ("accuracy", "macro_f1")
 TEACHERS = "teachers"
+UNLABELLED = "{unlabelled}"  # in an arm's options: the folder of the protocol's unlabelled images
 TIMES_UP = 3  # exit code: run the same command again to go on
 DISTILL = "import sys; from edgedistill.cli import distill_main; distill_main()"
 KEYS = {
     "data",
     "train_images",
+    "unlabelled_images",
     "seeds",
     "data_options",
     "teacher_options",
@@ -61,8 +65,9 @@ KEYS = {
 class Protocol:
     """``data_options``, ``teacher_options``, ``student_options`` and each arm: options of `distill`.
 
-    ``train_images``: so many of the data's training images, evenly by class (0: all). ``teachers_with``: the distilled
-    arm whose run trains the teachers. ``reference``: the arm that the others are compared with. ``peer_teacher``:
+    ``train_images``: so many of the data's training images, evenly by class (0: all). ``unlabelled_images``: so many of
+    the others, without their labels, in the folder that arms name ``{unlabelled}``. ``teachers_with``: the distilled arm
+    whose run trains the teachers. ``reference``: the arm that the others are compared with. ``peer_teacher``:
     options of `distill` for the teacher of the ``peers``, whose own options are those of peer_timm_distillation.
     """
 
@@ -76,6 +81,7 @@ class Protocol:
     reference: str
     arms: dict[str, str]
     train_images: int = 0
+    unlabelled_images: int = 0
     peer_teacher: str = ""
     peers: dict[str, str] = field(default_factory=dict)
 
@@ -110,6 +116,8 @@ def read_protocol(path: Path) -> Protocol:
             raise UsageError(f"{path}: {name!r} is not one of its arms {', '.join(protocol.arms)}")
     if "--no-distillation" in protocol.arms[protocol.teachers_with]:
         raise UsageError(f"{path}: teachers_with {protocol.teachers_with!r} distils nothing, so it trains no teachers")
+    if protocol.unlabelled_images and not protocol.train_images:
+        raise UsageError(f"{path}: unlabelled_images are the training images beyond train_images: give that too")
     if protocol.peers and not protocol.peer_teacher:
         raise UsageError(f"{path}: peers need a peer_teacher, options of distill")
     return protocol
@@ -129,6 +137,7 @@ def pieces(protocol: Protocol, runs: Path, data: str) -> Iterator[Piece]:
             elif "--no-distillation" not in options:
                 options += f" --soft-labels {shlex.quote(str(root / TEACHERS / 'soft_labels'))}"
             folder = root / (TEACHERS if arm == protocol.teachers_with else arm)
+            options = options.replace(UNLABELLED, shlex.quote(str(unlabelled_folder(protocol, runs))))
             command = [*common, *shlex.split(options), "--out", str(folder)]
             yield Piece(seed, arm, folder, [sys.executable, "-c", DISTILL, *command])
         if protocol.peers:
@@ -157,10 +166,36 @@ def data_argument(protocol: Protocol, runs: Path) -> str:
     """What --data is given: the protocol's data, or a CSV that names fewer training images of it."""
     if not protocol.train_images:
         return protocol.data
-    path = runs / f"{protocol.data.replace(':', '-').replace('/', '_')}-{protocol.train_images}.csv"
+    path = subset_path(protocol, runs)
     if not path.exists():
         write_subset(protocol.data, protocol.train_images, path)
+    if protocol.unlabelled_images:
+        link_unlabelled(protocol, path, unlabelled_folder(protocol, runs))
     return str(path)
+
+
+def subset_path(protocol: Protocol, runs: Path) -> Path:
+    return runs / f"{protocol.data.replace(':', '-').replace('/', '_')}-{protocol.train_images}.csv"
+
+
+def unlabelled_folder(protocol: Protocol, runs: Path) -> Path:
+    return subset_path(protocol, runs).with_suffix("") / f"unlabelled-{protocol.unlabelled_images}"
+
+
+def link_unlabelled(protocol: Protocol, subset: Path, folder: Path) -> None:
+    """Links to the first images of a seeded shuffle of the training images that the subset leaves out."""
+    with subset.open(newline="", encoding="utf-8") as file:
+        labelled = {row["path"] for row in csv.DictReader(file)}
+    left = [
+        item.path for item in open_source(protocol.data).items if item.split != "test" and item.path not in labelled
+    ]
+    if len(left) < protocol.unlabelled_images:
+        raise UsageError(f"{protocol.name}: {len(left)} training images are left, not {protocol.unlabelled_images}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in np.random.default_rng(0).permutation(len(left))[: protocol.unlabelled_images]:
+        link = folder / f"{row:06d}{Path(left[row]).suffix}"
+        if not link.exists():
+            link.symlink_to(Path(left[row]).resolve())
 
 
 def rows_of(protocol: Protocol, piece: Piece, out: Path) -> list[dict[str, Any]]:
@@ -196,13 +231,16 @@ def rows_of(protocol: Protocol, piece: Piece, out: Path) -> list[dict[str, Any]]
 
 
 def append(rows: list[dict[str, Any]], path: Path) -> None:
-    """Earlier rows of the same seed and arm are replaced."""
+    """Earlier rows of the same seed and arm are replaced; another piece may run beside this one."""
     keys = {(str(row["seed"]), row["arm"]) for row in rows}
-    kept = [old for old in read_rows(path) if (old["seed"], old["arm"]) not in keys]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = [old for old in read_rows(path) if (old["seed"], old["arm"]) not in keys]
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows([*kept, *rows])
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

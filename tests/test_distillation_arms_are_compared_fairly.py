@@ -96,6 +96,27 @@ def test_pieces_share_one_teaching_per_seed(tmp_path):
     assert f"--teacher {root / 'peer-teacher' / 'model.pt'}" in peer
 
 
+def test_unlabelled_images_are_training_images_that_no_arm_has_labels_of(tmp_path):
+    make_photos(tmp_path / "photos")
+    path = write_protocol(tmp_path, data=str(tmp_path / "photos"))
+    text = path.read_text().replace('"--live-teachers"', '"--live-teachers --unlabelled {unlabelled}"')
+    path.write_text("unlabelled_images = 15\n" + text)
+    with pytest.raises(UsageError, match="give that too"):
+        distillation.read_protocol(path)
+    path.write_text("train_images = 40\nunlabelled_images = 15\n" + text)
+    protocol = distillation.read_protocol(path)
+    data = distillation.data_argument(protocol, tmp_path / "runs")
+    folder = distillation.unlabelled_folder(protocol, tmp_path / "runs")
+    linked = {link.resolve() for link in folder.iterdir()}
+    labelled = {Path(line.split(",")[0]).resolve() for line in Path(data).read_text().splitlines()[1:]}
+    assert (len(linked), len(labelled)) == (15, 40) and not linked & labelled
+    live = next(piece for piece in distillation.pieces(protocol, tmp_path / "runs", data) if piece.arm == "live")
+    assert live.command[live.command.index("--unlabelled") + 1] == str(folder)
+    path.write_text("train_images = 40\nunlabelled_images = 21\n" + text)
+    with pytest.raises(UsageError, match="20 training images are left, not 21"):
+        distillation.data_argument(distillation.read_protocol(path), tmp_path / "runs")
+
+
 def fake_piece(command, seconds):
     """What a training leaves behind: right answers in 60%, 80% with live teachers, 90% for the teachers."""
     folder = Path(command[command.index("--out") + 1])

@@ -186,16 +186,15 @@ def link_unlabelled(protocol: Protocol, subset: Path, folder: Path) -> None:
     """Links to the first images of a seeded shuffle of the training images that the subset leaves out."""
     with subset.open(newline="", encoding="utf-8") as file:
         labelled = {row["path"] for row in csv.DictReader(file)}
-    left = [
-        item.path for item in open_source(protocol.data).items if item.split != "test" and item.path not in labelled
-    ]
+    others = [item.path for item in open_source(protocol.data).items if item.split != "test"]
+    left = [path for path in others if str(path) not in labelled]
     if len(left) < protocol.unlabelled_images:
         raise UsageError(f"{protocol.name}: {len(left)} training images are left, not {protocol.unlabelled_images}")
     folder.mkdir(parents=True, exist_ok=True)
     for row in np.random.default_rng(0).permutation(len(left))[: protocol.unlabelled_images]:
-        link = folder / f"{row:06d}{Path(left[row]).suffix}"
+        link = folder / f"{row:06d}{left[row].suffix}"
         if not link.exists():
-            link.symlink_to(Path(left[row]).resolve())
+            link.symlink_to(left[row].resolve())
 
 
 def rows_of(protocol: Protocol, piece: Piece, out: Path) -> list[dict[str, Any]]:

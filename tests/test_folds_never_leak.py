@@ -229,7 +229,7 @@ def test_a_chain_too_long_is_reported_and_not_enforced(photographs, capsys):
     made = photographs(count=40, burst=burst)
     dataset = freeze_dataset(made, SplitSettings())
     assert set(dataset.groups.tolist()) == {""}
-    assert "1 chains of near-duplicates" in capsys.readouterr().err
+    assert "1 chain of near-duplicates is longer" in capsys.readouterr().err
     assert folds.long_chains(np.array([[0, 1], [1, 2]]), np.zeros(80, np.int64)) == []
 
 

@@ -558,7 +558,10 @@ PARTS: dict[str, tuple[Callable[[RunDir], Path], str]] = {
         "No hard-label student to compare with: distill --data photos/animals",
     ),
     "oof": (lambda run: run.root / "teacher" / "oof.json", "The out-of-fold soft labels are not finished: distill"),
-    "noisy labels": (lambda run: run.root / "noisy_labels.csv", "No out-of-fold disagreement: distill"),
+    "noisy labels": (
+        lambda run: run.root / "noisy_labels.csv",
+        "Training images have not been compared with their held-out teachers yet: distill",
+    ),
     "data": (lambda run: run.dataset, "No frozen manifest dataset.csv: distill"),
     "check-data": (
         lambda run: run.root / "data_report.json",

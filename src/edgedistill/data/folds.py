@@ -128,8 +128,9 @@ class Plan:
                 f"first {one} and {other}"
             )
         if self.chains:
+            chains, are = ("chain", "is") if len(self.chains) == 1 else ("chains", "are")
             remarks.append(
-                f"{len(self.chains)} chains of near-duplicates are longer than 1% of their class and are not kept together: "
+                f"{len(self.chains)} {chains} of near-duplicates {are} longer than 1% of the class and {are} not kept together: "
                 f"{max(map(len, self.chains))} images in the longest, first {self.ids[self.chains[0][0]]}"
             )
         return remarks

@@ -18,7 +18,15 @@ def noisy_section(record: RunRecord) -> Section:
     if record.dataset is not None and record.dataset.task is not None:
         return Section(ANCHOR, TITLE, (Text("Not looked for: the images carry several labels."),))
     if not path.exists():
-        return Section(ANCHOR, TITLE, (Missing("No out-of-fold disagreement", record.command("distill")),))
+        return Section(
+            ANCHOR,
+            TITLE,
+            (
+                Missing(
+                    "Training images have not been compared with their held-out teachers yet", record.command("distill")
+                ),
+            ),
+        )
     with path.open(encoding="utf-8", newline="") as file:
         suspects = list(itertools.takewhile(lambda row: row["suspect"] == "1", csv.DictReader(file)))
     if not suspects:

@@ -14,7 +14,6 @@ import itertools
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +26,9 @@ import cv2
 
 from edgedistill import console
 from edgedistill.artifacts import write_json
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.machine import machine_record
-from edgedistill.errors import EdgedistillError, UsageError
+from edgedistill.errors import UsageError
 from edgedistill.runtime import Bundle, Classifier, Engine, frames
 
 
@@ -70,7 +70,7 @@ def measure(settings: LimitSettings) -> dict[str, Any]:
                 rounds.append(rates | {"ratio": rates["engine_fps"] / rates["limit_fps"]})
         return {
             "machine": machine_record(),
-            "command": " ".join(sys.argv),
+            "command": module_command("engine_limit"),
             "artifact": {"path": bundle.source, "sha256": bundle.config.stages[0].sha256},
             "settings": {
                 "precision": engine.precision,
@@ -166,16 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    try:
-        images = tuple(Path(frame.name) for source in options.images for frame in frames(source))
-        record = measure(
-            LimitSettings(options.bundle, images, options.rounds, options.seconds, options.precision, options.batch)
-        )
-        if options.out is not None:
-            write_json(options.out, record, format="edgedistill-engine-limit")
-    except EdgedistillError as error:
-        console.err.print(f"error: {error}", markup=False)
-        return error.exit_code
+    images = tuple(Path(frame.name) for source in options.images for frame in frames(source))
+    record = measure(
+        LimitSettings(options.bundle, images, options.rounds, options.seconds, options.precision, options.batch)
+    )
+    if options.out is not None:
+        write_json(options.out, record, format="edgedistill-engine-limit")
     rows = [
         (name, *(f"{value:.3f}" if name == "ratio" else f"{value:.1f}" for value in spread.values()))
         for name, spread in record["summary"].items()
@@ -185,4 +181,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

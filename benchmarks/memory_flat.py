@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ import numpy as np
 
 from edgedistill import console
 from edgedistill.artifacts import write_json
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.machine import machine_record
-from edgedistill.errors import EdgedistillError, UsageError
+from edgedistill.errors import UsageError
 from edgedistill.runtime import Bundle, Classifier, Engine, Prediction
 
 SIZES = ((64, 96), (240, 320), (300, 300), (427, 640))
@@ -82,7 +82,7 @@ def measure(path: Path, count: int) -> dict[str, Any]:
         results["engine"] = sample(engine.map(itertools.islice(endless, count)), count)
     return {
         "machine": machine_record(),
-        "command": " ".join(sys.argv),
+        "command": module_command("memory_flat"),
         "artifact": {"path": bundle.source, "sha256": bundle.config.stages[0].sha256},
         "results": results,
     }
@@ -94,13 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    try:
-        record = measure(options.bundle, options.count)
-        if options.out is not None:
-            write_json(options.out, record, format="edgedistill-memory-flat")
-    except EdgedistillError as error:
-        console.err.print(f"error: {error}", markup=False)
-        return error.exit_code
+    record = measure(options.bundle, options.count)
+    if options.out is not None:
+        write_json(options.out, record, format="edgedistill-memory-flat")
     rows = [
         (name, result["images"], *result["resident_mib"].values(), result["slope_bytes_per_image"])
         for name, result in record["results"].items()
@@ -111,4 +107,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -30,10 +30,11 @@ from typing import Any
 
 from edgedistill import console
 from edgedistill.artifacts import read_jsonl, sha256_file, write_json
+from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.timing import Spread, round_order
 from edgedistill.data.sources import open_source
-from edgedistill.errors import EdgedistillError, UsageError
+from edgedistill.errors import UsageError
 
 SPLITS = ("train", "val", "test")
 HELD_OUT_PER_CLASS = 16
@@ -213,7 +214,7 @@ def record(
     ratios = [mine.images_per_s / theirs.images_per_s for mine, theirs in zip(ours, results[best], strict=True)]
     return {
         "machine": machine_record(),
-        "command": " ".join(sys.argv),
+        "command": module_command("train_throughput"),
         "settings": {key: str(value) for key, value in vars(args).items()},
         "timm_train_sha256": sha256_file(args.timm_train),
         "images": images,
@@ -256,11 +257,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        result = measure(args)
-    except EdgedistillError as error:
-        console.err.print(f"error: {error}", style="red", markup=False)
-        return error.exit_code
+    result = measure(args)
     write_json(args.out, result, format="edgedistill-train-throughput")
     rows = [
         [
@@ -276,4 +273,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

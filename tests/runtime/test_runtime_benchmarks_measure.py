@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 
 from edgedistill.artifacts import read_json
 from edgedistill.benchmarks import engine_limit, memory_flat
+from edgedistill.benchmarks.command import exit_with
 
 
 def test_engine_and_limit_take_turns(make: Any) -> None:
@@ -35,7 +37,14 @@ def test_memory_is_sampled_over_both_runtimes(make: Any) -> None:
 def test_bad_input_is_one_line_and_an_exit_code(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
     broken = make.folder / "broken.jpg"
     broken.write_bytes(b"x")
-    assert engine_limit.main([str(make.folder), "--images", str(broken)]) == 1
-    assert engine_limit.main([str(make.deployable()), "--images", str(make.photo("red")), "--rounds", "0"]) == 2
-    assert memory_flat.main([str(make.deployable()), "--count", "3"]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    bad = [
+        (engine_limit, [str(make.folder), "--images", str(broken)], 1),
+        (engine_limit, [str(make.deployable()), "--images", str(make.photo("red")), "--rounds", "0"], 2),
+        (memory_flat, [str(make.deployable()), "--count", "3"], 2),
+    ]
+    for benchmark, options, code in bad:
+        with pytest.raises(SystemExit) as end:
+            exit_with(functools.partial(benchmark.main, options))
+        assert end.value.code == code
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 3 and "Traceback" not in errors

@@ -10,8 +10,6 @@ probabilities at every precision of RUN/openvino, and judges: same top-1 everywh
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,10 @@ from edgedistill.benchmarks.target import Target
 from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import ModelError
 from edgedistill.runtime import Bundle, Engine, frames
+from edgedistill.runtime.cpp_programs import CLASSIFY, classify
 
 FORMAT = "edgedistill-cpp-parity"
 F32_TOLERANCE = 1e-4
-PATHS_AT_ONCE = 500
 
 
 def compare(bundle: Path, paths: Sequence[str], precision: str) -> dict[str, Any]:
@@ -63,17 +61,9 @@ def _python(bundle: Path, paths: Sequence[str], precision: str) -> list[Any]:
 
 
 def _cpp(bundle: Path, paths: Sequence[str], precision: str) -> list[Any]:
-    program = str(cpp_program("edgedistill-classify"))
-    answers: list[Any] = []
-    for start in range(0, len(paths), PATHS_AT_ONCE):
-        part = paths[start : start + PATHS_AT_ONCE]
-        command = [program, str(bundle), *part, "--precision", precision, "--probabilities"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
-        if len(rows) != len(part):
-            raise ModelError(f"edgedistill-classify ended with code {done.returncode} after {len(rows)} of {len(part)}")
-        answers += [None if "error" in row else np.asarray(row["probabilities"], np.float32) for row in rows]
-    return answers
+    options = ["--precision", precision, "--probabilities"]
+    answers = classify(cpp_program(CLASSIFY), bundle, [Path(path) for path in paths], options)
+    return [None if "error" in one else np.asarray(one["probabilities"], np.float32) for one in answers]
 
 
 def main() -> int:

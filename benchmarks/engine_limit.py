@@ -29,6 +29,7 @@ from edgedistill.artifacts import write_json
 from edgedistill.benchmarks.command import exit_with, module_command
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.errors import UsageError
+from edgedistill.images import decode_image, read_bytes
 from edgedistill.runtime import Bundle, Classifier, Engine, frames
 
 
@@ -52,6 +53,9 @@ def measure(settings: LimitSettings) -> dict[str, Any]:
     """The record that is written: images per second of both sides and their ratio, median with spread over rounds."""
     bundle = Bundle.load(settings.bundle)
     paths = [str(path) for path in settings.images]
+    for path in paths:
+        data, name = read_bytes(path)
+        decode_image(data, name=name)
     precision = settings.precision or bundle.config.throughput.precision
     cores = sorted(os.sched_getaffinity(0))
     rounds: list[dict[str, float]] = []

@@ -405,7 +405,7 @@ def test_what_the_cpp_runtime_cannot_read_is_a_fault_unless_it_is_a_tiff(
 ) -> None:
     fake_classify(tmp_path)
     monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(tmp_path))
-    monkeypatch.setattr("edgedistill.export.cpp_runtime.PATHS_AT_ONCE", 2)
+    monkeypatch.setattr("edgedistill.runtime.cpp_programs.PATHS_AT_ONCE", 2)
     runtime = CppRuntime.find()
     assert isinstance(runtime, CppRuntime)
     names = ("a.png", "b.tif", "c.png", "torn.png")

@@ -38,7 +38,7 @@ def test_bad_input_is_one_line_and_an_exit_code(make: Any, capsys: pytest.Captur
     broken = make.folder / "broken.jpg"
     broken.write_bytes(b"x")
     bad = [
-        (engine_limit, [str(make.folder), "--images", str(broken)], 1),
+        (engine_limit, [str(make.deployable()), "--images", str(broken)], 1),
         (engine_limit, [str(make.deployable()), "--images", str(make.photo("red")), "--rounds", "0"], 2),
         (memory_flat, [str(make.deployable()), "--count", "3"], 2),
     ]

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -149,6 +150,35 @@ def test_a_video_needs_a_program_that_was_built_for_it(classify: Run, tmp_path: 
         assert "-DEDGEDISTILL_VIDEO=ON" in done.stderr
     else:
         assert done.returncode == 1 and "not a video" in done.stderr
+
+
+@pytest.fixture
+def clip(test_models: Path, tmp_path: Path) -> Path:
+    """Six frames of 64x48, red and green in turns, as Motion JPEG."""
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    pictures = [cv2.imread(str(test_models / "photos" / name)) for name in ("red.jpg", "green.png")]
+    for picture in pictures * 3:
+        writer.write(cv2.resize(picture, (64, 48)))
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize("options", [(), ("--latency",), ("--streams", "2")], ids=" ".join)
+def test_every_frame_of_a_video_is_answered_as_in_python(
+    classify: Run, cli: Run, test_models: Path, clip: Path, options: tuple[str, ...]
+) -> None:
+    ours = classify("single", str(clip), "--json", *options)
+    if ours.returncode == 2 and "-DEDGEDISTILL_VIDEO=ON" in ours.stderr:
+        pytest.skip("edgedistill-classify was built without videos; configure with -DEDGEDISTILL_VIDEO=ON")
+    python = cli("predict", test_models / "single", clip, "--json")
+    assert ours.returncode == python.returncode == 0, ours.stderr
+    found, expected = ([json.loads(line) for line in one.stdout.splitlines()] for one in (ours, python))
+    assert [one["image"] for one in found] == [f"{clip}#{number}" for number in range(6)]
+    assert [one["labels"] for one in found] == [one["labels"] for one in expected] == [["red"], ["green"]] * 3
+    # Debian's OpenCV and pip's decode with different libraries.
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one["probabilities"], other["probabilities"], atol=0.02)
 
 
 def test_what_is_missing_is_told_after_what_was_there(classify: Run, tmp_path: Path) -> None:

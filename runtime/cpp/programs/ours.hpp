@@ -67,6 +67,7 @@ private:
     Engine& engine() {
         if (!engine_) {
             engine_ = std::make_unique<Engine>(model_, options_);
+            engine_->wait_until_ready();
         }
         return *engine_;
     }

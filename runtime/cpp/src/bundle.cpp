@@ -134,9 +134,21 @@ std::string size_text(const InputSpec& spec) {
 
 struct Bundle::Impl {
     ov::Core core;
+    std::future<void> plugin;
     std::mutex mutex;  // guards what follows
     std::vector<Forms> stages;
     bool forgotten = false;
+
+    // OpenVINO loads its CPU part, 60 MB, when it is first asked about it: here beside the reading of the files. What
+    // is wrong with it comes up again when a network is compiled.
+    void load_plugin() {
+        plugin = std::async(std::launch::async, [this] {
+            try {
+                core.get_property("CPU", ov::device::capabilities);
+            } catch (const std::exception&) {
+            }
+        });
+    }
 
     // The caller holds the mutex.
     const ov::Model& parsed(Form& form) {
@@ -148,7 +160,7 @@ struct Bundle::Impl {
         }
         return *form.model;
     }
-    ModelMetadata checked_metadata(Forms& forms, const Stage& stage);
+    ModelMetadata checked_metadata(Forms& forms, const Stage& stage, bool runs_int8);
 };
 
 Bundle::Bundle() : impl_(std::make_unique<Impl>()) {}
@@ -161,6 +173,7 @@ ov::Core& Bundle::core() const noexcept {
 std::shared_ptr<const Bundle> Bundle::load(const fs::path& path) {
     const fs::path entry = find_entry(path);
     const std::shared_ptr<Bundle> bundle(new Bundle);
+    bundle->impl_->load_plugin();
     if (entry.extension() == ".xml") {
         bundle->load_single(entry);
     } else {
@@ -216,7 +229,8 @@ void Bundle::load_stage(const fs::path& root, const Stage& stage) {
     }
     Forms forms{read_form(path), std::nullopt};
     if (stage.int8_sha256) forms.int8 = read_form(int8_path(path));
-    ModelMetadata metadata = impl_->checked_metadata(forms, stage);
+    const bool runs_int8 = config_.latency.precision == "int8" || config_.throughput.precision == "int8";
+    ModelMetadata metadata = impl_->checked_metadata(forms, stage, runs_int8);
     InputSpec resized = stage.input_spec;
     resized.height = metadata.input_spec.height;
     resized.width = metadata.input_spec.width;
@@ -228,18 +242,19 @@ void Bundle::load_stage(const fs::path& root, const Stage& stage) {
     impl_->stages.push_back(std::move(forms));
 }
 
-// Hashing takes as long as parsing, so both go on at once. A wrong hash is the better explanation of a failed parse.
-ModelMetadata Bundle::Impl::checked_metadata(Forms& forms, const Stage& stage) {
-    // Views of what is hashed: parsing lets go of the form's own.
-    const Form plain = forms.plain;
-    auto hashed = std::async([&] {
+// Hashing takes longer than parsing, so both go on at once, and the form that will run is parsed with the one that says
+// what it is. A wrong hash is the better explanation of a failed parse.
+ModelMetadata Bundle::Impl::checked_metadata(Forms& forms, const Stage& stage, bool runs_int8) {
+    // Views of what is hashed: parsing lets go of the forms' own.
+    auto hashed = std::async(std::launch::async, [plain = forms.plain, int8 = forms.int8, &stage] {
         check_sha256(plain, stage.sha256);
-        if (stage.int8_sha256) check_sha256(*forms.int8, *stage.int8_sha256);
+        if (stage.int8_sha256) check_sha256(*int8, *stage.int8_sha256);
     });
     std::exception_ptr failure;
     ModelMetadata metadata;
     try {
         metadata = read_metadata(parsed(forms.plain), forms.plain.name);
+        if (runs_int8 && forms.int8) parsed(*forms.int8);
     } catch (...) {
         failure = std::current_exception();
     }

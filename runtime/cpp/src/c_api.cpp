@@ -434,6 +434,15 @@ void edgedistill_engine_free(edgedistill_engine* engine) {
     delete engine;
 }
 
+edgedistill_status edgedistill_engine_wait_until_ready(edgedistill_engine* engine, char* error, size_t error_size) {
+    return guarded({error, error_size}, [&] {
+        need(engine, "engine");
+        const auto pool = engine->core.pool();
+        pool->wait_until_ready();
+        return EDGEDISTILL_OK;
+    });
+}
+
 int32_t edgedistill_engine_class_count(const edgedistill_engine* engine) {
     return engine == nullptr ? 0 : static_cast<int32_t>(engine->core.bundle()->labels().size());
 }

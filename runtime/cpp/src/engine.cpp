@@ -88,6 +88,10 @@ void Engine::close() {
     if (impl_) impl_->core.pool()->close();
 }
 
+void Engine::wait_until_ready() {
+    pool_of(impl_)->wait_until_ready();
+}
+
 std::uint64_t Engine::dropped() const noexcept {
     return impl_->core.pool()->dropped();
 }

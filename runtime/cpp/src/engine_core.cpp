@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <edgedistill/error.hpp>
-#include <future>
 #include <system_error>
 #include <utility>
 
@@ -35,8 +34,7 @@ int threads_per_stream(const ThroughputSettings& tuned, const EngineOptions& opt
 // One compiled network per worker, inferring in the worker's own thread: 1.3 times the rate of one network with as many
 // streams, which hands each image to a thread of OpenVINO's and back.
 struct EngineCore::Lane {
-    Lane(const std::shared_ptr<const Bundle>& bundle, const CompileSettings& settings)
-        : network(bundle, settings), worker(network) {}
+    explicit Lane(const Blueprint& blueprint) : network(blueprint.compile()), worker(network) {}
     Network network;
     Worker worker;
 };
@@ -55,7 +53,6 @@ EngineCore::EngineCore(std::shared_ptr<const Bundle> bundle, const EngineOptions
                         ", expected more than streams x batch = " + std::to_string(streams_ * batch_));
     }
     precision_ = resolve_precision(*bundle_, options.precision, tuned_.precision, options.log);
-    compile(options);
     start(options, std::move(callback));
 }
 
@@ -73,7 +70,7 @@ void EngineCore::check(const EngineOptions& options) const {
     }
 }
 
-void EngineCore::compile(const EngineOptions& options) {
+CompileSettings EngineCore::compile_settings(const EngineOptions& options) const {
     CompileSettings settings;
     settings.precision = precision_;
     settings.decode = options.decode.value_or(bundle_->config().decode);
@@ -82,33 +79,36 @@ void EngineCore::compile(const EngineOptions& options) {
     settings.pinning = tuned_.pinning.value_or(false);  // or OpenVINO pins every worker to the same first core
     settings.cache = options.cache;
     settings.max_pixels = options.max_pixels;
-    while (lanes_.size() < static_cast<std::size_t>(streams_)) {
-        std::vector<std::future<std::unique_ptr<Lane>>> compiling;
-        for (int number = static_cast<int>(lanes_.size()); number < streams_; ++number) {
-            if (static_cast<int>(compiling.size()) == usable_cores()) break;
-            compiling.push_back(std::async([&] { return std::make_unique<Lane>(bundle_, settings); }));
-        }
-        for (auto& lane : compiling) lanes_.push_back(lane.get());
-    }
-    bundle_->forget_models();
+    return settings;
 }
 
+// The pool closes, and its threads end, before the lanes go.
+Pool::Answer EngineCore::open_lane(std::size_t number, const Blueprint& blueprint) {
+    lanes_[number] = std::make_unique<Lane>(blueprint);
+    return [&worker = lanes_[number]->worker](const Frame* const* frames, std::size_t count, Prediction* out) {
+        worker.answer(frames, count, out);
+    };
+}
+
+// The first lane is compiled here, and what is wrong with the model is thrown here. The others are compiled by their
+// threads while the first one answers: OpenVINO reads its cache for one network after the other anyway.
 void EngineCore::start(const EngineOptions& options, Engine::Callback callback) {
+    const auto blueprint = std::make_shared<const Blueprint>(bundle_, compile_settings(options));
+    bundle_->forget_models();
+    lanes_.resize(static_cast<std::size_t>(streams_));
+    std::vector<Pool::Make> makers;
+    makers.emplace_back([first = open_lane(0, *blueprint)] { return first; });
+    while (makers.size() < lanes_.size()) {
+        makers.emplace_back([this, number = makers.size(), blueprint] { return open_lane(number, *blueprint); });
+    }
     PoolSettings settings;
     settings.capacity = static_cast<std::size_t>(queue_size_);
     settings.batch = static_cast<std::size_t>(batch_);
     settings.policy = options.policy;
     settings.callback = std::move(callback);
-    std::vector<Pool::Answer> answers;
-    for (const auto& lane : lanes_) {
-        // The pool closes, and its threads end, before the lanes go.
-        answers.emplace_back([&worker = lane->worker](const Frame* const* frames, std::size_t count, Prediction* out) {
-            worker.answer(frames, count, out);
-        });
-    }
     pool_ = std::make_shared<Pool>(std::move(settings));
     try {
-        pool_->start(std::move(answers));
+        pool_->start(std::move(makers));
     } catch (const std::system_error& error) {
         throw Error(ErrorKind::model,
                     std::to_string(streams_) + " threads cannot be started (" + error.what() + "); use fewer streams");

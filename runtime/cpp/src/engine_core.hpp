@@ -8,6 +8,7 @@
 #include <edgedistill/engine.hpp>
 
 #include "bundle.hpp"
+#include "network.hpp"
 #include "pool.hpp"
 
 namespace edgedistill::detail {
@@ -32,8 +33,9 @@ private:
     struct Lane;  // a network and the worker that runs it
 
     void check(const EngineOptions& options) const;
-    void compile(const EngineOptions& options);
+    CompileSettings compile_settings(const EngineOptions& options) const;
     void start(const EngineOptions& options, Engine::Callback callback);
+    Pool::Answer open_lane(std::size_t number, const Blueprint& blueprint);
 
     std::shared_ptr<const Bundle> bundle_;
     ThroughputSettings tuned_;
@@ -41,7 +43,7 @@ private:
     int streams_;
     int batch_;
     int queue_size_;
-    std::vector<std::unique_ptr<Lane>> lanes_;
+    std::vector<std::unique_ptr<Lane>> lanes_;  // each is made by the thread that uses it, but for the first
     std::shared_ptr<Pool> pool_;
 };
 

@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <mutex>
 #include <new>
 #include <openvino/runtime/core.hpp>
 #include <optional>
@@ -106,8 +107,22 @@ void check_output(const CompiledStage& stage, const std::string& name) {
                                       ov::PartialShape(expected).to_string());
 }
 
-CompiledStage compile_stage(const Bundle& bundle, std::size_t number, int batch, const CompileSettings& settings) {
-    CompiledStage stage;
+// A stage before it is compiled.
+struct DrawnStage {
+    const Stage* settings = nullptr;
+    const ModelMetadata* metadata = nullptr;
+    std::size_t batch = 1;
+    std::shared_ptr<const ov::Model> model;
+};
+
+[[noreturn]] void refuse_to_compile(const Bundle& bundle, const CompileSettings& settings,
+                                    const std::exception& error) {
+    throw Error(ErrorKind::model, bundle.source() + ": OpenVINO cannot compile it at precision " + settings.precision +
+                                      " (" + last_line(error) + ")");
+}
+
+DrawnStage draw_stage(const Bundle& bundle, std::size_t number, int batch, const CompileSettings& settings) {
+    DrawnStage stage;
     stage.settings = &bundle.config().stages[number];
     stage.metadata = &bundle.metadata()[number];
     stage.batch = static_cast<std::size_t>(batch);
@@ -116,13 +131,24 @@ CompiledStage compile_stage(const Bundle& bundle, std::size_t number, int batch,
     if (batch > 1) reshape_model(*model, *stage.metadata, spec, batch, bundle.source());
     try {
         embed_normalisation(model, spec, stage.metadata->bgr, stage.metadata->nhwc);
+    } catch (const std::exception& error) {
+        refuse_to_compile(bundle, settings, error);
+    }
+    stage.model = model;
+    return stage;
+}
+
+// `model`: the stage's, or its copy.
+CompiledStage compile_stage(const Bundle& bundle, const DrawnStage& drawn,
+                            const std::shared_ptr<const ov::Model>& model, const CompileSettings& settings) {
+    CompiledStage stage{drawn.settings, drawn.metadata, drawn.batch, {}};
+    try {
         stage.compiled = bundle.core().compile_model(model, "CPU", compile_properties(settings));
         check_output(stage, bundle.source());
     } catch (const Error&) {
         throw;
     } catch (const std::exception& error) {
-        throw Error(ErrorKind::model, bundle.source() + ": OpenVINO cannot compile it at precision " +
-                                          settings.precision + " (" + last_line(error) + ")");
+        refuse_to_compile(bundle, settings, error);
     }
     return stage;
 }
@@ -228,20 +254,47 @@ struct Network::Impl {
     std::vector<CompiledStage> stages;
 };
 
-Network::Network(std::shared_ptr<const Bundle> bundle, const CompileSettings& settings)
-    : impl_(std::make_unique<Impl>(Impl{std::move(bundle), settings, {}})) {
+struct Blueprint::Impl {
+    std::shared_ptr<const Bundle> bundle;
+    CompileSettings settings;
+    std::vector<DrawnStage> stages;
+    std::mutex copying;
+};
+
+Blueprint::Blueprint(std::shared_ptr<const Bundle> bundle, const CompileSettings& settings)
+    : impl_(std::make_unique<Impl>()) {
     if (settings.batch < 1 || settings.batch > max_batch) {
         throw Error(ErrorKind::usage, "batch " + std::to_string(settings.batch) + ", expected 1 to 4096");
     }
     if (settings.max_pixels < 1) {
         throw Error(ErrorKind::usage, "max_pixels " + std::to_string(settings.max_pixels) + ", expected 1 or more");
     }
+    impl_->bundle = std::move(bundle);
+    impl_->settings = settings;
     const Bundle& source = *impl_->bundle;
     for (std::size_t number = 0; number < source.config().stages.size(); ++number) {
         // Later stages see the few images that are left, one at a time.
-        impl_->stages.push_back(compile_stage(source, number, number == 0 ? settings.batch : 1, settings));
+        impl_->stages.push_back(draw_stage(source, number, number == 0 ? settings.batch : 1, settings));
     }
 }
+
+Blueprint::~Blueprint() = default;
+
+Network Blueprint::compile() const {
+    auto network = std::make_unique<Network::Impl>(Network::Impl{impl_->bundle, impl_->settings, {}});
+    for (const DrawnStage& stage : impl_->stages) {
+        // Two threads must not have OpenVINO look through one model at once.
+        std::unique_lock lock(impl_->copying);
+        const std::shared_ptr<const ov::Model> own = stage.model->clone();
+        lock.unlock();
+        network->stages.push_back(compile_stage(*impl_->bundle, stage, own, impl_->settings));
+    }
+    return Network(std::move(network));
+}
+
+Network::Network(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Network::Network(std::shared_ptr<const Bundle> bundle, const CompileSettings& settings)
+    : Network(Blueprint(std::move(bundle), settings).compile()) {}
 
 Network::~Network() = default;
 Network::Network(Network&&) noexcept = default;

@@ -31,6 +31,10 @@ void set_name(std::string& name, const std::filesystem::path& path) {
 #endif
 }
 
+Error closed() {
+    return {ErrorKind::closed, "the engine is closed; make a new one"};
+}
+
 // For callbacks, which nothing can be thrown at.
 void mark_failed(Prediction& answer, const std::string& name, const std::exception_ptr& failure) noexcept {
     answer = Prediction();
@@ -60,24 +64,60 @@ Pool::~Pool() {
     close();
 }
 
-void Pool::start(std::vector<Answer> answers) {
+void Pool::start(std::vector<Make> makers) {
     // A full engine's producer sleeps until about half of the waiting images are begun, and then hands over several at
     // once: a switch of threads for each of them would cost a core that answers thousands of images a second.
-    const std::size_t in_work = answers.size() * batch_;
+    const std::size_t in_work = makers.size() * batch_;
     low_water_ = capacity_ > in_work ? (capacity_ - in_work) / 2 : 0;
     const std::lock_guard<std::mutex> closing(closing_);
-    threads_.reserve(answers.size());
-    for (auto& answer : answers) {
+    Lock lock(mutex_);
+    starting_ = makers.size();
+    lock.unlock();
+    threads_.reserve(makers.size());
+    for (auto& make : makers) {
         const std::size_t number = threads_.size();
         // The thread owns what it answers with, so close leaves nothing of it behind.
-        threads_.emplace_back([this, number, answer = std::move(answer)] {
+        threads_.emplace_back([this, number, make = std::move(make)]() mutable {
             name_this_thread(number);
+            const Answer answer = made(make);
+            make = nullptr;
             work(answer);
         });
     }
 }
 
+void Pool::wait_until_ready() {
+    Lock lock(mutex_);
+    ready_.wait(lock, [this] { return starting_ == 0 || failure_ || closed_; });
+    if (failure_) std::rethrow_exception(failure_);
+    if (closed_) throw closed();
+}
+
 // ---- workers ----
+
+bool Pool::is_closed() {
+    const Lock lock(mutex_);
+    return closed_;
+}
+
+// A thread that cannot answer stays, and fails what it takes: nobody waits for an answer that never comes.
+Pool::Answer Pool::made(const Make& make) {
+    Answer answer;
+    std::exception_ptr failure;
+    try {
+        if (!is_closed()) answer = make();
+    } catch (...) {
+        failure = std::current_exception();
+        answer = [failure](const Frame* const*, std::size_t, Prediction*) { std::rethrow_exception(failure); };
+    }
+    Lock lock(mutex_);
+    --starting_;
+    if (failure && !failure_) failure_ = failure;
+    lock.unlock();
+    ready_.notify_all();
+    if (failure) room_.notify_all();
+    return answer;
+}
 
 void Pool::work(const Answer& answer) {
     std::vector<Slot*> slots(batch_);
@@ -202,12 +242,13 @@ bool Pool::submit(Submission& image, Engine::Timeout timeout) {
 }
 
 void Pool::check_open() const {
-    if (closed_) throw Error(ErrorKind::closed, "the engine is closed; make a new one");
+    if (closed_) throw closed();
     if (finished_) throw Error(ErrorKind::closed, "submit after finish; make a new engine or call submit first");
+    if (failure_) std::rethrow_exception(failure_);
 }
 
 bool Pool::wait_for_room(Lock& lock, const Engine::Timeout& timeout) {
-    const auto ready = [this] { return held_ < capacity_ || closed_ || finished_; };
+    const auto ready = [this] { return held_ < capacity_ || closed_ || finished_ || failure_; };
     ++producers_;
     bool there = true;
     if (timeout) {
@@ -291,6 +332,7 @@ void Pool::close() noexcept {
     work_.notify_all();
     room_.notify_all();
     answers_.notify_all();
+    ready_.notify_all();
     for (auto& thread : threads_) thread.join();
     threads_.clear();
     // What waited is let go outside of the lock: keep_alive may run the caller's code.

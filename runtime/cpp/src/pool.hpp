@@ -51,13 +51,17 @@ class Pool {
 public:
     // Answers `count` frames; what it throws is handed to whoever takes those answers. Called by one thread only.
     using Answer = std::function<void(const Frame* const* frames, std::size_t count, Prediction* out)>;
+    // Makes what a thread answers with, in that thread, while the others answer. What it throws is the pool's failure:
+    // whoever submits gets it, and so do the images that this thread takes from then on.
+    using Make = std::function<Answer()>;
 
     explicit Pool(PoolSettings settings);
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
-    void start(std::vector<Answer> answers);  // one thread each
+    void start(std::vector<Make> makers);  // one thread each
+    void wait_until_ready();               // until all of them made their answer, or close; throws the failure
 
     // False when there was no room until the timeout. Afterwards `image` holds what is to be thrown away.
     bool submit(Submission& image, Engine::Timeout timeout);
@@ -93,6 +97,8 @@ private:
 
     using Lock = std::unique_lock<std::mutex>;
 
+    bool is_closed();
+    Answer made(const Make& make);
     void work(const Answer& answer);
     std::size_t trade(Slot** slots, std::size_t done);
     Wake settle(Lock& lock, Slot* const* slots, std::size_t done);
@@ -116,7 +122,7 @@ private:
     std::size_t low_water_ = 0;
 
     std::mutex mutex_;  // guards all that follows, up to closing_
-    std::condition_variable work_, room_, answers_;
+    std::condition_variable work_, room_, answers_, ready_;
     std::vector<std::unique_ptr<Slot>> slots_;
     Slot* free_ = nullptr;
     Slot* front_ = nullptr;
@@ -126,6 +132,8 @@ private:
     std::size_t waiting_ = 0;                    // begun by nobody
     std::size_t idle_ = 0;                       // workers asleep
     std::size_t producers_ = 0, consumers_ = 0;  // asleep
+    std::size_t starting_ = 0;                   // workers that make their answer
+    std::exception_ptr failure_;                 // of one that could not
     bool delivering_ = false;
     bool finished_ = false;
     bool closed_ = false;

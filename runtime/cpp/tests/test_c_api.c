@@ -157,6 +157,7 @@ static void nulls(const char* model, edgedistill_classifier* classifier, edgedis
     EXPECT(edgedistill_engine_submit_bytes(engine, NULL, 4, 1, 0, error, sizeof(error)), EDGEDISTILL_USAGE);
     EXPECT(edgedistill_engine_submit_pixels(engine, NULL, 1, 0, error, sizeof(error)), EDGEDISTILL_USAGE);
     EXPECT(edgedistill_engine_next(NULL, NULL, &answer, NULL, 0, error, sizeof(error)), EDGEDISTILL_USAGE);
+    EXPECT(edgedistill_engine_wait_until_ready(NULL, error, sizeof(error)), EDGEDISTILL_USAGE);
     EXPECT(edgedistill_engine_next(engine, NULL, NULL, NULL, 0, error, sizeof(error)), EDGEDISTILL_USAGE);
     CHECK(edgedistill_classify_file(NULL, NULL, NULL, NULL, 0, NULL, 0) == EDGEDISTILL_USAGE);
     CHECK(edgedistill_classify_file(NULL, NULL, NULL, NULL, 0, NULL, 99) == EDGEDISTILL_USAGE);
@@ -303,6 +304,7 @@ static void engines_answer_in_order(const char* model, const char* photo, const 
     options.queue_size = 6;
     EXPECT(edgedistill_engine_open(model, &options, &engine, error, sizeof(error)), EDGEDISTILL_OK);
     if (engine == NULL) exit(1);
+    EXPECT(edgedistill_engine_wait_until_ready(engine, error, sizeof(error)), EDGEDISTILL_OK);
     classes = edgedistill_engine_class_count(engine);
     CHECK(classes > 1 && edgedistill_engine_label(engine, 0) != NULL);
     CHECK(edgedistill_engine_label(engine, classes) == NULL);

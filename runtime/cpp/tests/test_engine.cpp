@@ -319,3 +319,27 @@ TEST_CASE("an engine that nobody uses, finishes or drains ends at once") {
     Engine engine(models() / "single", options());
     for (int number = 0; number < 9; ++number) engine.submit_file(models() / "photos" / "large.jpg");
 }
+
+TEST_CASE("an engine answers, moves and ends while its other networks are being compiled") {
+    const auto path = models() / "photos" / "red.jpg";
+    auto cold = options(3);
+    cold.cache.enabled = false;  // compiling takes its time
+    for (int round = 0; round < 6; ++round) {
+        Engine first(models() / "single", cold);
+        first.submit_file(path);
+        Engine engine(std::move(first));
+        CHECK(engine.next()->label == "red");
+        if (round % 3 == 0) engine.close();
+        if (round % 3 == 1) engine.wait_until_ready();
+    }
+}
+
+TEST_CASE("a ready engine stays ready, and a closed one says so") {
+    Engine engine(models() / "cascade", options(2, 2));
+    engine.wait_until_ready();
+    engine.wait_until_ready();
+    engine.submit_file(models() / "photos" / "red.jpg");
+    CHECK(engine.next()->label == "red");
+    engine.close();
+    error_of(ErrorKind::closed, [&] { engine.wait_until_ready(); });
+}

@@ -164,6 +164,7 @@ void check_engine(const fs::path& model, const std::vector<fs::path>& photos, do
     options.streams = streams;
     options.threads = streams;
     Engine engine(model, options);
+    engine.wait_until_ready();
     const auto file = std::make_shared<const std::vector<std::uint8_t>>(read(photos.back()));
     const Bytes bytes{file->data(), file->size()};
     const std::vector<std::uint8_t> memory(480 * 640 * 3, 77);

@@ -55,15 +55,19 @@ struct Shape {
     std::function<void(const Prediction&)> callback = {};
 };
 
-PoolPointer make_pool(const Shape& shape, const Pool::Answer& answer) {
+PoolPointer make_pool(const Shape& shape, std::vector<Pool::Make> makers) {
     PoolSettings settings;
     settings.capacity = shape.capacity;
     settings.batch = shape.batch;
     settings.policy = shape.policy;
     settings.callback = shape.callback;
     auto pool = std::make_shared<Pool>(std::move(settings));
-    pool->start(std::vector<Pool::Answer>(shape.workers, answer));
+    pool->start(std::move(makers));
     return pool;
+}
+
+PoolPointer make_pool(const Shape& shape, const Pool::Answer& answer) {
+    return make_pool(shape, std::vector<Pool::Make>(shape.workers, [answer] { return answer; }));
 }
 
 PoolPointer make_pool(
@@ -613,4 +617,91 @@ TEST_CASE("a path is its image's name, and the caller's number comes back") {
     CHECK(answer.index == 1);
     CHECK(user == 77);
     pool->close();
+}
+
+TEST_CASE("images are answered while another worker is still starting") {
+    std::promise<void> may_start;
+    const auto answer = answering([](const Frame&) {});
+    const auto pool = make_pool({}, {[&] { return answer; },
+                                     [&, started = may_start.get_future().share()] {
+                                         started.wait();
+                                         return answer;
+                                     }});
+    for (int number = 0; number < 5; ++number) submit(*pool, number);
+    Prediction taken;
+    for (int number = 0; number < 5; ++number) {
+        REQUIRE(pool->next(taken));
+        CHECK(taken.index == number);
+    }
+    auto ready = std::async(std::launch::async, [&] { pool->wait_until_ready(); });
+    CHECK(ready.wait_for(20ms) == std::future_status::timeout);
+    may_start.set_value();
+    ready.get();
+    for (int number = 0; number < 50; ++number) {
+        submit(*pool, number);
+        CHECK(pool->next(taken));
+    }
+    pool->close();
+    CHECK(kind_thrown([&] { pool->wait_until_ready(); }) == ErrorKind::closed);
+}
+
+TEST_CASE("a worker that cannot start fails the pool, and no image is left without an answer") {
+    Gate gate;
+    std::promise<void> may_fail;
+    const Shape shape{2, 1, 4};
+    const auto pool = make_pool(shape, {[&] { return answering(std::ref(gate)); },
+                                        [&, told = may_fail.get_future().share()]() -> Pool::Answer {
+                                            told.wait();
+                                            throw Error(ErrorKind::model, "no memory for a second network");
+                                        }});
+    for (int number = 0; number < 4; ++number) submit(*pool, number);
+    REQUIRE(eventually([&] { return gate.begun() == 1; }));
+    auto producer = std::async(std::launch::async, [&] { return kind_thrown([&] { submit(*pool, 4); }); });
+    std::this_thread::sleep_for(5ms);
+    may_fail.set_value();
+    CHECK(producer.get() == ErrorKind::model);
+    CHECK(kind_thrown([&] { submit(*pool, 5); }) == ErrorKind::model);
+    CHECK(kind_thrown([&] { pool->wait_until_ready(); }) == ErrorKind::model);
+    std::this_thread::sleep_for(5ms);  // the failed worker takes what waits
+    gate.open();
+    Prediction taken;
+    REQUIRE(pool->next(taken));
+    CHECK(taken.index == 0);
+    for (int number = 1; number < 4; ++number) CHECK(kind_thrown([&] { pool->next(taken); }) == ErrorKind::model);
+    pool->finish();
+    CHECK_FALSE(pool->next(taken));
+}
+
+TEST_CASE("a callback is told of a worker that could not start") {
+    std::vector<std::string> errors;
+    Shape shape{1, 1, 3};
+    shape.callback = [&](const Prediction& answer) { errors.push_back(answer.error); };
+    std::promise<void> may_fail;
+    const auto pool = make_pool(shape, {[&, told = may_fail.get_future().share()]() -> Pool::Answer {
+                                    told.wait();
+                                    throw Error(ErrorKind::model, "no second network");
+                                }});
+    submit(*pool, 0);
+    submit(*pool, 1);
+    may_fail.set_value();
+    pool->finish();
+    CHECK(errors == std::vector<std::string>(2, "no second network"));
+}
+
+TEST_CASE("close waits for a worker that starts, and wakes who waits for it") {
+    Gate starting;
+    const auto answer = answering([](const Frame&) {});
+    const auto pool = make_pool({}, {[&] { return answer; },
+                                     [&] {
+                                         starting({});
+                                         return answer;
+                                     }});
+    REQUIRE(eventually([&] { return starting.begun() == 1; }));
+    submit(*pool, 0);
+    auto waiting = std::async(std::launch::async, [&] { return kind_thrown([&] { pool->wait_until_ready(); }); });
+    auto closing = std::async(std::launch::async, [&] { pool->close(); });
+    CHECK(waiting.get() == ErrorKind::closed);
+    CHECK(closing.wait_for(5ms) == std::future_status::timeout);
+    starting.open();
+    closing.get();
 }

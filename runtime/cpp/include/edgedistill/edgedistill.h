@@ -144,6 +144,9 @@ EDGEDISTILL_C_API edgedistill_status edgedistill_classify_file(edgedistill_class
 EDGEDISTILL_C_API edgedistill_status edgedistill_engine_open(const char* path, const edgedistill_options* options,
                                                              edgedistill_engine** out, char* error, size_t error_size);
 EDGEDISTILL_C_API void edgedistill_engine_free(edgedistill_engine* engine);
+/* An open engine answers with its first worker; this waits until all can, and says where one cannot. */
+EDGEDISTILL_C_API edgedistill_status edgedistill_engine_wait_until_ready(edgedistill_engine* engine, char* error,
+                                                                         size_t error_size);
 EDGEDISTILL_C_API int32_t edgedistill_engine_class_count(const edgedistill_engine* engine);
 EDGEDISTILL_C_API const char* edgedistill_engine_label(const edgedistill_engine* engine, int32_t index);
 

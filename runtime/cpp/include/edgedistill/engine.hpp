@@ -32,7 +32,8 @@ struct EngineOptions : Options {
 };
 
 // One worker thread per core does everything for one image after the other (read, decode, resize, infer) with its own
-// compiled network, infer request and buffers.
+// compiled network, infer request and buffers. The constructor returns when the first of them can answer; the others
+// join it one after the other, each as soon as its network is compiled.
 //
 //     edgedistill::Engine engine("openvino/");
 //     std::thread feeder([&] { for (auto& path : paths) engine.submit_file(path); engine.finish(); });
@@ -41,8 +42,9 @@ struct EngineOptions : Options {
 // Answers come in the order of the submissions. An image that cannot be read gets a Prediction whose `error` is set,
 // and the rest goes on.
 //
-// Threads: submit*, next, finish, close and dropped may be called from any threads at once (several producers share one
-// order: that in which their calls got in). The destructor closes: images in work are finished, waiting ones are not.
+// Threads: submit*, next, finish, close, wait_until_ready and dropped may be called from any threads at once (several
+// producers share one order: that in which their calls got in). The destructor closes: images in work are finished,
+// waiting ones are not.
 class EDGEDISTILL_API Engine {
 public:
     // Gets every answer, in order, one at a time, from a worker thread; it must not throw, nor call back into the
@@ -59,7 +61,8 @@ public:
     Engine& operator=(const Engine&) = delete;
 
     // Hand over one image. False: the engine was still full after `timeout` (policy block; no timeout waits for ever,
-    // so somebody else has to be taking answers). Throws Error (closed) after finish or close.
+    // so somebody else has to be taking answers). Throws Error: closed after finish or close, model once a worker's
+    // network could not be compiled (what that worker took already comes back from next with the same error).
     bool submit_file(std::filesystem::path path, Timeout timeout = {});
     bool submit(std::vector<std::uint8_t> encoded, std::string name = {}, Timeout timeout = {});
     // Borrowed: the memory must stay as it is until the answer was taken, or for as long as `keep_alive` is held, which
@@ -74,7 +77,10 @@ public:
     bool next(Prediction& out);
 
     void finish();  // no more will be submitted; with a callback it returns when the last answer was delivered
-    void close();   // ends the threads; twice does no harm
+    void close();   // ends the threads, and waits for a network that is being compiled; twice does no harm
+    // Waits until every worker can answer: for measurements, and services that report when they are ready. Throws
+    // Error: model where a network could not be compiled, closed where the engine was closed.
+    void wait_until_ready();
 
     std::uint64_t dropped() const noexcept;  // images given up under drop_oldest
 

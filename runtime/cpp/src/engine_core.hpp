@@ -31,6 +31,7 @@ public:
 private:
     struct Lane;  // a network and the worker that runs it
 
+    int usual_queue_size(Policy policy) const;
     void check(const EngineOptions& options) const;
     void compile(const EngineOptions& options);
     void start(const EngineOptions& options, Engine::Callback callback);
@@ -40,6 +41,7 @@ private:
     std::string precision_;
     int streams_;
     int batch_;
+    int later_batch_;
     int queue_size_;
     std::vector<std::unique_ptr<Lane>> lanes_;
     std::shared_ptr<Pool> pool_;

@@ -27,7 +27,7 @@ from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.errors import ModelError
 from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, InputSpec, decode_image, load_image
 from edgedistill.runtime import Classifier, Engine
-from edgedistill.runtime.network import Network, Worker, as_frame
+from edgedistill.runtime.network import Network, Prediction, Worker, as_frame
 
 TIMED_IMAGES = 12
 
@@ -127,15 +127,14 @@ def preparation_us(encoded: Sequence[bytes], spec: InputSpec, decode: DecodeMode
 
 
 def cascade_record(network: Network, sources: Sequence[Any]) -> dict[str, Any]:
-    """How a cascade of two stages spends its time on these images, one image at a time in one thread.
+    """How a cascade of two stages spends its time on these images, in one thread, in batches as it is deployed.
 
     ``shares``: of the images, answered by each stage. ``stage_ms``: c1, the fast stage with reading and decoding, and
     c2, what passing an image on adds. ``expected_ms``: c1 + r * c2.
     """
-    answered = Worker(network).answer
     counts = [0] * len(network.stages)
-    for source in sources:
-        counts[answered([as_frame(source)])[0].stage] += 1
+    for answer in _answers(Worker(network), sources):
+        counts[answer.stage] += 1
     shares = [count / len(sources) for count in counts]
     first = _mean_ms(_always(network, exits=True), sources)
     both = _mean_ms(_always(network, exits=False), sources)
@@ -156,17 +155,33 @@ def _always(network: Network, *, exits: bool) -> Worker:
     bundle = dataclasses.replace(network.bundle, config=config)
     properties = {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": 1, "ENABLE_CPU_PINNING": False}
     return Worker(
-        Network(bundle, precision=network.precision, decode=network.decode, properties=properties, cache_dir=False)
+        Network(
+            bundle,
+            precision=network.precision,
+            decode=network.decode,
+            batch=network.stages[0].batch,
+            later_batch=network.stages[1].batch,
+            properties=properties,
+            cache_dir=False,
+        )
     )
 
 
 def _mean_ms(worker: Worker, sources: Sequence[Any]) -> float:
-    frames = [as_frame(source) for source in sources]
-    worker.answer(frames[:1])
+    """Of an image in full batches."""
+    batch = worker.batches[0]
+    fed = list(itertools.islice(itertools.cycle(sources), -(-len(sources) // batch) * batch))
+    worker.answer([as_frame(source) for source in fed[:batch]])
     start = time.perf_counter()
-    for frame in frames:
-        worker.answer([frame])
-    return (time.perf_counter() - start) * 1e3 / len(frames)
+    for _ in _answers(worker, fed):
+        pass
+    return (time.perf_counter() - start) * 1e3 / len(fed)
+
+
+def _answers(worker: Worker, sources: Sequence[Any]) -> Iterator[Prediction]:
+    batch = worker.batches[0]
+    for start in range(0, len(sources), batch):
+        yield from worker.answer([as_frame(source) for source in sources[start : start + batch]])
 
 
 def until(deadline: float, sources: Sequence[Any]) -> Iterator[Any]:

@@ -77,19 +77,24 @@ class LatencySettings:
 
 @dataclass(frozen=True)
 class ThroughputSettings:
-    """How `Engine` runs: many images at once. None: chosen for the machine. ``batch``: images per inference."""
+    """How `Engine` runs: many images at once. None: chosen for the machine. ``batch``: images per inference.
+
+    ``later_batch``: of a cascade's stages after the first; None: ``batch``.
+    """
 
     precision: str = "f32"
     streams: int | None = None
     threads: int | None = None
     batch: int = 1
     pinning: bool | None = None
+    later_batch: int | None = None
 
     def __post_init__(self) -> None:
         _check_precision("throughput", self.precision)
         _check_count("throughput streams", self.streams)
         _check_count("throughput threads", self.threads)
         _check_count("throughput batch", self.batch)
+        _check_count("throughput later_batch", self.later_batch)
         if self.pinning not in (None, True, False):
             raise ArtifactError(f"throughput pinning {self.pinning!r}, expected true, false or null")
 

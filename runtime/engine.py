@@ -5,6 +5,9 @@ compiled network and buffers; OpenCV, libjpeg and OpenVINO release Python's lock
 two-core machine (MobileNetV3-small, f32, JPEG of 640x427 and 1920x1281) one shared network with a stream per worker
 reached 0.77 and 0.95 of this rate, two pinned processes 0.72 and 0.80; decoding threads before OpenVINO's asynchronous
 queue, batches of four and a third worker all stayed behind the shared network.
+
+What the first stage of a cascade passes on is gathered over all workers and goes through the next stage in batches: one
+image at a time the few that are left cost up to half of what the whole cascade was to save.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from edgedistill.runtime.network import (
     CacheDir,
     Frame,
     Network,
+    Outcome,
+    PassedOn,
     Prediction,
     Source,
     Worker,
@@ -39,6 +44,8 @@ from edgedistill.tasks import Head
 
 Policy = Literal["block", "drop_oldest"]
 JOIN_TIMEOUT_S = 10.0
+# So many times a later stage's batch is held for it to fill up: where a share of 1/8 or more is passed on, it does.
+GATHERED_BATCHES = 8
 
 
 class _ClosedError(ModelError):
@@ -46,18 +53,21 @@ class _ClosedError(ModelError):
 
 
 class _Ticket:
-    """One image on its way. ``done`` is held until its outcome is there."""
+    """One image on its way. ``done`` is held until its outcome is there. ``passed``: to a stage after the first;
+    ``number``: images that were begun before it."""
 
-    __slots__ = ("_outcome", "done", "frame")
+    __slots__ = ("_outcome", "done", "frame", "number", "passed")
 
     def __init__(self, frame: Frame | None) -> None:
         self.frame = frame
+        self.passed: PassedOn | None = None
+        self.number = 0
         self.done = threading.Lock()
         self.done.acquire()
         self._outcome: Prediction | BaseException = _ClosedError("not answered yet")
 
     def finish(self, outcome: Prediction | BaseException) -> None:
-        self._outcome, self.frame = outcome, None
+        self._outcome, self.frame, self.passed = outcome, None, None
         self.done.release()
 
     def wait(self) -> None:
@@ -73,14 +83,20 @@ class _Ticket:
 
 
 class _Pool:
-    """The tickets that wait and the threads that serve them. Threads know the pool, never the engine."""
+    """The tickets that wait and the threads that serve them. Threads know the pool, never the engine.
 
-    def __init__(self) -> None:
+    ``batches``: tickets that one worker takes at once for each stage. Those that wait for a later stage are taken when
+    they fill a batch, when ``patience`` images were begun since the oldest of them was, or when there is nothing else.
+    """
+
+    def __init__(self, batches: Sequence[int], patience: int) -> None:
         # Re-entrant: the garbage collector may close an engine or a generator in a thread that holds it.
         self.lock = threading.RLock()
         self.closed = False
         self._work = threading.Condition(self.lock)
-        self._waiting: deque[_Ticket] = deque()
+        self._batches, self._patience = tuple(batches), patience
+        self._waiting: list[deque[_Ticket]] = [deque() for _ in batches]  # for each stage
+        self._begun = 0
 
     def put(self, ticket: _Ticket) -> None:
         with self.lock:
@@ -89,44 +105,86 @@ class _Pool:
     def put_locked(self, ticket: _Ticket) -> None:
         if self.closed:
             raise _ClosedError("the engine is closed; make a new one")
-        self._waiting.append(ticket)
+        self._waiting[0].append(ticket)
         self._work.notify()
 
-    def take(self, count: int) -> list[_Ticket]:
-        """One to ``count`` tickets, as soon as there is one; none when the pool is closed."""
+    def take(self) -> list[_Ticket]:
+        """One to a batch of tickets of one stage, as soon as there is one; none when the pool is closed."""
         with self.lock:
-            while not self._waiting and not self.closed:
+            while (stage := self._stage_locked()) is None and not self.closed:
                 self._work.wait()
-            return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+            if stage is None:
+                return []
+            waiting = self._waiting[stage]
+            tickets = [waiting.popleft() for _ in range(min(self._batches[stage], len(waiting)))]
+            if stage == 0:
+                for ticket in tickets:
+                    ticket.number = self._begun
+                    self._begun += 1
+            return tickets
 
-    def withdraw_locked(self, ticket: _Ticket) -> bool:
-        """False when a worker has it already."""
-        try:
-            self._waiting.remove(ticket)
-        except ValueError:
-            return False
-        return True
+    def _stage_locked(self) -> int | None:
+        """Whose tickets are next; None: there are none."""
+        for stage in range(len(self._waiting) - 1, 0, -1):
+            waiting = self._waiting[stage]
+            if waiting and (len(waiting) >= self._batches[stage] or self._begun - waiting[0].number >= self._patience):
+                return stage
+        return next((stage for stage, waiting in enumerate(self._waiting) if waiting), None)
+
+    def pass_on(self, ticket: _Ticket, passed: PassedOn) -> None:
+        """To the stage that it was passed on to."""
+        with self.lock:
+            if not self.closed:
+                ticket.passed = passed
+                self._waiting[passed.stage].append(ticket)
+                self._work.notify()
+                return
+        ticket.finish(_abandoned())
+
+    def withdraw_locked(self, ticket: _Ticket, *, begun: bool = False) -> bool:
+        """False when a worker has it, or had it: ``begun`` also takes back what waits for a later stage."""
+        for waiting in self._waiting if begun else self._waiting[:1]:
+            try:
+                waiting.remove(ticket)
+            except ValueError:
+                continue
+            return True
+        return False
 
     def close(self) -> None:
         with self.lock:
             self.closed = True
-            abandoned, self._waiting = list(self._waiting), deque()
+            abandoned = [ticket for waiting in self._waiting for ticket in waiting]
+            for waiting in self._waiting:
+                waiting.clear()
             self._work.notify_all()
         for ticket in abandoned:
-            ticket.finish(_ClosedError("the engine was closed before this image was answered; make a new one"))
+            ticket.finish(_abandoned())
+
+
+def _abandoned() -> _ClosedError:
+    return _ClosedError("the engine was closed before this image was answered; make a new one")
 
 
 def _serve(pool: _Pool, worker: Worker) -> None:
     """A worker thread's life. Whatever goes wrong with an image is handed to whoever waits for it."""
-    while tickets := pool.take(worker.batch):
+    while tickets := pool.take():
         try:
-            predictions = worker.answer([ticket.frame for ticket in tickets if ticket.frame is not None])
+            outcomes = _outcomes(worker, tickets)
         except BaseException as error:
             for ticket in tickets:
                 ticket.finish(error)
         else:
-            for ticket, prediction in zip(tickets, predictions, strict=True):
-                ticket.finish(prediction)
+            for ticket, outcome in zip(tickets, outcomes, strict=True):
+                if isinstance(outcome, PassedOn):
+                    pool.pass_on(ticket, outcome)
+                else:
+                    ticket.finish(outcome)
+
+
+def _outcomes(worker: Worker, tickets: Sequence[_Ticket]) -> list[Outcome]:
+    passed = [ticket.passed for ticket in tickets if ticket.passed is not None]
+    return worker.go_on(passed) if passed else worker.begin([t.frame for t in tickets if t.frame is not None])
 
 
 def _shut_down(pool: _Pool, threads: Sequence[threading.Thread]) -> None:
@@ -141,12 +199,16 @@ class Engine:
     """A throughput engine: every core busy, answers in order, bounded memory. Use it in a ``with`` block.
 
     ``path``, ``precision``, ``decode``, ``cache_dir``: as in `Classifier`. ``streams``: images worked on at once (and
-    worker threads); ``threads``: OpenVINO's inference threads in all; ``batch``: images per inference. By default what
-    deploy.json says, and one stream and one thread per core where it says nothing. ``queue_size``: images held at any
-    moment, waiting, in work or answered but not yet taken.
+    worker threads); ``threads``: OpenVINO's inference threads in all; ``batch``: images per inference, in every stage
+    of a cascade. By default what deploy.json says, and one stream and one thread per core where it says nothing.
+    ``queue_size``: images held at any moment, waiting, in work or answered but not yet taken.
+
+    What a cascade's first stage passes on waits for a batch of its own, until that is full, nothing else is left to do
+    or most of the queue would wait for it.
 
     ``map`` is for files and anything that can wait. ``submit`` and ``results`` are for cameras: under ``policy``
-    'block' a full engine makes ``submit`` wait, under 'drop_oldest' it gives up its oldest image that nobody began.
+    'block' a full engine makes ``submit`` wait, under 'drop_oldest' it gives up its oldest image that nobody began,
+    else the oldest that no worker has in hand.
 
     An image that cannot be read gets a Prediction whose ``error`` is set, and the rest goes on. Safe to use from
     several threads. Raises ArtifactError or ModelError when the model cannot be used.
@@ -169,7 +231,11 @@ class Engine:
         (_, tuned), cores = settings_here(bundle), usable_cores()
         self.streams = min(tuned.streams or cores, cores) if streams is None else streams
         self.batch = tuned.batch if batch is None else batch
-        self.queue_size = 4 * self.streams * self.batch + 1 if queue_size is None else queue_size
+        self.later_batch = (tuned.later_batch or tuned.batch) if batch is None else batch
+        gathered = GATHERED_BATCHES * (self.later_batch - 1) if len(bundle.config.stages) > 1 else 0
+        # A camera's images are to be new; anything else can wait for a batch.
+        room = 4 * self.streams * self.batch + 1 + (gathered if policy == "block" else 0)
+        self.queue_size = room if queue_size is None else queue_size
         self.dropped = 0
         self._policy = policy
         self._check(threads)
@@ -188,16 +254,20 @@ class Engine:
                 precision=resolved,
                 decode=decode,
                 batch=self.batch,
+                later_batch=self.later_batch,
                 properties=properties,
                 cache_dir=cache_dir,
             )
             for _ in range(self.streams)
         )
-        self._pool = _Pool()
+        workers = [Worker(network) for network in self._networks]
+        # Enough is left to begin for all workers while the gathered ones are answered.
+        patience = self.queue_size - min(self.queue_size // 2, 2 * self.streams * self.batch)
+        self._pool = _Pool(workers[0].batches, patience)
         self._changed = threading.Condition(self._pool.lock)
         self._submitted: deque[_Ticket] = deque()
         self._finished = False
-        self._start()
+        self._start(workers)
 
     def _check(self, threads: int | None) -> None:
         for name, value in (("streams", self.streams), ("threads", threads), ("batch", self.batch)):
@@ -210,8 +280,7 @@ class Engine:
                 f"queue_size {self.queue_size}, expected more than streams x batch = {self.streams * self.batch}"
             )
 
-    def _start(self) -> None:
-        workers = [Worker(network) for network in self._networks]
+    def _start(self, workers: Sequence[Worker]) -> None:
         threads = [
             threading.Thread(target=_serve, args=(self._pool, worker), name=f"edgedistill-{number}", daemon=True)
             for number, worker in enumerate(workers)
@@ -285,7 +354,7 @@ class Engine:
         finally:
             with self._pool.lock:
                 for ticket in pending:
-                    self._pool.withdraw_locked(ticket)
+                    self._pool.withdraw_locked(ticket, begun=True)
 
     def _begin(self, source: Source) -> _Ticket:
         ticket = self._ticket(source)
@@ -328,18 +397,19 @@ class Engine:
         return self._pool.closed or len(self._submitted) < self.queue_size
 
     def _drop_one_locked(self) -> None:
-        """The oldest image that no worker began, else the oldest answer that nobody took.
+        """The oldest image that no worker began, else the oldest that waits for a later stage or to be taken.
 
         There is always one of them: more images are held than workers can have in hand.
         """
-        for ticket in self._submitted:
-            if self._pool.withdraw_locked(ticket):
-                ticket.finish(_ClosedError("dropped for a newer image"))
-                break
-        else:
-            ticket = next(ticket for ticket in self._submitted if not ticket.done.locked())
-        self._submitted.remove(ticket)
-        self.dropped += 1
+        for begun in (False, True):
+            for ticket in self._submitted:
+                waits = self._pool.withdraw_locked(ticket, begun=begun)
+                if waits:
+                    ticket.finish(_ClosedError("dropped for a newer image"))
+                if waits or (begun and not ticket.done.locked()):
+                    self._submitted.remove(ticket)
+                    self.dropped += 1
+                    return
 
     def results(self) -> Iterator[Prediction]:
         """The answers to what was submitted, in order, as they come; ends after ``finish`` or ``close``."""

@@ -168,16 +168,19 @@ def resolve_precision(bundle: Bundle, asked: str | None, tuned: str) -> str:
 
 @dataclass(frozen=True)
 class CompiledStage:
+    """``alone``: a later stage with a ``batch`` above 1 has the same network for one image too, for when few are left."""
+
     settings: Stage
     metadata: ModelMetadata
     compiled: ov.CompiledModel
     batch: int
+    alone: ov.CompiledModel | None = None
 
 
 class Network:
     """All stages of a bundle, compiled. Shared by any number of workers in any threads; immutable after construction.
 
-    ``batch``: images per inference of the first stage (later stages see the few that are left, one at a time).
+    ``batch``: images per inference of the first stage, ``later_batch`` of the stages that see what it passes on.
     ``properties``: OpenVINO's; the inference precision is always set explicitly. Raises ModelError.
     """
 
@@ -188,6 +191,7 @@ class Network:
         precision: str,
         decode: DecodeMode | None = None,
         batch: int = 1,
+        later_batch: int = 1,
         properties: Mapping[str, Any],
         cache_dir: CacheDir = None,
     ) -> None:
@@ -199,7 +203,7 @@ class Network:
         hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", **properties}
         folder = cache_folder(cache_dir)
         self.stages = tuple(
-            _compile(bundle, number, precision, batch if number == 0 else 1, hints, folder)
+            _compiled_stage(bundle, number, precision, batch if number == 0 else later_batch, hints, folder)
             for number in range(len(bundle.config.stages))
         )
 
@@ -263,38 +267,58 @@ def _head_prediction(head: Head, exact: npt.NDArray[np.float64]) -> HeadPredicti
     return HeadPrediction(head.name, label, index, share, accepted)
 
 
-def _compile(
+def _compiled_stage(
     bundle: Bundle, number: int, precision: str, batch: int, hints: Mapping[str, Any], folder: Path | None
 ) -> CompiledStage:
+    settings, metadata = bundle.config.stages[number], bundle.metadata[number]
+    compiled = _compile(bundle, number, precision, batch, hints, folder)
+    alone = _compile(bundle, number, precision, 1, hints, folder) if number > 0 and batch > 1 else None
+    return CompiledStage(settings, metadata, compiled, batch, alone)
+
+
+def _compile(
+    bundle: Bundle, number: int, precision: str, batch: int, hints: Mapping[str, Any], folder: Path | None
+) -> ov.CompiledModel:
     settings, metadata = bundle.config.stages[number], bundle.metadata[number]
     model = bundle.read_model(number, precision)
     if batch > 1:
         reshape_model(model, metadata.layout, settings.input_spec, batch=batch, name=bundle.source)
     embed_normalisation(model, settings.input_spec, bgr=metadata.bgr, layout=metadata.layout)
     try:
-        compiled = ov.Core().compile_model(model, "CPU", dict(hints) | ({"CACHE_DIR": str(folder)} if folder else {}))
+        return ov.Core().compile_model(model, "CPU", dict(hints) | ({"CACHE_DIR": str(folder)} if folder else {}))
     except RuntimeError as error:
         raise ModelError(
             f"{bundle.source}: OpenVINO cannot compile it with {dict(hints)} ({last_line(error)})"
         ) from error
-    return CompiledStage(settings, metadata, compiled, batch)
 
 
 class _StageRunner:
     """One infer request whose input and output memory are ours: images are resized straight into it."""
 
-    def __init__(self, stage: CompiledStage) -> None:
+    def __init__(self, stage: CompiledStage, compiled: ov.CompiledModel, batch: int) -> None:
         spec = stage.settings.input_spec
-        self.pixels: ImageU8 = np.zeros((stage.batch, spec.height, spec.width, 3), np.uint8)
-        self._request = stage.compiled.create_infer_request()
+        self.pixels: ImageU8 = np.zeros((batch, spec.height, spec.width, 3), np.uint8)
+        self._request = compiled.create_infer_request()
         self._request.set_input_tensor(ov.Tensor(self.pixels, shared_memory=True))
-        self._logits: npt.NDArray[np.float32] = np.zeros((stage.batch, len(stage.metadata.labels)), np.float32)
+        self._logits: npt.NDArray[np.float32] = np.zeros((batch, len(stage.metadata.labels)), np.float32)
         self._request.set_output_tensor(ov.Tensor(self._logits, shared_memory=True))
 
     def run(self) -> npt.NDArray[np.float32]:
         """``pixels`` -> logits float32 [batch, C], overwritten by the next run."""
         self._request.infer(share_outputs=True, share_inputs=True)
         return self._logits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassedOn:
+    """An image that ``stage`` has to be asked about. ``pixels``: what it sees, uint8 [H, W, 3] BGR."""
+
+    frame: Frame
+    stage: int
+    pixels: ImageU8
+
+
+Outcome = Prediction | PassedOn
 
 
 class Worker:
@@ -305,17 +329,36 @@ class Worker:
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._runners = tuple(_StageRunner(stage) for stage in network.stages)
+        self._runners = tuple(_StageRunner(stage, stage.compiled, stage.batch) for stage in network.stages)
+        self._alone = tuple(
+            None if stage.alone is None else _StageRunner(stage, stage.alone, 1) for stage in network.stages
+        )
         # A later stage may want the pixels of any image of the batch again; a single network never does.
-        self._buffers = [DecodeBuffer() for _ in range(self.batch if len(self._runners) > 1 else 1)]
+        self._buffers = [DecodeBuffer() for _ in range(len(self._runners[0].pixels) if len(self._runners) > 1 else 1)]
 
     @property
-    def batch(self) -> int:
-        return len(self._runners[0].pixels)
+    def batches(self) -> tuple[int, ...]:
+        """Images per inference of each stage."""
+        return tuple(len(runner.pixels) for runner in self._runners)
 
     def answer(self, frames: Sequence[Frame]) -> list[Prediction]:
-        """Up to ``batch`` frames, in order. An image that cannot be read gets a Prediction whose ``error`` is set."""
-        answers: list[Prediction | None] = [None] * len(frames)
+        """Up to ``batches[0]`` frames, in order, by as many stages as each needs.
+
+        An image that cannot be read gets a Prediction whose ``error`` is set.
+        """
+        outcomes = self.begin(frames)
+        for stage in range(1, len(self._runners)):
+            passed = [(place, outcome) for place, outcome in enumerate(outcomes) if isinstance(outcome, PassedOn)]
+            for start in range(0, len(passed), self.batches[stage]):
+                part = passed[start : start + self.batches[stage]]
+                found = self.go_on([outcome for _, outcome in part])
+                for (place, _), outcome in zip(part, found, strict=True):
+                    outcomes[place] = outcome
+        return [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+
+    def begin(self, frames: Sequence[Frame]) -> list[Outcome]:
+        """What the first stage says of up to ``batches[0]`` frames, in order."""
+        outcomes: list[Outcome | None] = [None] * len(frames)
         images: list[EncodedImage | None] = [None] * len(frames)
         pixels = self._runners[0].pixels
         for number, frame in enumerate(frames):
@@ -323,31 +366,49 @@ class Worker:
                 images[number] = self._open(frame, number)
                 _fill(frame, images[number], self._network.spec, pixels[number])
             except ImageError as error:
-                answers[number] = failed(frame.name, error)
-        if all(answers):
-            return [answer for answer in answers if answer is not None]
-        logits = self._runners[0].run()
-        for number, frame in enumerate(frames):
-            if answers[number] is None:
-                answer = self._network.answer(logits[number], 0, frame.name)
-                answers[number] = answer or self._ask_later_stages(frame, images[number], pixels[number])
-        return [answer for answer in answers if answer is not None]
+                outcomes[number] = failed(frame.name, error)
+        if any(outcome is None for outcome in outcomes):
+            logits = self._runners[0].run()
+            for number, frame in enumerate(frames):
+                if outcomes[number] is None:
+                    outcomes[number] = self._outcome(logits[number], 0, frame, images[number], pixels[number])
+        return [outcome for outcome in outcomes if outcome is not None]
 
-    def _ask_later_stages(self, frame: Frame, image: EncodedImage | None, pixels: ImageU8) -> Prediction:
-        spec = self._network.spec
-        for stage in range(1, len(self._runners)):
-            runner, wanted = self._runners[stage], self._network.stages[stage].settings.input_spec
-            if wanted == spec:
-                np.copyto(runner.pixels[0], pixels)
-            else:
-                try:
-                    _fill(frame, image, wanted, runner.pixels[0])
-                except ImageError as error:  # damage that shows at another scale only
-                    return failed(frame.name, error)
-                spec, pixels = wanted, runner.pixels[0]
-            if answer := self._network.answer(runner.run()[0], stage, frame.name):
-                return answer
-        raise ModelError(f"{self._network.bundle.source}: no stage answered; the last one has to")
+    def go_on(self, passed: Sequence[PassedOn]) -> list[Outcome]:
+        """What a later stage says of up to ``batches[stage]`` images that were passed on to it, in order."""
+        stage, outcomes = passed[0].stage, list[Outcome]()
+        runner = self._later_runner(stage, len(passed))
+        batch = len(runner.pixels)
+        for start in range(0, len(passed), batch):
+            part = passed[start : start + batch]
+            for place, one in enumerate(part):
+                np.copyto(runner.pixels[place], one.pixels)
+            logits = runner.run()
+            for place, one in enumerate(part):
+                outcomes.append(self._outcome(logits[place], stage, one.frame, None, one.pixels))
+        return outcomes
+
+    def _later_runner(self, stage: int, count: int) -> _StageRunner:
+        """A batch costs the same however few images are in it."""
+        alone = self._alone[stage]
+        return self._runners[stage] if alone is None or 4 * count >= 3 * self.batches[stage] else alone
+
+    def _outcome(
+        self, logits: npt.NDArray[np.float32], stage: int, frame: Frame, image: EncodedImage | None, pixels: ImageU8
+    ) -> Outcome:
+        """``pixels``: what the stage saw; ``image``: where its bytes or decoded pixels are still at hand."""
+        answer = self._network.answer(logits, stage, frame.name)
+        if answer is not None:
+            return answer
+        seen, wanted = (self._network.stages[number].settings.input_spec for number in (stage, stage + 1))
+        if wanted.same_pixels(seen):
+            return PassedOn(frame, stage + 1, pixels.copy())
+        out = np.empty((wanted.height, wanted.width, 3), np.uint8)
+        try:
+            _fill(frame, image or self._open(frame, 0), wanted, out)
+        except ImageError as error:  # damage that shows at another scale only
+            return failed(frame.name, error)
+        return PassedOn(frame, stage + 1, out)
 
     def _open(self, frame: Frame, slot: int) -> EncodedImage | None:
         """None for pixels that are decoded already."""

@@ -221,6 +221,20 @@ def test_it_finds_what_an_exhaustive_search_finds(tmp_path: Path) -> None:
     assert true_value(found, found.reference) < best - 0.03, "an easy space proves nothing"
 
 
+def test_a_cascade_is_judged_by_what_its_networks_cost_as_it_is_served(tmp_path: Path) -> None:
+    found = search(tmp_path, SimulatedBench())
+    cascade = found.run().chosen
+    assert len(cascade.stages) == 2 and cascade.serving.batch == 2
+    alone = found.alone(cascade)
+    assert [one.deployment for one in alone] == [Deployment((stage,), cascade.serving) for stage in cascade.stages]
+    curve, costs = found.curve(alone[0], alone[1], cascade.decode)
+    fast, slow = (1 / true_fps(one.deployment) for one in alone)
+    np.testing.assert_allclose(costs, fast + curve.passed_on * slow, rtol=0.01)
+    # What was not measured so is taken from the way of serving in which everything was.
+    unmeasured = cascade.served(Serving(1, 1, 8))
+    assert [one.deployment.serving for one in found.alone(unmeasured)] == [default_serving(HOST)] * 2
+
+
 def test_three_noisy_tunings_choose_alike(tmp_path: Path) -> None:
     values = []
     for seed in range(3):

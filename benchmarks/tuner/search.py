@@ -8,6 +8,7 @@ short looks of the first rung and the long, interleaved ones of the last, and no
     screen    speed of every variant that no smaller one beats, served as the runtime does unasked
     race      the best single networks and the best cascades (estimated from logits and stage times), measured
     serve     the best three in every way of using the cores
+    stages    each network of the best cascades alone, served as they are: their thresholds follow from these times
     final     the best few, interleaved until they differ by more than noise or the time is up
 
 Every heat also measures the same reference deployment, and speeds count as ratios to it, freed of what a round's cases have
@@ -53,7 +54,7 @@ from edgedistill.images import DecodeMode
 from edgedistill.metrics import fit_temperature
 
 # Up to which share of the time each phase may last.
-JUDGE_UNTIL, SCREEN_UNTIL, RACE_UNTIL, SERVE_UNTIL, FINAL_UNTIL = 0.3, 0.5, 0.62, 0.76, 0.9
+JUDGE_UNTIL, SCREEN_UNTIL, RACE_UNTIL, SERVE_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.3, 0.5, 0.62, 0.76, 0.79, 0.9
 HEAT = 8  # cases in memory at once, beside the reference
 SHORTEST_S = 0.1
 RACED_SINGLES, RACED_CASCADES, SERVED, FINALISTS = 5, 7, 3, 6
@@ -437,7 +438,7 @@ class Search:
         """
         if len(deployment.stages) != 2 or self.speed(deployment) is None:
             return deployment
-        fast, slow = (self._single(stage) for stage in deployment.stages)
+        fast, slow = self.alone(deployment)
         if fast.fps <= 0 or slow.fps <= 0:
             return deployment
         curve, costs = self.curve(fast, slow, deployment.decode, points=4 * SEARCHED_POINTS)
@@ -507,14 +508,19 @@ class Search:
                 value = self.objective.value(metric, leader.fps, p99_ms=leader.p99_ms, reference=self.reference_metric)
                 found.append(Proposal(deployment, metric, leader.fps, value, leader.p99_ms))
             else:
-                singles = [self._single(stage) for stage in stages]
-                proposal = self.cascade(singles[0], singles[1], "full")
+                fast, slow = self.alone(leader.deployment)
+                proposal = self.cascade(fast, slow, "full")
                 found += [proposal] if proposal is not None else []
         return found
 
-    def _single(self, variant: Variant) -> Proposal:
-        """A variant that was screened, as a proposal."""
-        deployment = Deployment((variant,), default_serving(self.host))
+    def alone(self, cascade: Deployment) -> list[Proposal]:
+        """Its networks alone, served as it is where both were measured so, else as the runtime does unasked."""
+        served = [Deployment((stage,), cascade.serving) for stage in cascade.stages]
+        if any(self.speed(deployment) is None for deployment in served):
+            served = [Deployment((stage,), default_serving(self.host)) for stage in cascade.stages]
+        return [self._single(deployment) for deployment in served]
+
+    def _single(self, deployment: Deployment) -> Proposal:
         speed, latency = self.speed(deployment), self.speed(deployment, "latency")
         fps = speed.fps if speed else 0.0
         p99_ms = (latency.p99_ms if latency else None) or math.inf
@@ -529,6 +535,11 @@ class Search:
         wanted = [leader.served(serving) for serving in servings(self.host) for leader in leaders]
         wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
         self.rung("serve", 2, wanted, rounds=5, until=self._until(SERVE_UNTIL), most_s=0.4)
+        # A batch may cost the two networks unlike shares of what they cost image by image.
+        cascades = [d for d in self.measured() if len(d.stages) == 2 and self._level(d) > 0][:SERVED]
+        alone = dict.fromkeys(Deployment((stage,), d.serving) for d in cascades for stage in d.stages)
+        wanted = [d for d in alone if d != self.reference and self._level(d) < 1]
+        self.rung("stages", 2, wanted, rounds=5, until=self._until(STAGES_UNTIL), most_s=0.4)
         ranked = self.measured()
         # The luckiest of a hundred short looks is no finalist.
         return [d for d in ranked if self._level(d) > 0] or ranked

@@ -369,8 +369,7 @@ def _cascade(search: Search, chosen: Deployment) -> dict[str, Any] | None:
     shown = chosen if len(chosen.stages) == 2 else next(iter(pairs), None)
     if shown is None:
         return None
-    usual = default_serving(search.host)
-    fast, slow = (_single(search, Deployment((stage,), usual)) for stage in shown.stages)
+    fast, slow = search.alone(shown)
     if fast.fps <= 0 or slow.fps <= 0:
         return None
     curve, costs = search.curve(fast, slow, shown.decode, points=CURVE_POINTS)
@@ -401,11 +400,6 @@ def _cascade(search: Search, chosen: Deployment) -> dict[str, Any] | None:
             for row in range(len(curve))
         ],
     }
-
-
-def _single(search: Search, deployment: Deployment) -> Proposal:
-    speed = search.speed(deployment)
-    return Proposal(deployment, search.metric(deployment), speed.fps if speed else 0.0, search.value(deployment))
 
 
 def _brief(search: Search, variant: Variant, single: Proposal) -> dict[str, Any]:

@@ -108,6 +108,11 @@ class InputSpec:
         """The same spec at another resolution."""
         return dataclasses.replace(self, height=height, width=width or height)
 
+    def same_pixels(self, other: InputSpec) -> bool:
+        """Whether both see an image as the same uint8 [H, W, 3]: colour order, mean and std are the network's affair."""
+        mine, theirs = ((spec.height, spec.width, spec.resize, spec.crop_fraction) for spec in (self, other))
+        return mine == theirs
+
 
 def crop_size(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
     """(height, width) of the centred crop of an image of that size; integer arithmetic that C++ repeats exactly."""

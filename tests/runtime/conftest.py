@@ -99,10 +99,10 @@ class Maker:
         write_deploy(root / "deploy.json", DeployConfig(stages=(stage,), **config))
         return root
 
-    def cascade(self, *, exit_threshold: float, slow_size: int = 32, **config: Any) -> Path:
+    def cascade(self, *, exit_threshold: float, slow_size: int = 32, fast_gain: float = 0.1, **config: Any) -> Path:
         """A fast stage that is never sure of itself (gain 0.1) before a slow one that always is (gain 8)."""
         root, stages = self.folder / "cascade", []
-        for name, size, gain, threshold in (("fast", 32, 0.1, exit_threshold), ("slow", slow_size, 8.0, None)):
+        for name, size, gain, threshold in (("fast", 32, fast_gain, exit_threshold), ("slow", slow_size, 8.0, None)):
             spec = InputSpec(height=size, width=size)
             self.ir(root / f"{name}.xml", spec=spec, gain=gain)
             stages.append(

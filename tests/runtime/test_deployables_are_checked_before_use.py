@@ -41,7 +41,7 @@ def test_deploy_json_survives_a_round_trip(make: Any) -> None:
     config = DeployConfig(
         stages=(Stage("a/model.xml", "0" * 64, spec, 1.25, 0.9, "f" * 64), Stage("b.xml", "1" * 64, spec)),
         latency=LatencySettings("int8", 2),
-        throughput=ThroughputSettings("bf16", streams=4, threads=4, batch=2, pinning=False),
+        throughput=ThroughputSettings("bf16", streams=4, threads=4, batch=2, pinning=False, later_batch=8),
         decode="full",
         reject_below=0.3,
         score=ScoreSettings(0.5, "macro-f1", "frames", 200.0),
@@ -103,6 +103,7 @@ DEPLOY_CHANGES: list[dict[str, Any]] = [
     {"throughput": {"batch": 0}},
     {"throughput": {"batch": True}},
     {"throughput": {"pinning": "yes"}},
+    {"throughput": {"later_batch": 0}},
     {"decode": "sideways"},
     {"reject_below": -1},
     {"score": {"w": 2}},

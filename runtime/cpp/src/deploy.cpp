@@ -159,13 +159,14 @@ std::optional<bool> pinning_field(const json& values) {
 }
 
 ThroughputSettings throughput_from(const json& values) {
-    check_fields(values, "throughput", {"precision", "streams", "threads", "batch", "pinning"});
+    check_fields(values, "throughput", {"precision", "streams", "threads", "batch", "pinning", "later_batch"});
     ThroughputSettings settings;
     settings.precision = precision_field(values, "throughput");
     settings.streams = count_field(values, "throughput", "streams");
     settings.threads = count_field(values, "throughput", "threads");
     settings.batch = count_field(values, "throughput", "batch").value_or(1);
     settings.pinning = pinning_field(values);
+    settings.later_batch = count_field(values, "throughput", "later_batch");
     return settings;
 }
 
@@ -367,8 +368,12 @@ InputSpec checked_spec(const InputSpec& spec) {
 }
 
 bool same_spec(const InputSpec& one, const InputSpec& other) {
+    return same_pixels(one, other) && one.mean == other.mean && one.std == other.std;
+}
+
+bool same_pixels(const InputSpec& one, const InputSpec& other) {
     return one.height == other.height && one.width == other.width && one.center_crop == other.center_crop &&
-           one.crop_fraction == other.crop_fraction && one.mean == other.mean && one.std == other.std;
+           one.crop_fraction == other.crop_fraction;
 }
 
 json parse_json(std::string_view text) {

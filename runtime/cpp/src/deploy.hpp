@@ -34,6 +34,7 @@ struct ThroughputSettings {
     std::optional<int> threads;
     int batch = 1;
     std::optional<bool> pinning;
+    std::optional<int> later_batch;  // of a cascade's stages after the first; nothing: `batch`
 };
 
 struct DeployConfig {
@@ -55,6 +56,8 @@ InputSpec input_spec_from(const nlohmann::json& values);
 // The same spec back, or Error (artifact) where a value is out of range.
 InputSpec checked_spec(const InputSpec& spec);
 bool same_spec(const InputSpec& one, const InputSpec& other);
+// Whether both see an image as the same uint8 [height, width, 3]: mean and std are the network's affair.
+bool same_pixels(const InputSpec& one, const InputSpec& other);
 
 // Throws std::exception, also for text nested deeper than anything that is read here.
 nlohmann::json parse_json(std::string_view text);

@@ -13,6 +13,8 @@ namespace edgedistill::detail {
 namespace {
 
 constexpr int MAX_COUNT = 4096;
+// So many times a later stage's batch is held for it to fill up: where a share of 1/8 or more is passed on, it does.
+constexpr int GATHERED_BATCHES = 8;
 
 void check_count(const char* name, int value) {
     if (value >= 1 && value <= MAX_COUNT) return;
@@ -44,9 +46,10 @@ EngineCore::EngineCore(std::shared_ptr<const Bundle> bundle, const EngineOptions
       tuned_(settings_here(*bundle_, options.log).throughput),
       streams_(streams_of(tuned_, options)),
       batch_(options.batch.value_or(tuned_.batch)),
+      later_batch_(options.batch.value_or(tuned_.later_batch.value_or(tuned_.batch))),
       queue_size_(0) {
     check(options);
-    queue_size_ = options.queue_size.value_or(4 * streams_ * batch_ + 1);
+    queue_size_ = options.queue_size.value_or(usual_queue_size(options.policy));
     if (queue_size_ <= streams_ * batch_) {
         throw Error(ErrorKind::usage,
                     "queue_size " + std::to_string(queue_size_) +
@@ -58,6 +61,12 @@ EngineCore::EngineCore(std::shared_ptr<const Bundle> bundle, const EngineOptions
 
 EngineCore::~EngineCore() {
     if (pool_) pool_->close();
+}
+
+// A camera's images are to be new; anything else can wait for a batch.
+int EngineCore::usual_queue_size(Policy policy) const {
+    const bool gathers = bundle_->config().stages.size() > 1 && policy == Policy::block;
+    return 4 * streams_ * batch_ + 1 + (gathers ? GATHERED_BATCHES * (later_batch_ - 1) : 0);
 }
 
 void EngineCore::check(const EngineOptions& options) const {
@@ -75,6 +84,7 @@ CompileSettings EngineCore::compile_settings(const EngineOptions& options) const
     settings.precision = precision_;
     settings.decode = options.decode.value_or(bundle_->config().decode);
     settings.batch = batch_;
+    settings.later_batch = later_batch_;
     settings.threads = threads_per_stream(tuned_, options, streams_);
     settings.pinning = tuned_.pinning.value_or(false);  // or OpenVINO pins every worker to the same first core
     settings.cache = options.cache;
@@ -85,8 +95,8 @@ CompileSettings EngineCore::compile_settings(const EngineOptions& options) const
 // The pool closes, and its threads end, before the lanes go.
 Pool::Answer EngineCore::open_lane(std::size_t number, const Blueprint& blueprint) {
     lanes_[number] = std::make_unique<Lane>(blueprint);
-    return [&worker = lanes_[number]->worker](const Frame* const* frames, std::size_t count, Prediction* out) {
-        worker.answer(frames, count, out);
+    return [&worker = lanes_[number]->worker](std::size_t stage, Task* const* tasks, std::size_t count) {
+        worker.step(stage, tasks, count);
     };
 }
 
@@ -103,7 +113,9 @@ void EngineCore::start(const EngineOptions& options, Engine::Callback callback) 
     }
     PoolSettings settings;
     settings.capacity = static_cast<std::size_t>(queue_size_);
-    settings.batch = static_cast<std::size_t>(batch_);
+    settings.batches.assign(bundle_->config().stages.size(), static_cast<std::size_t>(later_batch_));
+    settings.batches[0] = static_cast<std::size_t>(batch_);
+    settings.pixel_bytes = later_pixel_bytes(*bundle_);
     settings.policy = options.policy;
     settings.callback = std::move(callback);
     pool_ = std::make_shared<Pool>(std::move(settings));

@@ -32,6 +32,7 @@ public:
 private:
     struct Lane;  // a network and the worker that runs it
 
+    int usual_queue_size(Policy policy) const;
     void check(const EngineOptions& options) const;
     CompileSettings compile_settings(const EngineOptions& options) const;
     void start(const EngineOptions& options, Engine::Callback callback);
@@ -42,6 +43,7 @@ private:
     std::string precision_;
     int streams_;
     int batch_;
+    int later_batch_;
     int queue_size_;
     std::vector<std::unique_ptr<Lane>> lanes_;  // each is made by the thread that uses it, but for the first
     std::shared_ptr<Pool> pool_;

@@ -93,12 +93,13 @@ struct CompiledStage {
     const ModelMetadata* metadata = nullptr;
     std::size_t batch = 1;
     ov::CompiledModel compiled;
+    // A later stage with a batch above 1 has the same network for one image too, for when few are left.
+    std::optional<ov::CompiledModel> alone;
 };
 
 // What comes out must be what the host code reads: float32 [batch, C].
-void check_output(const CompiledStage& stage, const std::string& name) {
-    const auto output = stage.compiled.output();
-    const ov::Shape expected{stage.batch, stage.metadata->labels.size()};
+void check_output(const ov::CompiledModel& compiled, const ov::Shape& expected, const std::string& name) {
+    const auto output = compiled.output();
     const bool fits = output.get_element_type() == ov::element::f32 && output.get_partial_shape().is_static() &&
                       output.get_shape() == expected;
     if (fits) return;
@@ -113,6 +114,7 @@ struct DrawnStage {
     const ModelMetadata* metadata = nullptr;
     std::size_t batch = 1;
     std::shared_ptr<const ov::Model> model;
+    std::shared_ptr<const ov::Model> alone;  // nothing: as in CompiledStage
 };
 
 [[noreturn]] void refuse_to_compile(const Bundle& bundle, const CompileSettings& settings,
@@ -121,36 +123,42 @@ struct DrawnStage {
                                       " (" + last_line(error) + ")");
 }
 
-DrawnStage draw_stage(const Bundle& bundle, std::size_t number, int batch, const CompileSettings& settings) {
+std::shared_ptr<const ov::Model> draw_model(const Bundle& bundle, std::size_t number, int batch,
+                                            const CompileSettings& settings) {
+    const ModelMetadata& metadata = bundle.metadata()[number];
+    const InputSpec& spec = bundle.config().stages[number].input_spec;
+    const auto model = bundle.read_model(number, settings.precision);
+    if (batch > 1) reshape_model(*model, metadata, spec, batch, bundle.source());
+    try {
+        embed_normalisation(model, spec, metadata.bgr, metadata.nhwc);
+    } catch (const std::exception& error) {
+        refuse_to_compile(bundle, settings, error);
+    }
+    return model;
+}
+
+DrawnStage draw_stage(const Bundle& bundle, std::size_t number, const CompileSettings& settings) {
+    const int batch = number == 0 ? settings.batch : settings.later_batch;
     DrawnStage stage;
     stage.settings = &bundle.config().stages[number];
     stage.metadata = &bundle.metadata()[number];
     stage.batch = static_cast<std::size_t>(batch);
-    const auto model = bundle.read_model(number, settings.precision);
-    const InputSpec& spec = stage.settings->input_spec;
-    if (batch > 1) reshape_model(*model, *stage.metadata, spec, batch, bundle.source());
-    try {
-        embed_normalisation(model, spec, stage.metadata->bgr, stage.metadata->nhwc);
-    } catch (const std::exception& error) {
-        refuse_to_compile(bundle, settings, error);
-    }
-    stage.model = model;
+    stage.model = draw_model(bundle, number, batch, settings);
+    if (number > 0 && batch > 1) stage.alone = draw_model(bundle, number, 1, settings);
     return stage;
 }
 
-// `model`: the stage's, or its copy.
-CompiledStage compile_stage(const Bundle& bundle, const DrawnStage& drawn,
-                            const std::shared_ptr<const ov::Model>& model, const CompileSettings& settings) {
-    CompiledStage stage{drawn.settings, drawn.metadata, drawn.batch, {}};
+ov::CompiledModel compile_model(const Bundle& bundle, const std::shared_ptr<const ov::Model>& model,
+                                const ov::Shape& output, const CompileSettings& settings) {
     try {
-        stage.compiled = bundle.core().compile_model(model, "CPU", compile_properties(settings));
-        check_output(stage, bundle.source());
+        auto compiled = bundle.core().compile_model(model, "CPU", compile_properties(settings));
+        check_output(compiled, output, bundle.source());
+        return compiled;
     } catch (const Error&) {
         throw;
     } catch (const std::exception& error) {
         refuse_to_compile(bundle, settings, error);
     }
-    return stage;
 }
 
 // The smallest float64 whose nearest float32 is 1: a sigmoid that came out as 1 in float32 was at least that.
@@ -273,21 +281,26 @@ Blueprint::Blueprint(std::shared_ptr<const Bundle> bundle, const CompileSettings
     impl_->settings = settings;
     const Bundle& source = *impl_->bundle;
     for (std::size_t number = 0; number < source.config().stages.size(); ++number) {
-        // Later stages see the few images that are left, one at a time.
-        impl_->stages.push_back(draw_stage(source, number, number == 0 ? settings.batch : 1, settings));
+        impl_->stages.push_back(draw_stage(source, number, settings));
     }
 }
 
 Blueprint::~Blueprint() = default;
 
 Network Blueprint::compile() const {
+    // Two threads must not have OpenVINO look through one model at once.
+    const auto copied = [this](const ov::Model& model) {
+        const std::lock_guard lock(impl_->copying);
+        return std::shared_ptr<const ov::Model>(model.clone());
+    };
+    const Bundle& bundle = *impl_->bundle;
     auto network = std::make_unique<Network::Impl>(Network::Impl{impl_->bundle, impl_->settings, {}});
-    for (const DrawnStage& stage : impl_->stages) {
-        // Two threads must not have OpenVINO look through one model at once.
-        std::unique_lock lock(impl_->copying);
-        const std::shared_ptr<const ov::Model> own = stage.model->clone();
-        lock.unlock();
-        network->stages.push_back(compile_stage(*impl_->bundle, stage, own, impl_->settings));
+    for (const DrawnStage& drawn : impl_->stages) {
+        const std::size_t classes = drawn.metadata->labels.size();
+        CompiledStage stage{drawn.settings, drawn.metadata, drawn.batch, {}, {}};
+        stage.compiled = compile_model(bundle, copied(*drawn.model), {drawn.batch, classes}, impl_->settings);
+        if (drawn.alone) stage.alone = compile_model(bundle, copied(*drawn.alone), {1, classes}, impl_->settings);
+        network->stages.push_back(std::move(stage));
     }
     return Network(std::move(network));
 }
@@ -312,11 +325,12 @@ namespace {
 // One infer request whose input and output memory are ours: images are resized straight into it.
 class StageRunner {
 public:
-    explicit StageRunner(const CompiledStage& stage)
+    StageRunner(const CompiledStage& stage, ov::CompiledModel compiled, std::size_t batch)
         : stage_(&stage),
-          request_(ov::CompiledModel(stage.compiled).create_infer_request()),
-          pixels_(ov::element::u8, input_shape(stage)),
-          scores_(ov::element::f32, ov::Shape{stage.batch, stage.metadata->labels.size()}) {
+          batch_(batch),
+          request_(compiled.create_infer_request()),
+          pixels_(ov::element::u8, input_shape(stage, batch)),
+          scores_(ov::element::f32, ov::Shape{batch, stage.metadata->labels.size()}) {
         std::fill_n(pixels_.data<std::uint8_t>(), pixels_.get_size(), std::uint8_t{0});
         request_.set_input_tensor(pixels_);
         request_.set_output_tensor(scores_);
@@ -324,7 +338,8 @@ public:
 
     const CompiledStage& stage() const { return *stage_; }
     const InputSpec& spec() const { return stage_->settings->input_spec; }
-    std::size_t image_bytes() const { return pixels_.get_size() / stage_->batch; }
+    std::size_t batch() const { return batch_; }
+    std::size_t image_bytes() const { return pixels_.get_size() / batch_; }
     // uint8 [height, width, 3] BGR
     std::uint8_t* pixels(std::size_t number) { return pixels_.data<std::uint8_t>() + number * image_bytes(); }
     // float32 [C]
@@ -332,18 +347,32 @@ public:
     void run() { request_.infer(); }
 
 private:
-    static ov::Shape input_shape(const CompiledStage& stage) {
+    static ov::Shape input_shape(const CompiledStage& stage, std::size_t batch) {
         const InputSpec& spec = stage.settings->input_spec;
-        return {stage.batch, static_cast<std::size_t>(spec.height), static_cast<std::size_t>(spec.width), 3};
+        return {batch, static_cast<std::size_t>(spec.height), static_cast<std::size_t>(spec.width), 3};
     }
 
     const CompiledStage* stage_;
+    std::size_t batch_;
     ov::InferRequest request_;
     ov::Tensor pixels_;
     ov::Tensor scores_;
 };
 
-std::vector<StageRunner> make_runners(const Network& network) {
+// A stage as one worker runs it.
+struct Runner {
+    explicit Runner(const CompiledStage& stage) : full(stage, stage.compiled, stage.batch) {
+        if (stage.alone) alone.emplace(stage, *stage.alone, 1);
+    }
+
+    // A batch costs the same however few images are in it.
+    StageRunner& fitting(std::size_t count) { return alone && 4 * count < 3 * full.batch() ? *alone : full; }
+
+    StageRunner full;
+    std::optional<StageRunner> alone;
+};
+
+std::vector<Runner> make_runners(const Network& network) {
     try {
         const auto& stages = network.impl().stages;
         return {stages.begin(), stages.end()};
@@ -355,27 +384,24 @@ std::vector<StageRunner> make_runners(const Network& network) {
 
 }  // namespace
 
-namespace {
-
-// Nothing where there is no second stage, or one that sees the first one's pixels.
-std::vector<std::vector<std::uint8_t>> make_room_ahead(const std::vector<StageRunner>& runners) {
-    if (runners.size() < 2 || same_spec(runners[0].spec(), runners[1].spec())) return {};
-    return {runners[0].stage().batch, std::vector<std::uint8_t>(runners[1].image_bytes())};
-}
-
-}  // namespace
-
 struct Worker::Impl {
     explicit Impl(const Network& compiled)
         : network(&compiled),
           runners(make_runners(compiled)),
           preparer(compiled.settings().max_pixels),
-          prepared_ahead(make_room_ahead(runners)),
+          prepares_ahead(runners.size() > 1 && !same_pixels(spec(0), spec(1))),
+          is_ahead(runners[0].full.batch()),
           logits(compiled.bundle().labels().size()),
-          weights(compiled.bundle().labels().size()) {}
+          weights(compiled.bundle().labels().size()),
+          own_tasks(runners[0].full.batch()),
+          hand(own_tasks.size()) {
+        for (Task& task : own_tasks) task.pixels.reserve(later_pixel_bytes(compiled.bundle()));
+    }
+
+    const InputSpec& spec(std::size_t stage) const { return runners[stage].full.spec(); }
 
     bool load(const Frame& frame, const InputSpec& spec, std::uint8_t* out, Prediction& answer);
-    bool load_first(const Frame& frame, std::size_t number, Prediction& answer);
+    bool load_first(Task& task, std::size_t place);
     bool load_data(const Frame& frame, const InputSpec& spec, std::uint8_t* out, const Preparer::Second* second);
     void run(StageRunner& runner);
     bool finish(std::size_t stage, const float* raw, Prediction& out);
@@ -385,18 +411,21 @@ struct Worker::Impl {
     void answer_head(const Head& head, double temperature, Prediction& out, HeadPrediction& answer);
     void score(const CompiledStage& stage, const float* raw, Prediction& out);
     void accept(const CompiledStage& stage, Prediction& out) const;
-    void ask_later_stages(const Frame& frame, std::size_t place, Prediction& out);
-    const std::uint8_t* pixels_ahead(std::size_t place) const;
+    void answer(std::size_t count);
+    void begin(Task* const* tasks, std::size_t count);
+    void go_on(std::size_t stage, Task* const* tasks, std::size_t count);
+    bool pass_on(std::size_t stage, std::size_t place, Task& task);
 
     const Network* network;
-    std::vector<StageRunner> runners;
+    std::vector<Runner> runners;
     Preparer preparer;
-    // The second stage's pixels of each image of the first stage's batch, from the same decoding where that is
-    // possible.
-    std::vector<std::vector<std::uint8_t>> prepared_ahead;
-    std::vector<bool> is_ahead = std::vector<bool>(prepared_ahead.size());
+    // The second stage's pixels come from the first one's decoding, where that is possible.
+    bool prepares_ahead;
+    std::vector<bool> is_ahead;   // for each place in the first stage's batch
     std::vector<float> logits;    // [C]
     std::vector<double> weights;  // [C]
+    std::vector<Task> own_tasks;  // of `answer`
+    std::vector<Task*> hand;
 };
 
 namespace {
@@ -422,14 +451,15 @@ bool Worker::Impl::load(const Frame& frame, const InputSpec& spec, std::uint8_t*
     return is_read(frame, answer, [&] { load_data(frame, spec, out, nullptr); });
 }
 
-// Into place `number` of the first stage's batch, and where that costs no decoding, of what the second stage sees.
-bool Worker::Impl::load_first(const Frame& frame, std::size_t number, Prediction& answer) {
-    StageRunner& first = runners[0];
-    if (prepared_ahead.empty()) return load(frame, first.spec(), first.pixels(number), answer);
-    is_ahead[number] = false;
-    const Preparer::Second second{&runners[1].spec(), prepared_ahead[number].data()};
-    return is_read(frame, answer,
-                   [&] { is_ahead[number] = load_data(frame, first.spec(), first.pixels(number), &second); });
+// Into that place of the first stage's batch, and where that costs no decoding, what the second stage sees.
+bool Worker::Impl::load_first(Task& task, std::size_t place) {
+    StageRunner& first = runners[0].full;
+    is_ahead[place] = false;
+    if (!prepares_ahead) return load(*task.frame, first.spec(), first.pixels(place), *task.answer);
+    task.pixels.resize(runners[1].full.image_bytes());
+    const Preparer::Second second{&spec(1), task.pixels.data()};
+    return is_read(*task.frame, *task.answer,
+                   [&] { is_ahead[place] = load_data(*task.frame, first.spec(), first.pixels(place), &second); });
 }
 
 // Whether `second` was prepared too.
@@ -465,7 +495,7 @@ void Worker::Impl::run(StageRunner& runner) {
 
 // float32 [C] -> the answer; false when a later stage has to be asked.
 bool Worker::Impl::finish(std::size_t number, const float* raw, Prediction& out) {
-    const CompiledStage& stage = runners[number].stage();
+    const CompiledStage& stage = runners[number].full.stage();
     read_logits(*stage.metadata, raw, logits);
     if (!std::all_of(logits.begin(), logits.end(), [](float value) { return std::isfinite(value); })) {
         fail(out, (out.name.empty() ? "image" : out.name) + ": the network's output is not finite (precision " +
@@ -531,7 +561,7 @@ void Worker::Impl::answer_head(const Head& head, double temperature, Prediction&
 
 // As finish, of a network with several heads: its confidence is the smallest over the heads of classes.
 bool Worker::Impl::finish_heads(std::size_t number, Prediction& out) {
-    const CompiledStage& stage = runners[number].stage();
+    const CompiledStage& stage = runners[number].full.stage();
     const std::vector<Head>& heads = stage.metadata->heads;
     out.heads.resize(heads.size());
     out.label.clear();
@@ -553,7 +583,7 @@ Worker::Impl::Verdict Worker::Impl::settle(std::size_t number, Prediction& out) 
     const bool last = number + 1 == runners.size();
     const auto confidence = static_cast<double>(out.probability);
     if (!last) {
-        const double threshold = runners[number].stage().settings->exit_threshold.value_or(0.0);
+        const double threshold = runners[number].full.stage().settings->exit_threshold.value_or(0.0);
         return confidence < threshold ? Verdict::ask_next : Verdict::known;
     }
     const auto reject_below = network->bundle().config().reject_below;
@@ -571,30 +601,85 @@ void Worker::Impl::accept(const CompiledStage& stage, Prediction& out) const {
     }
 }
 
-const std::uint8_t* Worker::Impl::pixels_ahead(std::size_t place) const {
-    return !prepared_ahead.empty() && is_ahead[place] ? prepared_ahead[place].data() : nullptr;
+// What the stage after `stage` sees of the image in that place of its batch -> task.pixels. False, and the answer says
+// why, when the image cannot be read again: the file may have changed.
+bool Worker::Impl::pass_on(std::size_t stage, std::size_t place, Task& task) {
+    const std::size_t size = runners[stage + 1].full.image_bytes();
+    const bool same = same_pixels(spec(stage), spec(stage + 1));
+    if (stage == 0 ? is_ahead[place] : same) return true;
+    task.pixels.resize(size);
+    if (!same) return load(*task.frame, spec(stage + 1), task.pixels.data(), *task.answer);
+    std::copy_n(runners[0].full.pixels(place), size, task.pixels.data());
+    return true;
 }
 
-// `place`: of the image in the first stage's batch.
-void Worker::Impl::ask_later_stages(const Frame& frame, std::size_t place, Prediction& out) {
-    const InputSpec* spec = &runners[0].spec();
-    const std::uint8_t* pixels = runners[0].pixels(place);
-    for (std::size_t number = 1; number < runners.size(); ++number) {
-        StageRunner& runner = runners[number];
-        const std::uint8_t* ready = number == 1 ? pixels_ahead(place) : nullptr;
-        if (ready == nullptr && same_spec(runner.spec(), *spec)) ready = pixels;
-        if (ready != nullptr) {
-            std::copy_n(ready, runner.image_bytes(), runner.pixels(0));
-        } else if (!load(frame, runner.spec(), runner.pixels(0), out)) {
-            return;  // the file may have changed since the first stage read it
-        }
-        spec = &runner.spec();
-        pixels = runner.pixels(0);
-        run(runner);
-        if (finish(number, runner.scores(0), out)) return;
+void Worker::Impl::begin(Task* const* tasks, std::size_t count) {
+    StageRunner& first = runners[0].full;
+    bool any = false;
+    for (std::size_t place = 0; place < count; ++place) {
+        Task& task = *tasks[place];
+        clear_answer(*task.answer);
+        task.answer->name.assign(task.frame->name);
+        task.passed_on = false;
+        any = load_first(task, place) || any;
     }
-    throw Error(ErrorKind::model, network->bundle().source() + ": no stage answered; the last one has to");
+    if (!any) return;
+    run(first);
+    for (std::size_t place = 0; place < count; ++place) {
+        Task& task = *tasks[place];
+        if (!task.answer->ok()) continue;
+        task.passed_on = !finish(0, first.scores(place), *task.answer) && pass_on(0, place, task);
+    }
 }
+
+void Worker::Impl::go_on(std::size_t stage, Task* const* tasks, std::size_t count) {
+    StageRunner& runner = runners[stage].fitting(count);
+    for (std::size_t start = 0; start < count; start += runner.batch()) {
+        const std::size_t part = std::min(runner.batch(), count - start);
+        for (std::size_t place = 0; place < part; ++place) {
+            std::copy_n(tasks[start + place]->pixels.data(), runner.image_bytes(), runner.pixels(place));
+        }
+        run(runner);
+        for (std::size_t place = 0; place < part; ++place) {
+            Task& task = *tasks[start + place];
+            task.passed_on = !finish(stage, runner.scores(place), *task.answer) && pass_on(stage, place, task);
+        }
+    }
+}
+
+// The first `count` of own_tasks, by as many stages as each needs.
+void Worker::Impl::answer(std::size_t count) {
+    for (std::size_t place = 0; place < count; ++place) hand[place] = &own_tasks[place];
+    begin(hand.data(), count);
+    for (std::size_t stage = 1; stage < runners.size(); ++stage) {
+        const auto end = std::remove_if(hand.begin(), hand.begin() + static_cast<std::ptrdiff_t>(count),
+                                        [](const Task* task) { return !task->passed_on; });
+        count = static_cast<std::size_t>(end - hand.begin());
+        for (std::size_t start = 0; start < count; start += runners[stage].full.batch()) {
+            go_on(stage, hand.data() + start, std::min(runners[stage].full.batch(), count - start));
+        }
+    }
+}
+
+std::size_t later_pixel_bytes(const Bundle& bundle) {
+    const auto& stages = bundle.config().stages;
+    std::size_t most = 0;
+    for (std::size_t stage = 1; stage < stages.size(); ++stage) {
+        const InputSpec& spec = stages[stage].input_spec;
+        most = std::max(most,
+                        std::size_t{3} * static_cast<std::size_t>(spec.height) * static_cast<std::size_t>(spec.width));
+    }
+    return most;
+}
+
+namespace {
+
+void check_count(std::size_t count, std::size_t most) {
+    if (count <= most) return;
+    throw Error(ErrorKind::usage, std::to_string(count) + " images, expected at most " + std::to_string(most));
+}
+
+}  // namespace
 
 Worker::Worker(const Network& network) : impl_(std::make_unique<Impl>(network)) {}
 Worker::~Worker() = default;
@@ -602,25 +687,24 @@ Worker::Worker(Worker&&) noexcept = default;
 Worker& Worker::operator=(Worker&&) noexcept = default;
 
 int Worker::batch() const noexcept {
-    return static_cast<int>(impl_->runners[0].stage().batch);
+    return static_cast<int>(impl_->runners[0].full.batch());
 }
 
 void Worker::answer(const Frame* const* frames, std::size_t count, Prediction* out) {
-    StageRunner& first = impl_->runners[0];
-    if (count > first.stage().batch) {
-        throw Error(ErrorKind::usage, std::to_string(count) + " images, expected at most " + std::to_string(batch()));
-    }
-    bool any = false;
+    check_count(count, impl_->own_tasks.size());
     for (std::size_t number = 0; number < count; ++number) {
-        clear_answer(out[number]);
-        out[number].name.assign(frames[number]->name);
-        any = impl_->load_first(*frames[number], number, out[number]) || any;
+        impl_->own_tasks[number].frame = frames[number];
+        impl_->own_tasks[number].answer = &out[number];
     }
-    if (!any) return;
-    impl_->run(first);
-    for (std::size_t number = 0; number < count; ++number) {
-        if (!out[number].ok() || impl_->finish(0, first.scores(number), out[number])) continue;
-        impl_->ask_later_stages(*frames[number], number, out[number]);
+    impl_->answer(count);
+}
+
+void Worker::step(std::size_t stage, Task* const* tasks, std::size_t count) {
+    check_count(count, impl_->runners.at(stage).full.batch());
+    if (stage == 0) {
+        impl_->begin(tasks, count);
+    } else {
+        impl_->go_on(stage, tasks, count);
     }
 }
 

@@ -15,10 +15,14 @@ namespace edgedistill::detail {
 
 class Bundle;  // bundle.hpp
 
+// Bytes of the pixels of the largest stage after the first; 0 where there is none.
+std::size_t later_pixel_bytes(const Bundle& bundle);
+
 struct CompileSettings {
     std::string precision;  // "f32", "bf16" or "int8", resolved
     Decode decode = Decode::reduced;
     int batch = 1;         // of the first stage
+    int later_batch = 1;   // of the stages that see what it passes on
     bool latency = false;  // OpenVINO's latency mode on `threads` threads; else one stream with `threads` threads
     int threads = 0;       // 0: OpenVINO's choice (latency only)
     bool pinning = false;  // throughput only
@@ -73,10 +77,13 @@ public:
     Worker& operator=(Worker&&) noexcept;
 
     int batch() const noexcept;
-    // `count` (at most batch()) frames -> as many predictions in the same order, written over what `out` held, with its
-    // memory used again. An image that cannot be read gets `error`; the rest goes on. Throws Error (model) when the
-    // network itself fails.
+    // `count` (at most batch()) frames -> as many predictions in the same order, by as many stages as each needs,
+    // written over what `out` held, with its memory used again. An image that cannot be read gets `error`; the rest
+    // goes on. Throws Error (model) when the network itself fails.
     void answer(const Frame* const* frames, std::size_t count, Prediction* out);
+    // One stage's part of it: stage 0 begins, a later one sees the pixels of tasks that were passed on to it. At most
+    // as many as that stage's batch. Throws as above.
+    void step(std::size_t stage, Task* const* tasks, std::size_t count);
 
 private:
     struct Impl;

@@ -56,7 +56,8 @@ void mark_failed(Prediction& answer, const std::string& name, const std::excepti
 
 Pool::Pool(PoolSettings settings)
     : capacity_(settings.capacity),
-      batch_(settings.batch),
+      batches_(std::move(settings.batches)),
+      pixel_bytes_(settings.pixel_bytes),
       policy_(settings.policy),
       callback_(std::move(settings.callback)) {}
 
@@ -67,8 +68,19 @@ Pool::~Pool() {
 void Pool::start(std::vector<Make> makers) {
     // A full engine's producer sleeps until about half of the waiting images are begun, and then hands over several at
     // once: a switch of threads for each of them would cost a core that answers thousands of images a second.
-    const std::size_t in_work = makers.size() * batch_;
+    const std::size_t in_work = makers.size() * batches_[0];
     low_water_ = capacity_ > in_work ? (capacity_ - in_work) / 2 : 0;
+    // Enough is left to begin for all workers while the gathered ones are answered.
+    patience_ = capacity_ - std::min(capacity_ / 2, 2 * in_work);
+    // A worker begins images only while no stage has a full batch gathered, so that this is all that there can be.
+    const std::size_t largest = *std::max_element(batches_.begin(), batches_.end());
+    std::size_t most = makers.size() * largest;
+    for (std::size_t stage = 1; stage < batches_.size(); ++stage) most += batches_[stage] - 1;
+    gathered_for_.resize(batches_.size());
+    if (batches_.size() > 1) {
+        for (auto& gathered : gathered_for_) gathered.reserve(most);
+        spare_.assign(most, std::vector<std::uint8_t>(pixel_bytes_));
+    }
     const std::lock_guard<std::mutex> closing(closing_);
     Lock lock(mutex_);
     starting_ = makers.size();
@@ -77,11 +89,14 @@ void Pool::start(std::vector<Make> makers) {
     for (auto& make : makers) {
         const std::size_t number = threads_.size();
         // The thread owns what it answers with, so close leaves nothing of it behind.
-        threads_.emplace_back([this, number, make = std::move(make)]() mutable {
+        threads_.emplace_back([this, number, largest, make = std::move(make)]() mutable {
             name_this_thread(number);
             const Answer answer = made(make);
             make = nullptr;
-            work(answer);
+            Hand hand;
+            hand.slots.reserve(largest);
+            hand.tasks.reserve(largest);
+            while (trade(hand)) answer_all(answer, hand);
         });
     }
 }
@@ -108,7 +123,7 @@ Pool::Answer Pool::made(const Make& make) {
         if (!is_closed()) answer = make();
     } catch (...) {
         failure = std::current_exception();
-        answer = [failure](const Frame* const*, std::size_t, Prediction*) { std::rethrow_exception(failure); };
+        answer = [failure](std::size_t, Task* const*, std::size_t) { std::rethrow_exception(failure); };
     }
     Lock lock(mutex_);
     --starting_;
@@ -119,62 +134,126 @@ Pool::Answer Pool::made(const Make& make) {
     return answer;
 }
 
-void Pool::work(const Answer& answer) {
-    std::vector<Slot*> slots(batch_);
-    std::vector<const Frame*> frames(batch_);
-    std::vector<Prediction> predictions(batch_);
-    std::size_t count = 0;
-    while ((count = trade(slots.data(), count)) > 0) {
-        for (std::size_t i = 0; i < count; ++i) {
-            frames[i] = &slots[i]->frame;
-            std::swap(predictions[i], slots[i]->prediction);
+void Pool::answer_all(const Answer& answer, Hand& hand) {
+    std::exception_ptr failure;
+    try {
+        answer(hand.stage, hand.tasks.data(), hand.tasks.size());
+    } catch (...) {
+        failure = std::current_exception();
+        for (Slot* slot : hand.slots) {
+            mark_failed(slot->prediction, slot->frame.name, failure);
+            slot->task.passed_on = false;
         }
-        std::exception_ptr failure;
-        try {
-            answer(frames.data(), count, predictions.data());
-        } catch (...) {
-            failure = std::current_exception();
-            for (std::size_t i = 0; i < count; ++i) mark_failed(predictions[i], frames[i]->name, failure);
-        }
-        for (std::size_t i = 0; i < count; ++i) {
-            std::swap(predictions[i], slots[i]->prediction);
-            slots[i]->failure = failure;
-            std::vector<std::uint8_t>().swap(slots[i]->owned);
-            slots[i]->keep_alive.reset();
-        }
+    }
+    for (Slot* slot : hand.slots) {
+        slot->failure = failure;
+        if (slot->task.passed_on) continue;
+        std::vector<std::uint8_t>().swap(slot->owned);
+        slot->keep_alive.reset();
     }
 }
 
-// Hands back `done` answered slots and takes new ones under the same lock; waits for one. 0 when the pool is closed.
-std::size_t Pool::trade(Slot** slots, std::size_t done) {
+// Hands back what is done and takes more under the same lock; waits for some. False when the pool is closed.
+bool Pool::trade(Hand& hand) {
     Lock lock(mutex_);
-    Wake wake = settle(lock, slots, done);
-    if (first_waiting_ == nullptr && !closed_) {
+    Wake wake = settle(lock, hand);
+    if (!has_work() && !closed_) {
         if (wake.any()) {
             lock.unlock();
             notify(std::exchange(wake, {}));
             lock.lock();
         }
         ++idle_;
-        work_.wait(lock, [this] { return first_waiting_ != nullptr || closed_; });
+        work_.wait(lock, [this] { return has_work() || closed_; });
         --idle_;
     }
-    std::size_t count = 0;
-    while (!closed_ && count < batch_ && first_waiting_ != nullptr) {
-        Slot* slot = first_waiting_;
-        slot->state = State::working;
-        first_waiting_ = slot->next;
-        --waiting_;
-        slots[count++] = slot;
-    }
+    take(hand);
+    wake.worker = wake.worker || (idle_ > 0 && gathered_ > 0);
     wake.producer = wake.producer || producer_should_wake();
     lock.unlock();
     notify(wake);
-    return count;
+    return !hand.slots.empty();
 }
 
-Pool::Wake Pool::settle(Lock& lock, Slot* const* slots, std::size_t done) {
-    for (std::size_t i = 0; i < done; ++i) slots[i]->state = State::answered;
+// Whose images are next, where there are any.
+std::size_t Pool::next_stage() const {
+    for (std::size_t stage = batches_.size(); --stage > 0;) {
+        const auto& gathered = gathered_for_[stage];
+        if (gathered.empty()) continue;
+        if (gathered.size() >= batches_[stage] || begun_ - gathered.front()->number >= patience_) return stage;
+    }
+    std::size_t stage = 0;
+    if (first_waiting_ != nullptr) return stage;
+    while (gathered_for_[stage].empty()) ++stage;
+    return stage;
+}
+
+void Pool::take(Hand& hand) {
+    hand.slots.clear();
+    hand.tasks.clear();
+    if (closed_ || !has_work()) return;
+    hand.stage = next_stage();
+    if (hand.stage == 0) {
+        while (hand.slots.size() < batches_[0] && first_waiting_ != nullptr) {
+            hand.slots.push_back(first_waiting_);
+            begin(*first_waiting_);
+        }
+    } else {
+        auto& gathered = gathered_for_[hand.stage];
+        const std::size_t count = std::min(gathered.size(), batches_[hand.stage]);
+        const auto end = gathered.begin() + static_cast<std::ptrdiff_t>(count);
+        hand.slots.assign(gathered.begin(), end);
+        gathered.erase(gathered.begin(), end);
+        gathered_ -= count;
+    }
+    for (Slot* slot : hand.slots) {
+        slot->state = State::working;
+        slot->task.passed_on = false;
+        hand.tasks.push_back(&slot->task);
+    }
+}
+
+// Takes the first one that waits out of those that do.
+void Pool::begin(Slot& slot) {
+    first_waiting_ = slot.next;
+    --waiting_;
+    slot.number = begun_++;
+    if (spare_.empty()) return;
+    slot.task.pixels.swap(spare_.back());
+    spare_.pop_back();
+}
+
+void Pool::gather(std::size_t stage, Slot& slot) {
+    slot.state = State::gathered;
+    gathered_for_[stage].push_back(&slot);
+    ++gathered_;
+}
+
+// Takes a gathered one out of those that are.
+void Pool::forget(Slot& slot) {
+    for (auto& gathered : gathered_for_) {
+        const auto found = std::find(gathered.begin(), gathered.end(), &slot);
+        if (found == gathered.end()) continue;
+        gathered.erase(found);
+        --gathered_;
+        return;
+    }
+}
+
+void Pool::give_back_pixels(Slot& slot) {
+    if (slot.task.pixels.capacity() == 0) return;
+    spare_.emplace_back().swap(slot.task.pixels);
+}
+
+Pool::Wake Pool::settle(Lock& lock, const Hand& hand) {
+    for (Slot* slot : hand.slots) {
+        if (slot->task.passed_on) {
+            gather(hand.stage + 1, *slot);
+        } else {
+            slot->state = State::answered;
+            give_back_pixels(*slot);
+        }
+    }
     Wake wake;
     if (callback_) {
         wake.producer = deliver(lock);
@@ -265,6 +344,7 @@ bool Pool::wait_for_room(Lock& lock, const Engine::Timeout& timeout) {
 Pool::Slot& Pool::slot_for_next() {
     if (held_ >= capacity_) {
         Slot& slot = *victim();
+        if (slot.state == State::gathered) forget(slot);
         unlink(slot);
         put_back(slot);
         dropped_.fetch_add(1, std::memory_order_relaxed);
@@ -272,6 +352,8 @@ Pool::Slot& Pool::slot_for_next() {
     if (free_ == nullptr) {
         slots_.push_back(std::make_unique<Slot>());
         free_ = slots_.back().get();
+        free_->task.frame = &free_->frame;
+        free_->task.answer = &free_->prediction;
     }
     return *free_;
 }
@@ -280,7 +362,7 @@ Pool::Slot& Pool::slot_for_next() {
 Pool::Slot* Pool::victim() const {
     if (first_waiting_ != nullptr) return first_waiting_;
     Slot* slot = front_;
-    while (slot->state != State::answered) slot = slot->next;
+    while (slot->state == State::working) slot = slot->next;
     return slot;
 }
 
@@ -340,7 +422,8 @@ void Pool::close() noexcept {
     lock.lock();
     abandoned.swap(slots_);
     free_ = front_ = back_ = first_waiting_ = nullptr;
-    held_ = waiting_ = 0;
+    for (auto& gathered : gathered_for_) gathered.clear();
+    held_ = waiting_ = gathered_ = 0;
     lock.unlock();
 }
 
@@ -367,6 +450,7 @@ void Pool::unlink(Slot& slot) {
 }
 
 void Pool::put_back(Slot& slot) {
+    give_back_pixels(slot);
     slot.failure = nullptr;
     slot.previous = nullptr;
     slot.next = free_;

@@ -34,9 +34,10 @@ struct Submission {
 };
 
 struct PoolSettings {
-    std::size_t capacity =
-        0;                  // images held at any moment; more than workers x batch, so that one can always be dropped
-    std::size_t batch = 1;  // images that one worker takes at once, at most
+    // Images held at any moment; more than workers x first batch, so that one can always be dropped.
+    std::size_t capacity = 0;
+    std::vector<std::size_t> batches = {1};  // images that one worker takes at once for each stage, at most
+    std::size_t pixel_bytes = 0;             // that an image which waits for a later stage has, at most
     Policy policy = Policy::block;
     std::function<void(const Prediction&)> callback;
 };
@@ -47,10 +48,14 @@ struct PoolSettings {
 // Held images are one list in the order of submission. Workers take from its front, so what they began is a prefix of
 // it and what waits is the rest: the oldest of either kind is found without a search. Slots are used again with all
 // their memory.
+//
+// What a stage passes on is gathered, and taken when it fills a batch of the next stage, when so many images were begun
+// since the oldest of it was that the rest of the queue would soon wait for it, or when there is nothing else to do.
 class Pool {
 public:
-    // Answers `count` frames; what it throws is handed to whoever takes those answers. Called by one thread only.
-    using Answer = std::function<void(const Frame* const* frames, std::size_t count, Prediction* out)>;
+    // One stage's answers to `count` images; what it throws is handed to whoever takes those answers. Called by one
+    // thread only.
+    using Answer = std::function<void(std::size_t stage, Task* const* tasks, std::size_t count)>;
     // Makes what a thread answers with, in that thread, while the others answer. What it throws is the pool's failure:
     // whoever submits gets it, and so do the images that this thread takes from then on.
     using Make = std::function<Answer()>;
@@ -72,7 +77,7 @@ public:
     std::uint64_t dropped() const noexcept { return dropped_.load(std::memory_order_relaxed); }
 
 private:
-    enum class State { waiting, working, answered };
+    enum class State { waiting, working, gathered, answered };
 
     struct Slot {
         Frame frame;
@@ -80,10 +85,19 @@ private:
         std::shared_ptr<const void> keep_alive;
         std::uint64_t user = 0;
         Prediction prediction;
+        Task task;
+        std::uint64_t number = 0;  // images that were begun before it
         std::exception_ptr failure;
         State state = State::waiting;
         Slot* previous = nullptr;
         Slot* next = nullptr;
+    };
+
+    // What one worker has in hand.
+    struct Hand {
+        std::size_t stage = 0;
+        std::vector<Slot*> slots;
+        std::vector<Task*> tasks;
     };
 
     // Whom to wake once the lock is released.
@@ -99,9 +113,16 @@ private:
 
     bool is_closed();
     Answer made(const Make& make);
-    void work(const Answer& answer);
-    std::size_t trade(Slot** slots, std::size_t done);
-    Wake settle(Lock& lock, Slot* const* slots, std::size_t done);
+    static void answer_all(const Answer& answer, Hand& hand);
+    bool trade(Hand& hand);
+    Wake settle(Lock& lock, const Hand& hand);
+    bool has_work() const { return first_waiting_ != nullptr || gathered_ > 0; }
+    std::size_t next_stage() const;
+    void take(Hand& hand);
+    void begin(Slot& slot);
+    void gather(std::size_t stage, Slot& slot);
+    void forget(Slot& slot);
+    void give_back_pixels(Slot& slot);
     bool deliver(Lock& lock);
     void notify(const Wake& wake);
 
@@ -116,10 +137,12 @@ private:
     bool producer_should_wake() const { return producers_ > 0 && held_ < capacity_ && waiting_ <= low_water_; }
 
     const std::size_t capacity_;
-    const std::size_t batch_;
+    const std::vector<std::size_t> batches_;
+    const std::size_t pixel_bytes_;
     const Policy policy_;
     const std::function<void(const Prediction&)> callback_;
     std::size_t low_water_ = 0;
+    std::size_t patience_ = 0;  // images begun after a gathered one, until it waits no longer
 
     std::mutex mutex_;  // guards all that follows, up to closing_
     std::condition_variable work_, room_, answers_, ready_;
@@ -128,12 +151,16 @@ private:
     Slot* front_ = nullptr;
     Slot* back_ = nullptr;
     Slot* first_waiting_ = nullptr;
-    std::size_t held_ = 0;                       // in the list, or being delivered
-    std::size_t waiting_ = 0;                    // begun by nobody
-    std::size_t idle_ = 0;                       // workers asleep
-    std::size_t producers_ = 0, consumers_ = 0;  // asleep
-    std::size_t starting_ = 0;                   // workers that make their answer
-    std::exception_ptr failure_;                 // of one that could not
+    std::size_t held_ = 0;     // in the list, or being delivered
+    std::size_t waiting_ = 0;  // begun by nobody
+    std::size_t idle_ = 0;     // workers asleep
+    std::uint64_t begun_ = 0;
+    std::vector<std::vector<Slot*>> gathered_for_;  // each stage, the first one that came in front
+    std::size_t gathered_ = 0;                      // in all of them
+    std::vector<std::vector<std::uint8_t>> spare_;  // pixels of nobody
+    std::size_t producers_ = 0, consumers_ = 0;     // asleep
+    std::size_t starting_ = 0;                      // workers that make their answer
+    std::exception_ptr failure_;                    // of one that could not
     bool delivering_ = false;
     bool finished_ = false;
     bool closed_ = false;

@@ -45,7 +45,7 @@ std::string release(const std::string& version) {
 
 bool is_safe(const LatencySettings& latency, const ThroughputSettings& throughput) {
     return latency.precision == "f32" && !latency.threads && throughput.precision == "f32" && !throughput.streams &&
-           !throughput.threads && throughput.batch == 1 && !throughput.pinning;
+           !throughput.threads && throughput.batch == 1 && !throughput.pinning && !throughput.later_batch;
 }
 
 }  // namespace

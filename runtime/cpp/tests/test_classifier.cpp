@@ -187,9 +187,18 @@ TEST_CASE("several labels at once, and a network from elsewhere") {
 
 TEST_CASE("a batch answers each image as if it were alone, and a bad one costs only itself") {
     const auto bundle = detail::Bundle::load(models() / "cascade");
+    int later_batch = 1;
+    SUBCASE("later stages image by image") {}
+    SUBCASE("in full batches") {
+        later_batch = 2;
+    }
+    SUBCASE("in batches that are too few for it") {
+        later_batch = 4;
+    }
     detail::CompileSettings settings;
     settings.precision = "f32";
     settings.batch = 4;
+    settings.later_batch = later_batch;
     settings.threads = 1;
     settings.cache.enabled = false;
     const detail::Network network(bundle, settings);

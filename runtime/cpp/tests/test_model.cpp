@@ -91,16 +91,17 @@ json deploy_values() {
                        {"input_spec", spec},     {"temperature", 1.25},
                        {"exit_threshold", 0.9},  {"int8_sha256", std::string(64, 'f')}};
     const json slow = {{"model", "b.xml"}, {"sha256", std::string(64, '1')}, {"input_spec", spec}};
-    return {{"format", "edgedistill-deploy"},
-            {"version", 1},
-            {"stages", {fast, slow}},
-            {"latency", {{"precision", "int8"}, {"threads", 2}}},
-            {"throughput", {{"precision", "bf16"}, {"streams", 4}, {"batch", 2}, {"pinning", false}}},
-            {"decode", "full"},
-            {"reject_below", 0.3},
-            {"score", {{"w", 0.5}, {"metric", "macro-f1"}, {"scope", "frames"}, {"fps_target", 200}}},
-            {"cpu", "a processor"},
-            {"versions", {{"openvino", "2026.4.1"}}}};
+    return {
+        {"format", "edgedistill-deploy"},
+        {"version", 1},
+        {"stages", {fast, slow}},
+        {"latency", {{"precision", "int8"}, {"threads", 2}}},
+        {"throughput", {{"precision", "bf16"}, {"streams", 4}, {"batch", 2}, {"pinning", false}, {"later_batch", 8}}},
+        {"decode", "full"},
+        {"reject_below", 0.3},
+        {"score", {{"w", 0.5}, {"metric", "macro-f1"}, {"scope", "frames"}, {"fps_target", 200}}},
+        {"cpu", "a processor"},
+        {"versions", {{"openvino", "2026.4.1"}}}};
 }
 
 DeployConfig parsed(const json& values) {
@@ -136,6 +137,10 @@ TEST_CASE("every field of deploy.json arrives") {
     CHECK(config.throughput.streams == 4);
     CHECK_FALSE(config.throughput.threads);
     CHECK(config.throughput.batch == 2);
+    CHECK(config.throughput.later_batch == 8);
+    json older = deploy_values();
+    older["throughput"].erase("later_batch");
+    CHECK_FALSE(parsed(older).throughput.later_batch);
     CHECK(config.throughput.pinning == false);
     CHECK(config.decode == Decode::full);
     CHECK(config.reject_below == 0.3);
@@ -165,6 +170,7 @@ TEST_CASE("a deploy.json with one wrong field is refused and the field is named"
         {"/throughput/batch", true},
         {"/throughput/batch", 4097},
         {"/throughput/pinning", "yes"},
+        {"/throughput/later_batch", 0},
         {"/decode", "sideways"},
         {"/reject_below", -1},
         {"/score/metric", "speed"},

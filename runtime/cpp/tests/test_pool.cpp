@@ -4,13 +4,17 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
+#include <cstdint>
 #include <edgedistill/error.hpp>
 #include <functional>
 #include <future>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <random>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -28,6 +32,7 @@ using edgedistill::detail::Frame;
 using edgedistill::detail::Pool;
 using edgedistill::detail::PoolSettings;
 using edgedistill::detail::Submission;
+using edgedistill::detail::Task;
 
 using PoolPointer = std::shared_ptr<Pool>;
 
@@ -38,7 +43,10 @@ void answer_number(const Frame& frame, Prediction& out) {
     out.error.clear();
 }
 
-Pool::Answer answering(const std::function<void(const Frame&)>& before) {
+// Of a network without stages.
+using Plain = std::function<void(const Frame* const* frames, std::size_t count, Prediction* out)>;
+
+Plain answering(const std::function<void(const Frame&)>& before) {
     return [before](const Frame* const* frames, std::size_t count, Prediction* out) {
         for (std::size_t i = 0; i < count; ++i) {
             before(*frames[i]);
@@ -55,10 +63,12 @@ struct Shape {
     std::function<void(const Prediction&)> callback = {};
 };
 
-PoolPointer make_pool(const Shape& shape, std::vector<Pool::Make> makers) {
+PoolPointer make_pool(const Shape& shape, std::size_t later_batch, std::vector<Pool::Make> makers) {
     PoolSettings settings;
     settings.capacity = shape.capacity;
-    settings.batch = shape.batch;
+    settings.batches = {shape.batch};
+    if (later_batch > 0) settings.batches.push_back(later_batch);
+    settings.pixel_bytes = later_batch > 0 ? 3 : 0;
     settings.policy = shape.policy;
     settings.callback = shape.callback;
     auto pool = std::make_shared<Pool>(std::move(settings));
@@ -66,8 +76,23 @@ PoolPointer make_pool(const Shape& shape, std::vector<Pool::Make> makers) {
     return pool;
 }
 
-PoolPointer make_pool(const Shape& shape, const Pool::Answer& answer) {
-    return make_pool(shape, std::vector<Pool::Make>(shape.workers, [answer] { return answer; }));
+PoolPointer make_staged_pool(const Shape& shape, std::size_t later_batch, const Pool::Answer& answer) {
+    return make_pool(shape, later_batch, std::vector<Pool::Make>(shape.workers, [answer] { return answer; }));
+}
+
+// An answer of the one stage that there is.
+Pool::Answer in_one_stage(const Plain& answer) {
+    return [answer](std::size_t, Task* const* tasks, std::size_t count) {
+        std::vector<const Frame*> frames;
+        for (std::size_t i = 0; i < count; ++i) frames.push_back(tasks[i]->frame);
+        std::vector<Prediction> out(count);
+        answer(frames.data(), count, out.data());
+        for (std::size_t i = 0; i < count; ++i) *tasks[i]->answer = out[i];
+    };
+}
+
+PoolPointer make_pool(const Shape& shape, const Plain& answer) {
+    return make_staged_pool(shape, 0, in_one_stage(answer));
 }
 
 PoolPointer make_pool(
@@ -621,12 +646,13 @@ TEST_CASE("a path is its image's name, and the caller's number comes back") {
 
 TEST_CASE("images are answered while another worker is still starting") {
     std::promise<void> may_start;
-    const auto answer = answering([](const Frame&) {});
-    const auto pool = make_pool({}, {[&] { return answer; },
-                                     [&, started = may_start.get_future().share()] {
-                                         started.wait();
-                                         return answer;
-                                     }});
+    const auto answer = in_one_stage(answering([](const Frame&) {}));
+    const auto pool = make_pool({}, 0,
+                                {[&] { return answer; },
+                                 [&, started = may_start.get_future().share()] {
+                                     started.wait();
+                                     return answer;
+                                 }});
     for (int number = 0; number < 5; ++number) submit(*pool, number);
     Prediction taken;
     for (int number = 0; number < 5; ++number) {
@@ -649,11 +675,12 @@ TEST_CASE("a worker that cannot start fails the pool, and no image is left witho
     Gate gate;
     std::promise<void> may_fail;
     const Shape shape{2, 1, 4};
-    const auto pool = make_pool(shape, {[&] { return answering(std::ref(gate)); },
-                                        [&, told = may_fail.get_future().share()]() -> Pool::Answer {
-                                            told.wait();
-                                            throw Error(ErrorKind::model, "no memory for a second network");
-                                        }});
+    const auto pool = make_pool(shape, 0,
+                                {[&] { return in_one_stage(answering(std::ref(gate))); },
+                                 [&, told = may_fail.get_future().share()]() -> Pool::Answer {
+                                     told.wait();
+                                     throw Error(ErrorKind::model, "no memory for a second network");
+                                 }});
     for (int number = 0; number < 4; ++number) submit(*pool, number);
     REQUIRE(eventually([&] { return gate.begun() == 1; }));
     auto producer = std::async(std::launch::async, [&] { return kind_thrown([&] { submit(*pool, 4); }); });
@@ -677,7 +704,7 @@ TEST_CASE("a callback is told of a worker that could not start") {
     Shape shape{1, 1, 3};
     shape.callback = [&](const Prediction& answer) { errors.push_back(answer.error); };
     std::promise<void> may_fail;
-    const auto pool = make_pool(shape, {[&, told = may_fail.get_future().share()]() -> Pool::Answer {
+    const auto pool = make_pool(shape, 0, {[&, told = may_fail.get_future().share()]() -> Pool::Answer {
                                     told.wait();
                                     throw Error(ErrorKind::model, "no second network");
                                 }});
@@ -690,12 +717,13 @@ TEST_CASE("a callback is told of a worker that could not start") {
 
 TEST_CASE("close waits for a worker that starts, and wakes who waits for it") {
     Gate starting;
-    const auto answer = answering([](const Frame&) {});
-    const auto pool = make_pool({}, {[&] { return answer; },
-                                     [&] {
-                                         starting({});
-                                         return answer;
-                                     }});
+    const auto answer = in_one_stage(answering([](const Frame&) {}));
+    const auto pool = make_pool({}, 0,
+                                {[&] { return answer; },
+                                 [&] {
+                                     starting({});
+                                     return answer;
+                                 }});
     REQUIRE(eventually([&] { return starting.begun() == 1; }));
     submit(*pool, 0);
     auto waiting = std::async(std::launch::async, [&] { return kind_thrown([&] { pool->wait_until_ready(); }); });
@@ -704,4 +732,299 @@ TEST_CASE("close waits for a worker that starts, and wakes who waits for it") {
     CHECK(closing.wait_for(5ms) == std::future_status::timeout);
     starting.open();
     closing.get();
+}
+
+// ---- stages ----
+
+namespace {
+
+// What a cascade of two did: for each call, its stage and the numbers that it got.
+struct Calls {
+    struct Call {
+        std::size_t stage;
+        std::vector<int> numbers;
+        bool operator==(const Call& other) const { return stage == other.stage && numbers == other.numbers; }
+    };
+    void add(std::size_t stage, Task* const* tasks, std::size_t count) {
+        Call call{stage, {}};
+        for (std::size_t i = 0; i < count; ++i) call.numbers.push_back(std::stoi(tasks[i]->frame->name));
+        const std::lock_guard<std::mutex> lock(mutex);
+        all.push_back(call);
+    }
+    std::vector<Call> of_stage(std::size_t stage) const {
+        std::vector<Call> found;
+        std::copy_if(all.begin(), all.end(), std::back_inserter(found),
+                     [&](const Call& call) { return call.stage == stage; });
+        return found;
+    }
+    std::mutex mutex;
+    std::vector<Call> all;
+};
+
+// Stage 0 passes on what `unsure` says, with the number in its pixels; the answer's stage is the one that gave it.
+Pool::Answer cascading(
+    Calls& calls, const std::function<bool(int)>& unsure,
+    const std::function<void(std::size_t, const Frame&)>& before = [](std::size_t, const Frame&) {}) {
+    return [&calls, unsure, before](std::size_t stage, Task* const* tasks, std::size_t count) {
+        calls.add(stage, tasks, count);
+        for (std::size_t i = 0; i < count; ++i) {
+            Task& task = *tasks[i];
+            before(stage, *task.frame);
+            answer_number(*task.frame, *task.answer);
+            const int number = task.answer->index;
+            if (stage == 1 && (task.pixels[0] | task.pixels[1] << 8) != number) throw std::runtime_error("pixels");
+            task.answer->stage = static_cast<int>(stage);
+            task.passed_on = stage == 0 && unsure(number);
+            if (!task.passed_on) continue;
+            if (task.pixels.size() != 3) throw std::runtime_error("no memory for pixels");
+            task.pixels[0] = static_cast<std::uint8_t>(number & 255);
+            task.pixels[1] = static_cast<std::uint8_t>(number >> 8);
+        }
+    };
+}
+
+bool every_tenth(int number) {
+    return number % 10 == 3;
+}
+
+// Lets stage 0 go on with an image once that is allowed.
+class Turnstile {
+public:
+    void operator()(std::size_t stage, const Frame& frame) {
+        if (stage > 0) return;
+        const int number = std::stoi(frame.name);
+        std::unique_lock<std::mutex> lock(mutex_);
+        begun_ = std::max(begun_, number);
+        changed_.wait(lock, [&] { return number <= allowed_; });
+    }
+    void allow(int number) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            allowed_ = number;
+        }
+        changed_.notify_all();
+    }
+    bool has_begun(int number) {
+        return eventually([&] {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            return begun_ >= number;
+        });
+    }
+
+private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    int allowed_ = -1;
+    int begun_ = -1;
+};
+
+}  // namespace
+
+TEST_CASE("what is passed on is answered in batches, and all images in order") {
+    for (const std::size_t workers : {1U, 2U, 5U}) {
+        for (const std::size_t later_batch : {1U, 3U, 8U}) {
+            for (const int share : {1, 4, 97}) {
+                Calls calls;
+                const auto pool = make_staged_pool({workers, 4, 20 * workers}, later_batch,
+                                                   cascading(
+                                                       calls, [share](int number) { return number % share == 0; },
+                                                       [](std::size_t, const Frame&) { sleep_a_little(); }));
+                std::thread producer([&] {
+                    for (int number = 0; number < 400; ++number) submit(*pool, number);
+                    pool->finish();
+                });
+                Prediction answer;
+                for (int number = 0; number < 400; ++number) {
+                    REQUIRE(pool->next(answer));
+                    REQUIRE(answer.index == number);
+                    REQUIRE(answer.stage == (number % share == 0 ? 1 : 0));
+                }
+                CHECK_FALSE(pool->next(answer));
+                producer.join();
+                for (const auto& call : calls.of_stage(1)) CHECK(call.numbers.size() <= later_batch);
+                pool->close();
+            }
+        }
+    }
+}
+
+TEST_CASE("a later stage's batch is filled while there is more to begin, and answered half full at the end") {
+    Calls calls;
+    Turnstile turnstile;
+    const auto pool = make_staged_pool({1, 4, 64}, 4,
+                                       cascading(
+                                           calls, [](int number) { return number % 4 == 0; }, std::ref(turnstile)));
+    submit(*pool, 0);
+    REQUIRE(turnstile.has_begun(0));
+    for (int number = 1; number < 38; ++number) submit(*pool, number);
+    pool->finish();
+    turnstile.allow(100);
+    CHECK(drain(*pool) == range(0, 38));
+    const std::vector<Calls::Call> expected = {{1, {0, 4, 8, 12}}, {1, {16, 20, 24, 28}}, {1, {32, 36}}};
+    CHECK(calls.of_stage(1) == expected);
+    pool->close();
+}
+
+TEST_CASE("an idle pool keeps nothing waiting for a batch") {
+    Calls calls;
+    const auto pool = make_staged_pool({2, 2, 33}, 8, cascading(calls, [](int) { return true; }));
+    Prediction answer;
+    for (int number = 0; number < 20; ++number) {
+        submit(*pool, number);
+        REQUIRE(pool->next(answer));  // although nobody finishes
+        CHECK(answer.index == number);
+        CHECK(answer.stage == 1);
+    }
+    pool->close();
+}
+
+TEST_CASE("one image that waits for a batch does not hold the whole queue up") {
+    Calls calls;
+    Turnstile turnstile;
+    const auto pool = make_staged_pool({1, 1, 9}, 8,
+                                       cascading(
+                                           calls, [](int number) { return number == 0; }, std::ref(turnstile)));
+    for (int number = 0; number < 9; ++number) submit(*pool, number);
+    turnstile.allow(100);
+    pool->finish();
+    CHECK(drain(*pool) == range(0, 9));
+    REQUIRE(calls.all.size() == 10);
+    CHECK(calls.all[7] == Calls::Call{1, {0}});  // two are left to begin
+    pool->close();
+}
+
+TEST_CASE("what a later stage throws reaches just the images that it had") {
+    Calls calls;
+    const auto pool =
+        make_staged_pool({2, 2, 40}, 2, cascading(calls, every_tenth, [](std::size_t stage, const Frame& frame) {
+                             if (stage == 1 && frame.name == "13") throw std::runtime_error("13 failed");
+                             if (stage == 0 && frame.name == "27") throw std::runtime_error("27 failed");
+                         }));
+    std::thread producer([&] {
+        for (int number = 0; number < 60; ++number) submit(*pool, number);
+        pool->finish();
+    });
+    std::vector<int> numbers;
+    std::set<std::uint64_t> failed;
+    Prediction answer;
+    std::uint64_t user = 0;
+    for (bool more = true; more;) {
+        try {
+            more = pool->next(answer, &user);
+            if (more) numbers.push_back(answer.index);
+        } catch (const std::runtime_error&) {
+            failed.insert(user);
+        }
+    }
+    producer.join();
+    CHECK(numbers.size() + failed.size() == 60);
+    CHECK(std::is_sorted(numbers.begin(), numbers.end()));
+    CHECK(failed.count(13) == 1);
+    CHECK(failed.count(27) == 1);
+    CHECK(failed.size() <= 4);  // each with at most one more in its batch
+    pool->close();
+}
+
+TEST_CASE("a full camera queue may drop what waits for a later stage") {
+    Calls calls;
+    Turnstile turnstile;
+    const auto pool = make_staged_pool({1, 2, 3, Policy::drop_oldest}, 8,
+                                       cascading(
+                                           calls, [](int number) { return number == 0; }, std::ref(turnstile)));
+    submit(*pool, 0);
+    REQUIRE(turnstile.has_begun(0));
+    submit(*pool, 1);
+    submit(*pool, 2);
+    turnstile.allow(0);
+    REQUIRE(turnstile.has_begun(1));  // with 2: nothing waits to be begun, and 0 waits for its batch
+    submit(*pool, 3);
+    CHECK(pool->dropped() == 1);
+    submit(*pool, 4);
+    CHECK(pool->dropped() == 2);
+    turnstile.allow(100);
+    pool->finish();
+    CHECK(drain(*pool) == std::vector<int>{1, 2, 4});
+    CHECK(calls.of_stage(1).empty());
+    pool->close();
+}
+
+TEST_CASE("close abandons what waits for a later stage") {
+    for (const bool by_callback : {false, true}) {
+        Calls calls;
+        Turnstile turnstile;
+        std::vector<int> delivered;
+        Shape shape{1, 1, 9};
+        if (by_callback) shape.callback = [&](const Prediction& answer) { delivered.push_back(answer.index); };
+        const auto pool = make_staged_pool(shape, 8,
+                                           cascading(
+                                               calls, [](int number) { return number == 1; }, std::ref(turnstile)));
+        const auto kept = std::make_shared<int>(1);
+        for (int number = 0; number < 5; ++number) {
+            Submission image;
+            image.data = edgedistill::Bytes{};
+            image.name = std::to_string(number);
+            image.keep_alive = kept;
+            pool->submit(image, {});
+        }
+        turnstile.allow(1);
+        REQUIRE(turnstile.has_begun(2));
+        auto closer = std::async(std::launch::async, [&] { pool->close(); });
+        CHECK(closer.wait_for(10ms) == std::future_status::timeout);
+        turnstile.allow(100);
+        closer.get();
+        CHECK(kept.use_count() == 1);
+        CHECK(calls.of_stage(1).empty());
+        CHECK(delivered == (by_callback ? range(0, 1) : range(0, 0)));
+    }
+}
+
+TEST_CASE("a callback gets a cascade's answers in order, and finish waits for the last") {
+    Calls calls;
+    std::vector<int> numbers;
+    Shape shape{3, 2, 40};
+    shape.callback = [&](const Prediction& answer) { numbers.push_back(answer.index); };
+    const auto pool =
+        make_staged_pool(shape, 4, cascading(calls, every_tenth, [](std::size_t, const Frame&) { sleep_a_little(); }));
+    for (int number = 0; number < 400; ++number) submit(*pool, number);
+    pool->finish();
+    CHECK(numbers == range(0, 400));
+    pool->close();
+}
+
+TEST_CASE("cascades under pressure from all sides lose and double nothing, and end at any moment") {
+    std::mt19937 random(11);
+    for (int round = 0; round < 100; ++round) {
+        Shape shape;
+        shape.workers = 1 + static_cast<std::size_t>(random() % 3);
+        shape.batch = 1 + static_cast<std::size_t>(random() % 3);
+        shape.capacity = shape.workers * shape.batch + 1 + random() % 20;
+        shape.policy = random() % 2 == 0 ? Policy::block : Policy::drop_oldest;
+        const bool ends_early = random() % 2 == 0;
+        Calls calls;
+        auto pool = make_staged_pool(shape, 1 + random() % 8,
+                                     cascading(
+                                         calls, [](int number) { return number % 3 == 0; },
+                                         [](std::size_t, const Frame&) { sleep_a_little(); }));
+        std::atomic<int> taken{0};
+        std::vector<std::thread> consumers;
+        std::vector<std::thread> producers;
+        for (int which = 0; which < 2; ++which) {
+            consumers.emplace_back([&taken, pool] { taken += static_cast<int>(drain(*pool).size()); });
+            producers.emplace_back([pool] {
+                try {
+                    for (int number = 0; number < 300; ++number) submit(*pool, number);
+                } catch (const Error&) {
+                }
+            });
+        }
+        if (ends_early) {
+            std::this_thread::sleep_for(std::chrono::microseconds(random() % 3000));
+            pool->close();
+        }
+        for (auto& thread : producers) thread.join();
+        if (!ends_early) pool->finish();
+        for (auto& thread : consumers) thread.join();
+        if (!ends_early) CHECK(static_cast<int>(pool->dropped()) + taken == 600);
+        pool->close();
+    }
 }

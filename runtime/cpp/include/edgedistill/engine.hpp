@@ -21,12 +21,12 @@ namespace edgedistill {
 // What submit does when the engine is full.
 enum class Policy {
     block,        // it waits
-    drop_oldest,  // it gives up the oldest image that no worker began, else the oldest answer that nobody took
+    drop_oldest,  // it gives up the oldest image that no worker began, else the oldest that no worker has in hand
 };
 
 struct EngineOptions : Options {
     std::optional<int> streams;  // images worked on at once, and worker threads; unset: deploy.json, else one per core
-    std::optional<int> batch;    // images per inference; unset: deploy.json, else 1
+    std::optional<int> batch;    // images per inference, in every stage of a cascade; unset: deploy.json, else 1
     std::optional<int> queue_size;  // images held at any moment: waiting, in work, or answered and not yet taken
     Policy policy = Policy::block;
 };
@@ -38,6 +38,9 @@ struct EngineOptions : Options {
 //     edgedistill::Engine engine("openvino/");
 //     std::thread feeder([&] { for (auto& path : paths) engine.submit_file(path); engine.finish(); });
 //     while (auto answer = engine.next()) std::cout << answer->name << ' ' << answer->label << '\n';
+//
+// What a cascade's first stage passes on waits for a batch of its own, until that is full, nothing else is left to do
+// or most of the queue would wait for it.
 //
 // Answers come in the order of the submissions. An image that cannot be read gets a Prediction whose `error` is set,
 // and the rest goes on.

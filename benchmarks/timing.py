@@ -147,6 +147,7 @@ class Worker:
     def __init__(self, command: Sequence[str], *, env: dict[str, str] | None = None) -> None:
         self.idle_s = 0.0
         self.idle_cpu_s = 0.0
+        self.failed = False  # once: what else it says is to be doubted
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in close()
         try:
             self._process = subprocess.Popen(
@@ -164,6 +165,13 @@ class Worker:
 
     def request(self, message: dict[str, Any], *, limit_s: float) -> dict[str, Any]:
         """Raises CandidateError with the process's own words when it fails, dies or does not answer in time."""
+        try:
+            return self._answered(message, limit_s=limit_s)
+        except CandidateError:
+            self.failed = True
+            raise
+
+    def _answered(self, message: dict[str, Any], *, limit_s: float) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise CandidateError("was not started with pipes")

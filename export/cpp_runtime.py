@@ -16,7 +16,6 @@ from edgedistill.images import DecodeMode, image_size, read_bytes
 from edgedistill.runtime.cpp_programs import CLASSIFY, HOW_TO_BUILD, classify, find_cpp_program, last_line
 
 
-
 @dataclass(frozen=True, eq=False)
 class CppAnswers:
     """``rows``: which of the images were read, all but TIFFs. ``probabilities``: float64 [len(rows), C]."""

@@ -44,7 +44,9 @@ def classify(program: Path, model: Path, paths: Sequence[Path], options: Sequenc
     return answers
 
 
-def _classify_at_once(program: Path, model: Path, paths: Sequence[Path], options: Sequence[str]) -> list[dict[str, Any]]:
+def _classify_at_once(
+    program: Path, model: Path, paths: Sequence[Path], options: Sequence[str]
+) -> list[dict[str, Any]]:
     command = [str(program), os.path.abspath(model), *map(os.path.abspath, paths), *options]  # noqa: PTH100
     try:
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=LIMIT_S)

@@ -109,6 +109,7 @@ class SimulatedBench:
     now: float = 0.0
     slices: int = 0
     judged: int = 0
+    held: frozenset[str] = frozenset()
     rng: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:

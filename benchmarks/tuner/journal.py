@@ -48,6 +48,16 @@ class Journal:
         # Whole lines only: what follows a torn last line would be lost with it.
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
+    @classmethod
+    def read(cls, folder: Path) -> Journal:
+        """What is there, to look at: nothing is written. Raises ArtifactError when there is no journal."""
+        rows = [row for row in read_jsonl(folder / JOURNAL) if isinstance(row, dict)]
+        if not rows or "fingerprint" not in rows[0]:
+            raise ArtifactError(f"{folder / JOURNAL}: no tuning's journal; name a folder that 'edgedistill tune' wrote")
+        found = cls.__new__(cls)
+        found.folder, found.rows, found.resumed = folder, rows, True
+        return found
+
     @property
     def elapsed_s(self) -> float:
         """Since the beginning, over all calls."""

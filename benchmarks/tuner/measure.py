@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +42,8 @@ IMAGES = 256
 IMAGE_BYTES = 32 << 20
 FRAMES = 32
 HEADERS = 64
+# Cases that one process keeps ready, so that a heat need not compile again what an earlier one had.
+HELD = 20
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,16 @@ class TimedRunner(Protocol):
 
 
 class Bench(Protocol):
-    """What the search needs to know about the world. ``start_s`` and ``prepare_s``: first guesses of what a heat and a
-    case cost before anything is measured."""
+    """What the search needs to know about the world. ``start_s`` and ``prepare_s``: first guesses of what a process and
+    a case cost before anything is measured."""
 
     start_s: float
     prepare_s: float
+
+    @property
+    def held(self) -> Set[str]:
+        """Labels of the cases that are ready."""
+        ...
 
     def clock(self) -> float: ...
     def logits(self, variant: Variant, decode: DecodeMode) -> npt.NDArray[np.float32]: ...
@@ -84,6 +91,11 @@ class Bench(Protocol):
     def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
     def shared_decoding(self, fast: Variant, slow: Variant, decode: DecodeMode) -> float: ...
     def decoding_differs(self, variant: Variant) -> bool: ...
+
+
+def still_held(held: Set[str], wanted: Set[str], *, most: int = HELD) -> set[str]:
+    """The prepared cases that stay when others join them: all, or none where that would be too many for one process."""
+    return set(held) if len(held | wanted) <= most else set()
 
 
 def deploy_config(case: Case, students: dict[str, Student], objective: Objective, host: Host) -> DeployConfig:
@@ -144,7 +156,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 class RealBench:
-    """Measures on this machine. ``scratch``: a folder of its own, deleted by the caller."""
+    """Measures on this machine. ``scratch``: a folder of its own, deleted by the caller. To be closed."""
 
     start_s, prepare_s = 2.0, 1.5
 
@@ -154,6 +166,8 @@ class RealBench:
         self._students = {student.name: student for student in students}
         self._val, self._objective, self._host, self._scratch = val, objective, host, scratch
         self._written = 0
+        self._worker: Worker | None = None
+        self._ready: dict[str, WorkerCase] = {}
         for student in students:
             copy_student(student, scratch / "stages" / student.name)
         self._reduction = cache(self._reductions)
@@ -196,11 +210,40 @@ class RealBench:
         write_deploy(path, deploy_config(case, self._students, self._objective, self._host))
         return path
 
+    def close(self) -> None:
+        """Ends the process that measures."""
+        worker, self._worker, self._ready = self._worker, None, {}
+        if worker is not None:
+            worker.close()
+
+    def __enter__(self) -> RealBench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def held(self) -> Set[str]:
+        return self._ready.keys()
+
     @contextmanager
     def prepared(self, cases: Sequence[Case]) -> Iterator[list[WorkerCase | CandidateError]]:
-        """Every case compiled and warmed up in one process, which sleeps between its turns; or why one cannot run."""
-        with Worker([sys.executable, "-m", "edgedistill.benchmarks.tuner.worker"]) as worker:
-            yield [self._prepare(worker, case) for case in cases]
+        """Every case compiled and warmed up in one process, which sleeps between its turns; or why one cannot run.
+
+        The process serves later heats too, with what it has compiled, until it holds too much or something fails in it.
+        """
+        if not still_held(self.held, {case.label for case in cases}):
+            self.close()
+        worker = self._worker = self._worker or Worker([sys.executable, "-m", "edgedistill.benchmarks.tuner.worker"])
+        try:
+            runners = [self._ready.get(case.label) or self._prepare(worker, case) for case in cases]
+            self._ready |= {runner.key: runner for runner in runners if isinstance(runner, WorkerCase)}
+            yield runners
+        except BaseException:
+            self.close()
+            raise
+        if worker.failed or any(isinstance(runner, CandidateError) for runner in runners):
+            self.close()
 
     def _prepare(self, worker: Worker, case: Case) -> WorkerCase | CandidateError:
         first = case.deployment.stages[0]

@@ -9,7 +9,7 @@ short looks of the first rung and the long, interleaved ones of the last, and no
     race      the best single networks and the best cascades (estimated from logits and stage times), measured
     serve     the best three in every way of using the cores
     stages    each network of the best cascades alone, served as they are: their thresholds follow from these times
-    final     the best few, interleaved until they differ by more than noise or the time is up
+    play off  the best few, interleaved until they differ by more than noise or the time is up
 
 Every heat also measures the same reference deployment, and speeds count as ratios to it, freed of what a round's cases have
 in common: a machine that is slow for a minute is slow for all. FPS = that ratio x the reference's median over the tuning.
@@ -38,7 +38,7 @@ from edgedistill.benchmarks.tuner.cascade import (
     metric_of,
 )
 from edgedistill.benchmarks.tuner.journal import Journal
-from edgedistill.benchmarks.tuner.measure import Bench, Case, Mode
+from edgedistill.benchmarks.tuner.measure import HELD, Bench, Case, Mode, still_held
 from edgedistill.benchmarks.tuner.space import (
     PRECISIONS,
     Deployment,
@@ -54,13 +54,19 @@ from edgedistill.images import DecodeMode
 from edgedistill.metrics import fit_temperature
 
 # Up to which share of the time each phase may last.
-JUDGE_UNTIL, SCREEN_UNTIL, RACE_UNTIL, SERVE_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.3, 0.5, 0.62, 0.76, 0.79, 0.9
+JUDGE_UNTIL, SCREEN_UNTIL, RACE_UNTIL, SERVE_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.3, 0.42, 0.54, 0.68, 0.72, 0.93
 HEAT = 8  # cases in memory at once, beside the reference
 SHORTEST_S = 0.1
-RACED_SINGLES, RACED_CASCADES, SERVED, FINALISTS = 5, 7, 3, 6
-FINAL_ROUNDS, MORE_ROUNDS, MORE_TIMES = 9, 9, 5
-# Scores nearer than this are equal: half of what two tunings may differ by. Noise below it is not worth more rounds.
+# Filling and emptying the streams counts in every slice: shorter ones cost large batches some percent of their FPS.
+PLAYED_S = 0.25
+RACED_SINGLES, RACED_CASCADES, SERVED = 5, 7, 3
+# With the best single network, the incumbent and the rivals no more than one heat.
+FINALISTS, RIVALS = 4, 2
+PLAYED_ROUNDS, PLAYED_TIMES = 9, 16
+# Scores nearer than this, or than the noise of their difference, are equal: two tunings may differ by 0.01.
 TIE_SCORE = 0.004
+TIED_BY, LOST_BY = 1.5, 3.0  # standard errors; a field that is looked at again and again must be left late
+QUIET_SHARE = 0.75  # less noise than this share of a tie is not worth more rounds
 TIE_FPS_SHARE = 0.02
 FASTER_SHARE = 0.05
 # Thresholds that pass on nearly the same share are one.
@@ -84,11 +90,13 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Speed:
-    """``fps``: images a second; ``error``: its standard error; ``p50_ms``, ``p99_ms``: of the latency mode."""
+    """``fps``: images a second; ``error``: its standard error; ``level``: of the looks it is from; ``p50_ms``, ``p99_ms``:
+    of the latency mode."""
 
     fps: float
     error: float
     rounds: int
+    level: int
     p50_ms: float | None = None
     p90_ms: float | None = None
     p99_ms: float | None = None
@@ -177,7 +185,7 @@ class Search:
         self._screen()
         raced = self._race()
         served = self._serve(raced)
-        return self._final(served)
+        return self.play_off(served)
 
     # ---- what is known ----
 
@@ -217,7 +225,7 @@ class Search:
         fps = ratio * statistics.median(self.levels)
         timed = [look.percentiles for look in looks if look.percentiles]
         p50, p90, p99 = (statistics.median(column) for column in zip(*timed, strict=True)) if timed else (None,) * 3
-        return Speed(fps, error * fps, rounds, p50, p90, p99)
+        return Speed(fps, error * fps, rounds, top, p50, p90, p99)
 
     def value(self, deployment: Deployment) -> float:
         """The objective of a measured deployment; conditions are judged on the careful side of the noise."""
@@ -229,6 +237,21 @@ class Search:
         p99_ms = latency.p99_ms if latency and latency.p99_ms is not None else math.inf
         return self.objective.value(self.metric(deployment), fps, p99_ms=p99_ms, reference=self.reference_metric)
 
+    def worth(self, deployment: Deployment) -> float:
+        """What deployments are ranked by. A score: its mean over the tuning's rounds, since FPS beyond the target make up
+        for no round below it; on a machine that keeps its speed it is ``value``. Else ``value``.
+
+        A cascade does all that its fast stage does: measured faster, it counts as fast.
+        """
+        speed = self.speed(deployment)
+        if speed is None or self.objective.goal != "score":
+            return self.value(deployment)
+        fast = self.speed(Deployment(deployment.stages[:1], deployment.serving, deployment.decode))
+        fps = speed.fps if fast is None or fast.level != speed.level else min(speed.fps, fast.fps)
+        rates = fps * np.array(self.levels) / statistics.median(self.levels)
+        fps = float(np.minimum(rates, self.objective.fps_target or math.inf).mean())
+        return self.objective.value(self.metric(deployment), fps)
+
     @property
     def reference_metric(self) -> float:
         """What an accuracy drop is taken from: the best FP32 network at the resolution that it was trained at."""
@@ -239,7 +262,7 @@ class Search:
     def measured(self) -> list[Deployment]:
         """Everything with a speed, the best first."""
         found = [deployment for deployment in self.deployments.values() if self.speed(deployment) is not None]
-        return sorted(found, key=lambda deployment: (-self.value(deployment), self.preference(deployment)))
+        return self._ranked(found)
 
     def preference(self, deployment: Deployment) -> tuple[Any, ...]:
         """Among equals: fewer stages, then the more accurate, plainer precision, the usual serving; never by chance."""
@@ -287,12 +310,12 @@ class Search:
                 self.left_out[variant.key] = "no time left to measure its accuracy"
                 continue
             self.say(f"accuracy {number + 1}/{len(self.variants)}", "")
-            self._judge_one(variant, "reduced", known)
+            self.judge(variant, "reduced", known)
         if (self.reference.stages[0], "reduced") not in self.outputs:
             reason = self.left_out.get(self.reference.stages[0].key, "")
             raise ModelError(f"{self.reference.stages[0].key}: does not answer, so nothing can be compared ({reason})")
 
-    def _judge_one(
+    def judge(
         self, variant: Variant, decode: DecodeMode, known: npt.NDArray[np.float32] | None = None
     ) -> Outputs | None:
         if (variant, decode) in self.outputs:
@@ -418,13 +441,15 @@ class Search:
         return Proposal(deployment, float(curve.metric[point]), fps, value)
 
     def _best_point(self, curve: Curve, costs: npt.NDArray[np.float64], p99_ms: tuple[float, float]) -> int | None:
-        values = [
-            self._point_value(
+        """None where no threshold makes it more than one of its two networks alone."""
+        values = {
+            point: self._point_value(
                 float(curve.smoothed[point]), float(curve.passed_on[point]), float(1 / costs[point]), p99_ms
             )
             for point in range(len(curve))
-        ]
-        return int(np.argmax(values)) if values else None
+            if SAME_SHARE <= curve.passed_on[point] <= 1 - SAME_SHARE
+        }
+        return max(values, key=lambda point: values[point]) if values else None
 
     def _point_value(self, metric: float, passed_on: float, fps: float, p99_ms: tuple[float, float]) -> float:
         late_ms = p99_ms[0] + (p99_ms[1] if passed_on > 0.01 else 0.0)
@@ -499,7 +524,7 @@ class Search:
             known = all(self.journal.find("logits", key=f"{stage.key}, full") for stage in stages)
             if not known and self.journal.elapsed_s > SCREEN_UNTIL * self._limit_s:
                 continue
-            outputs = [self._judge_one(stage, "full") for stage in stages]
+            outputs = [self.judge(stage, "full") for stage in stages]
             if any(one is None for one in outputs):
                 continue
             if len(stages) == 1:
@@ -548,36 +573,44 @@ class Search:
         looks = self.looks.get(_label(deployment, "throughput", self.objective.scope), ())
         return max((look.level for look in looks), default=-1)
 
-    def _final(self, ranked: Sequence[Deployment]) -> Outcome:
+    def play_off(self, ranked: Sequence[Deployment]) -> Outcome:
+        """The choice among the best of ``ranked`` (best first), in as many interleaved rounds as the time allows."""
+        finalists = self._starters(ranked)
+        running = finalists
+        for number in range(PLAYED_TIMES):
+            wanted = [d for d in running if d != self.reference]
+            until = FINAL_UNTIL if number else (self._until(STAGES_UNTIL) + FINAL_UNTIL) / 2
+            name = f"final-{number + 1}"
+            done = self.rung(name, 3, wanted, rounds=PLAYED_ROUNDS, until=until, most_s=PLAYED_S, always=number == 0)
+            finalists = [d for d in finalists if self.speed(d) is not None]
+            best = self._ranked(finalists)[0]
+            running = [d for d in finalists if self._gap(best, d) <= LOST_BY * self._noise(best, d)]
+            better = self.refitted(best)
+            if (wanted and not done) or (self._settled(best, running) and better in finalists):
+                break
+            finalists = list(dict.fromkeys([*finalists, better]))
+            running = list(dict.fromkeys([better, *running]))[:HEAT]
+        finalists = self._ranked([d for d in finalists if self.speed(d) is not None])
+        best = finalists[0]
+        tied = [d for d in finalists if self._gap(best, d) <= max(self._tie(best), TIED_BY * self._noise(best, d))]
+        chosen = min((d for d in tied if not any(self._beats(one, d) for one in tied)), key=self.preference)
+        if self.value(chosen) < 0 <= self.value(best):
+            chosen = best
+        return Outcome(chosen, tuple(finalists), tuple(d.key for d in tied), best)
+
+    def _starters(self, ranked: Sequence[Deployment]) -> list[Deployment]:
+        """Who plays: the best, the best single network, the incumbent, and what each leading cascade has to be worth
+        its second network against: its fast stage alone."""
         starters = list(ranked[:FINALISTS]) + [d for d in ranked if len(d.stages) == 1][:1]
         if self.incumbent is not None and self.incumbent in ranked:
             starters.append(self.incumbent)
-        finalists = list(dict.fromkeys([*(self.refitted(d) for d in starters), self.reference]))
-        running, rounds = finalists, FINAL_ROUNDS
-        for number in range(1 + MORE_TIMES):
-            wanted = [d for d in running if d != self.reference]
-            until = FINAL_UNTIL if number else (SERVE_UNTIL + FINAL_UNTIL) / 2
-            name = f"final-{number + 1}"
-            done = self.rung(
-                name, 3, wanted, rounds=rounds, until=until, most_s=0.5, both_modes=True, always=number == 0
-            )
-            finalists = [d for d in finalists if self.speed(d) is not None]
-            best = self._ranked(finalists)[0]
-            running = [d for d in finalists if self._gap(best, d) <= 2 * self._noise(best, d)]
-            better = self.refitted(best)
-            settled = len(running) < 2 or max(self._noise(best, d) for d in running) <= self._tie(best) / 2
-            if (wanted and not done) or (settled and better in finalists):
-                break
-            finalists = list(dict.fromkeys([*finalists, better]))
-            running, rounds = list(dict.fromkeys([better, *running]))[:FINALISTS], MORE_ROUNDS
-        finalists = self._ranked([d for d in finalists if self.speed(d) is not None])
-        best = finalists[0]
-        tied = [d for d in finalists if self._gap(best, d) <= self._tie(best)]
-        simplest = min((d for d in tied if not any(self._beats(one, d) for one in tied)), key=self.preference)
-        chosen = self.refitted(simplest)
-        if chosen not in finalists or self.value(chosen) < 0 <= self.value(best):
-            chosen = simplest
-        return Outcome(chosen, tuple(finalists), tuple(d.key for d in tied), best)
+        starters = [self.refitted(d) for d in starters]
+        cascades = [d for d in starters if len(d.stages) == 2][:RIVALS]
+        starters += [Deployment(d.stages[:1], d.serving, d.decode) for d in cascades]
+        return list(dict.fromkeys([*starters, self.reference]))
+
+    def _settled(self, best: Deployment, running: Sequence[Deployment]) -> bool:
+        return len(running) < 2 or max(self._noise(best, d) for d in running) <= QUIET_SHARE * self._tie(best)
 
     def _beats(self, one: Deployment, other: Deployment) -> bool:
         """Whether ``one`` is clearly faster at no loss: then there is nothing to be said for the other."""
@@ -588,10 +621,10 @@ class Search:
         return self.metric(one) >= self.metric(other) and fast.fps > slow.fps + clear
 
     def _ranked(self, deployments: Sequence[Deployment]) -> list[Deployment]:
-        return sorted(deployments, key=lambda d: (-self.value(d), self.preference(d)))
+        return sorted(deployments, key=lambda d: (-self.worth(d), self.preference(d)))
 
     def _gap(self, best: Deployment, other: Deployment) -> float:
-        return self.value(best) - self.value(other)
+        return self.worth(best) - self.worth(other)
 
     def _tie(self, best: Deployment) -> float:
         if self.objective.goal == "fps" and self.value(best) > 0:
@@ -618,7 +651,6 @@ class Search:
         rounds: int,
         until: float,
         most_s: float,
-        both_modes: bool = False,
         always: bool = False,
     ) -> list[Deployment]:
         """Measures as many of ``wanted`` (the most promising first) as fit before ``until`` (share of the time), in heats.
@@ -626,12 +658,11 @@ class Search:
         Returns those with a speed. ``always``: at least the first few, whatever the time. A rung that an earlier call
         finished is read from the journal, a half-finished one is gone on with.
         """
-        modes: tuple[Mode, ...] = ("throughput", "latency") if both_modes else self._modes
         by_key = {deployment.key: deployment for deployment in wanted}
         plan = self.journal.find("rung", name=name)
         if plan is None or not set(plan["keys"]) <= set(by_key):
             left_s = until * self._limit_s - self.journal.elapsed_s
-            count, seconds = self._fitting(len(wanted), rounds, left_s, len(modes), most_s)
+            count, seconds = self._fitting(wanted, rounds, left_s, most_s)
             if always:
                 count = max(count, min(3, len(wanted)))
             if count == 0 and not (always and not wanted):
@@ -645,7 +676,7 @@ class Search:
         heats = [chosen[start : start + HEAT] for start in range(0, len(chosen), HEAT)] or [[]]
         for number, heat in enumerate(heats):
             self.say(f"{name}, heat {number + 1}/{len(heats)}", self.best_so_far())
-            cases = [self.case(deployment, mode) for deployment in (self.reference, *heat) for mode in modes]
+            cases = self._cases(heat)
             self.heat(
                 cases,
                 name=f"{name} {plan['number']}/{number}",
@@ -655,17 +686,25 @@ class Search:
             )
         return [deployment for deployment in chosen if self.speed(deployment) is not None]
 
-    def _fitting(self, count: int, rounds: int, left_s: float, modes: int, most_s: float) -> tuple[int, float]:
+    def _cases(self, deployments: Sequence[Deployment]) -> list[Case]:
+        """The reference's in front."""
+        return [self.case(deployment, mode) for deployment in (self.reference, *deployments) for mode in self._modes]
+
+    def _fitting(self, wanted: Sequence[Deployment], rounds: int, left_s: float, most_s: float) -> tuple[int, float]:
         """(how many deployments fit into the time, seconds of each slice)."""
+        labels = [{case.label for case in self._cases([deployment])} for deployment in wanted]
 
         def spare(number: int) -> float:
             """What is left for slices."""
-            heats = math.ceil(number / HEAT)
-            return left_s - heats * self._start_s - (number + heats) * modes * self._prepare_s
+            cases = set().union(*labels[:number])
+            held = still_held(self.bench.held, cases)
+            starts = math.ceil(len(cases) / HELD) - bool(held)
+            return left_s - starts * self._start_s - len(cases - held) * self._prepare_s
 
         def slices(number: int) -> float:
-            return (number + math.ceil(number / HEAT)) * modes * rounds * 1.06
+            return (number + math.ceil(number / HEAT)) * len(self._modes) * rounds * 1.06
 
+        count = len(wanted)
         while count > 0 and spare(count) < slices(count) * SHORTEST_S:
             count -= 1
         return count, min(most_s, max(SHORTEST_S, spare(count) / slices(count))) if count else SHORTEST_S
@@ -703,10 +742,13 @@ class Search:
         self, cases: Sequence[Case], name: str, *, rounds: int, seconds: float, first: int
     ) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
+        labels = {case.label for case in cases}
+        held = still_held(self.bench.held, labels)
         began = self.bench.clock()
         with self.bench.prepared(cases) as runners:
-            took_s = max(0.0, self.bench.clock() - began - self._start_s) / len(cases)
-            self._prepare_s = (took_s + self._prepare_s) / 2
+            took_s = max(0.0, self.bench.clock() - began - (not held) * self._start_s)
+            if labels - held:
+                self._prepare_s = (took_s / len(labels - held) + self._prepare_s) / 2
             ready = list(zip(cases, runners, strict=True))
             broken = {case.label: str(one) for case, one in ready if isinstance(one, CandidateError)}
             running = [(case, one) for case, one in ready if not isinstance(one, CandidateError)]
@@ -770,15 +812,19 @@ def polish(rates: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt
     """Tukey's median polish of log FPS [cases, rounds]: (each case's place, its standard error), both [cases].
 
     What all cases of a round have in common is the machine, and is taken out with the help of all of them: against the
-    reference alone every ratio would carry the reference's own noise too.
+    reference alone every ratio would carry the reference's own noise too. Half of an error's variance is that of all
+    cases: a handful of rounds lie close together by chance now and then, and nothing is measured without noise.
     """
     places = np.median(rates, axis=1)
     for _ in range(8):
         common = np.median(rates - places[:, None], axis=0)
         places = np.median(rates - common, axis=1)
     around = np.abs(rates - common - places[:, None])
+    deviation = np.sqrt((np.median(around, axis=1) ** 2 + np.median(around) ** 2) / 2)
+    cases, rounds = rates.shape
+    taken = math.sqrt(cases * rounds / max(1, (cases - 1) * (rounds - 1)))  # by the fit
     # Median absolute deviation to standard deviation, and that of a median of n values.
-    return places, 1.4826 * 1.2533 * np.median(around, axis=1) / math.sqrt(rates.shape[1])
+    return places, 1.4826 * 1.2533 * taken * deviation / math.sqrt(rounds)
 
 
 def _label(deployment: Deployment, mode: Mode, scope: str) -> str:

@@ -84,25 +84,27 @@ def tune(settings: TuneSettings) -> TuneResult:
     journal = Journal(folder / "tune", _fingerprint(settings, students, val, host), resume=settings.resume)
     if journal.resumed:
         console.note(f"going on after {journal.elapsed_s:.0f} s of measurements in {journal.folder}")
-    with tempfile.TemporaryDirectory(prefix="edgedistill-tune-") as scratch:
-        bench = RealBench(students, val, settings.objective, host, scratch=Path(scratch))
-        with _progress(settings.minutes, journal) as say:
-            search = Search(
-                students=students,
-                host=host,
-                labels=val.labels,
-                objective=settings.objective,
-                bench=bench,
-                journal=journal,
-                minutes=settings.minutes,
-                seed=settings.seed,
-                sizes=settings.sizes,
-                incumbent=incumbent(_in_place(folder, journal), students, host),
-                say=say,
-            )
-            outcome = search.run()
-            say("verifying", search.best_so_far())
-            record = finish(search, outcome, bench, journal)
+    with (
+        tempfile.TemporaryDirectory(prefix="edgedistill-tune-") as scratch,
+        RealBench(students, val, settings.objective, host, scratch=Path(scratch)) as bench,
+        _progress(settings.minutes, journal) as say,
+    ):
+        search = Search(
+            students=students,
+            host=host,
+            labels=val.labels,
+            objective=settings.objective,
+            bench=bench,
+            journal=journal,
+            minutes=settings.minutes,
+            seed=settings.seed,
+            sizes=settings.sizes,
+            incumbent=incumbent(_in_place(folder, journal), students, host),
+            say=say,
+        )
+        outcome = search.run()
+        say("verifying", search.best_so_far())
+        record = finish(search, outcome, bench, journal)
     record |= {
         "machine": machine_record(),
         "command": settings.command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

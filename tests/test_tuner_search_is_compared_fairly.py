@@ -1,0 +1,179 @@
+"""The replay benchmark: recorded tunings become a table whose truth is known, every search pays alike, and
+agreement is that of three tunings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgedistill.benchmarks import tuner_search
+from edgedistill.benchmarks.score import Objective
+from edgedistill.benchmarks.tuner.journal import Journal
+from edgedistill.benchmarks.tuner.search import polish
+from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving, servings
+from edgedistill.benchmarks.tuner_search import (
+    Costs,
+    Noise,
+    Regrets,
+    ReplayBench,
+    Table,
+    noise_of,
+    recorded_heats,
+    searched,
+    speeds_of,
+)
+from edgedistill.errors import ArtifactError, UsageError
+from edgedistill.images import InputSpec
+
+HOST = Host(cores=2, bf16=False, int8_dot_products=True, cpu="made")
+CLASSES, IMAGES, PX = 4, 300, 64
+MINUTES = 4.0
+# As recorded: most slices lie close together, one in eight was disturbed.
+REST = tuple(
+    np.random.default_rng(3).normal(0, 0.07, 210).tolist() + np.random.default_rng(4).normal(0, 0.3, 30).tolist()
+)
+
+
+def student(name: str) -> Student:
+    labels = tuple(f"class {number}" for number in range(CLASSES))
+    digest = name.encode().hex().ljust(64, "0")
+    return Student(name, Path(name), "model.xml", InputSpec(height=PX, width=PX), digest, digest, labels)
+
+
+@functools.cache
+def made_table() -> Table:
+    """Two students; INT8 is faster, eight images per inference double the small one's speed, easy images stay easy."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, IMAGES).astype(np.int32)
+    hardness = rng.exponential(1.0, IMAGES)
+    students = (student("small"), student("large"))
+    logits, fps = {}, {}
+    for one, skill, speed in zip(students, (1.3, 2.2), (1100.0, 650.0), strict=True):
+        for precision, faster in (("f32", 1.0), ("int8", 1.4)):
+            for size in (32, 48, 64):
+                variant = Variant(one.name, precision, (size, size))
+                margin = skill * (0.5 + 0.5 * size / PX) - hardness
+                scores = rng.normal(0, 0.25, (IMAGES, CLASSES))
+                scores[np.arange(IMAGES), labels] += margin
+                logits[variant] = (3 * scores).astype(np.float32)
+                fps[variant] = speed * faster * (PX / size) ** 0.6
+    batches = {"small": {1: 1.0, 2: 1.35, 4: 1.8, 8: 2.2}, "large": {1: 1.0, 2: 1.1, 4: 1.25, 8: 1.5}}
+    gains = {
+        name: {way: of[way.batch] * (1.0 if way.streams == HOST.cores else 0.55) for way in servings(HOST)}
+        for name, of in batches.items()
+    }
+    objective = Objective(fps_target=3000.0)
+    noise, costs = Noise(0.15, 0.1, REST), Costs(1.5, 2.0, 1.7)
+    return Table(students, HOST, labels, objective, logits, fps, gains, noise, costs)
+
+
+@pytest.mark.parametrize("name", ["tuner", "random", "optuna-tpe"])
+def test_every_search_pays_for_the_same_things(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "optuna-tpe":
+        pytest.importorskip("optuna")
+    benches: list[ReplayBench] = []
+
+    class Watched(ReplayBench):
+        def __init__(self, table: Table, seed: int) -> None:
+            super().__init__(table, seed)
+            benches.append(self)
+
+    monkeypatch.setattr(tuner_search, "ReplayBench", Watched)
+    chosen = searched(made_table(), name, minutes=MINUTES, seed=1)
+    assert 0.75 * MINUTES * 60 <= benches[0].now <= MINUTES * 60
+    assert all(stage in made_table().fps for stage in chosen.stages)
+    assert chosen == searched(made_table(), name, minutes=MINUTES, seed=1), "a seed is a replay"
+
+
+def test_without_optuna_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r"pip install 'edgedistill\[search-benchmark\]'"):
+        searched(made_table(), "optuna-tpe", minutes=MINUTES, seed=0)
+
+
+def test_agreement_is_of_three() -> None:
+    assert Regrets((0.0, 0.009)).agreeing() == 1
+    assert Regrets((0.0, 0.02)).agreeing() == pytest.approx(0.25, abs=0.03)
+
+
+# ---- what is read from journals ----
+
+USUAL = default_serving(HOST)
+EIGHT = Serving(2, 2, 8)
+
+
+def recorded_rows(rounds: int, noise: float) -> list[dict[str, Any]]:
+    """Two networks beside the reference, one of them at two servings; a machine that swings by a tenth."""
+    rng = np.random.default_rng(0)
+    rates = {
+        Deployment((Variant("small", "f32", (PX, PX)),), USUAL).key: 1000.0,
+        Deployment((Variant("small", "int8", (PX, PX)),), USUAL).key: 1400.0,
+        Deployment((Variant("small", "int8", (PX, PX)),), EIGHT).key: 2800.0,
+        Deployment((Variant("large", "int8", (PX, PX)),), USUAL).key: 700.0,
+    }
+    rows = []
+    for number in range(rounds):
+        level = math.exp(rng.normal(0, 0.1))
+        results = {
+            f"{key} | throughput files": [fps * level * math.exp(rng.normal(0, noise))] for key, fps in rates.items()
+        }
+        rows.append({"kind": "round", "heat": "screen 0/0", "round": number, "results": results, "elapsed_s": 9.0})
+    return rows
+
+
+def test_speeds_gains_and_noise_are_those_that_were_recorded() -> None:
+    heats = recorded_heats(recorded_rows(60, 0.05))
+    students = made_table().students
+    variants = [Variant(name, kind, (PX, PX)) for name in ("small", "large") for kind in ("f32", "int8")]
+    fps, gains = speeds_of(heats, students, HOST, variants)
+    assert fps[variants[1]] / fps[variants[0]] == pytest.approx(1.4, rel=0.06)
+    assert fps[variants[3]] / fps[variants[0]] == pytest.approx(0.7, rel=0.06)
+    assert variants[2] not in fps, "nobody measured it"
+    assert gains["small"][EIGHT] == pytest.approx(2.0, rel=0.06)
+    assert gains["large"][EIGHT] == gains["small"][EIGHT], "what nobody measured is the other's"
+    assert set(gains["large"]) == set(servings(HOST))
+    found = noise_of(heats)
+    assert np.std(found.rest) == pytest.approx(0.05, rel=0.25)
+    assert found.swing == pytest.approx(0.1, rel=0.3)
+
+
+def test_replayed_noise_is_that_of_the_table() -> None:
+    bench = ReplayBench(made_table(), 0)
+    rates = []
+    for _ in range(4000):
+        bench.now += 60.0
+        rates.append(math.log(bench.speed_now()))
+    assert np.std(rates) == pytest.approx(math.hypot(0.1, float(np.std(REST))), rel=0.1)
+
+
+def test_no_speed_is_known_without_noise() -> None:
+    """Rounds that lie close together by chance say nothing about the next ones."""
+    rates = np.random.default_rng(0).normal(0, 0.1, (6, 5))
+    rates[2] = rates[2, 0]
+    _, errors = polish(rates)
+    assert errors.min() > 0.3 * np.median(errors)
+
+
+def test_folders_without_a_tuning_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="journal"):
+        Journal.read(tmp_path)
+    (tmp_path / "journal.jsonl").write_text(json.dumps({"kind": "round"}) + "\n")
+    with pytest.raises(ArtifactError, match="edgedistill tune"):
+        Journal.read(tmp_path)
+    with pytest.raises(ArtifactError):
+        tuner_search.read_table([tmp_path])
+
+
+def test_a_quieter_machine_is_told_apart_better() -> None:
+    """The noise is what costs: without it every tuning chooses the same."""
+    quiet = dataclasses.replace(made_table(), noise=Noise(0.0, 0.0, (0.0,)))
+    chosen = {searched(quiet, "tuner", minutes=MINUTES, seed=seed).key for seed in range(2)}
+    assert len(chosen) == 1

@@ -561,7 +561,7 @@ class Search:
         wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
         self.rung("serve", 2, wanted, rounds=5, until=self._until(SERVE_UNTIL), most_s=0.4)
         # A batch may cost the two networks unlike shares of what they cost image by image.
-        cascades = [d for d in self.measured() if len(d.stages) == 2 and self._level(d) > 0][:SERVED]
+        cascades = [d for d in self.measured() if len(d.stages) == 2 and self._level(d) > 0][:FINALISTS]
         alone = dict.fromkeys(Deployment((stage,), d.serving) for d in cascades for stage in d.stages)
         wanted = [d for d in alone if d != self.reference and self._level(d) < 1]
         self.rung("stages", 2, wanted, rounds=5, until=self._until(STAGES_UNTIL), most_s=0.4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Callable
@@ -14,6 +15,21 @@ from edgedistill.errors import EdgedistillError
 def module_command(name: str) -> str:
     """The command line of this process, a benchmark run as ``python -m edgedistill.benchmarks.NAME``."""
     return shlex.join(["python", "-m", f"edgedistill.benchmarks.{name}", *sys.argv[1:]])
+
+
+def module_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows the docstring ``doc`` as it stands."""
+    program = f"python -m edgedistill.benchmarks.{name}"
+    return argparse.ArgumentParser(prog=program, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_photo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
+
+
+def add_round_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per candidate and round")
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

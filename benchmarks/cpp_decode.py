@@ -8,7 +8,6 @@ The program is benchmarks/cpp/decode.cpp; photographs as in benchmarks/python_ru
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 from edgedistill import console
 from edgedistill.artifacts import write_json
-from edgedistill.benchmarks.command import exit_with, module_command
+from edgedistill.benchmarks.command import add_photo_options, exit_with, module_command, module_parser
 from edgedistill.benchmarks.cpp_peers import cpp_peer
 from edgedistill.benchmarks.inputs import InputSet
 from edgedistill.benchmarks.machine import machine_record
@@ -48,10 +47,9 @@ def measure(image: InputSet, *, size: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.cpp_decode", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = module_parser("cpp_decode", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
+    add_photo_options(parser)
     parser.add_argument("--size", type=int, default=224, help="of the network's input")
     parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args()

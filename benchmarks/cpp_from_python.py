@@ -29,7 +29,13 @@ import numpy as np
 from edgedistill import console
 from edgedistill.artifacts import write_json
 from edgedistill.benchmarks.bench_fps import CPP_TOLERANCE, short
-from edgedistill.benchmarks.command import exit_with, module_command
+from edgedistill.benchmarks.command import (
+    add_photo_options,
+    add_round_options,
+    exit_with,
+    module_command,
+    module_parser,
+)
 from edgedistill.benchmarks.cpp_peers import cpp_program
 from edgedistill.benchmarks.inputs import InputSet
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
@@ -325,13 +331,11 @@ def _shown(row: dict[str, Any]) -> list[str]:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.cpp_from_python", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = module_parser("cpp_from_python", __doc__)
     parser.add_argument("bundles", type=Path, nargs="+", help="openvino/ folders whose networks give one label")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per candidate and round")
+    add_photo_options(parser)
+    add_round_options(parser)
     return parser.parse_args()
 
 

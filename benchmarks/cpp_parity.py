@@ -9,7 +9,6 @@ probabilities at every precision of RUN/openvino, and judges: same top-1 everywh
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from edgedistill import console
 from edgedistill.artifacts import write_json
-from edgedistill.benchmarks.command import exit_with, module_command
+from edgedistill.benchmarks.command import exit_with, module_command, module_parser
 from edgedistill.benchmarks.cpp_peers import cpp_program
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
 from edgedistill.benchmarks.target import Target
@@ -67,8 +66,7 @@ def _cpp(bundle: Path, paths: Sequence[str], precision: str) -> list[Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.cpp_parity", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = module_parser("cpp_parity", __doc__)
     parser.add_argument("run", type=Path, help="run folder with dataset.csv and openvino/, or a bundle with --images")
     parser.add_argument("--images", type=Path, nargs="*", default=[], help="files and folders instead of the splits")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

@@ -26,7 +26,13 @@ from typing import Any
 from edgedistill import console
 from edgedistill.artifacts import read_json, write_json
 from edgedistill.benchmarks.bench_fps import CPP_TOLERANCE, measure_entries, result_rows
-from edgedistill.benchmarks.command import exit_with, module_command
+from edgedistill.benchmarks.command import (
+    add_photo_options,
+    add_round_options,
+    exit_with,
+    module_command,
+    module_parser,
+)
 from edgedistill.benchmarks.cpp_peers import (
     BARE,
     LIMIT,
@@ -317,15 +323,13 @@ def main() -> int:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.cpp_runtime", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = module_parser("cpp_runtime", __doc__)
     parser.add_argument("bundle", type=Path, help="openvino/ folder")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
+    add_photo_options(parser)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), help=f"some of {' '.join(PARTS)} (default: all)")
     parser.add_argument("--best", choices=["f32", "bf16", "int8"], help="best precision (default: by the certificate)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per candidate and round")
+    add_round_options(parser)
     parser.add_argument("--blocks", type=int, default=20, help="of the latency measurement")
     parser.add_argument("--block-images", type=int, default=500, help="single images in a block")
     parser.add_argument("--count", type=int, default=200_000, help="images of the memory measurement")

@@ -29,7 +29,13 @@ import cv2
 from edgedistill import console
 from edgedistill.artifacts import write_json
 from edgedistill.benchmarks.bench_fps import measure_entries, result_rows, short
-from edgedistill.benchmarks.command import exit_with, module_command
+from edgedistill.benchmarks.command import (
+    add_photo_options,
+    add_round_options,
+    exit_with,
+    module_command,
+    module_parser,
+)
 from edgedistill.benchmarks.inputs import InputSet, input_sets, write_jpeg
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
 from edgedistill.benchmarks.plan import BenchSettings, Entry, Workers, plan_entries
@@ -162,13 +168,11 @@ def shown_figure(figure: Figure) -> list[str]:
 
 
 def _parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.python_runtime", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = module_parser("python_runtime", __doc__)
     parser.add_argument("bundle", type=Path, help="openvino/ folder or model.xml")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--images", nargs="*", default=[], help="a small and a large JPEG (default: scikit-learn's)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per candidate and round")
+    add_photo_options(parser)
+    add_round_options(parser)
     return parser.parse_args()
 
 

@@ -12,7 +12,6 @@ score is ahead by the promised margin, runs agree, and val did not mislead.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -29,7 +28,7 @@ import openvino as ov
 
 from edgedistill import console
 from edgedistill.artifacts import read_json, write_json
-from edgedistill.benchmarks.command import exit_with, module_command
+from edgedistill.benchmarks.command import exit_with, module_command, module_parser
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.score import score
 from edgedistill.benchmarks.target import BASE, OWN
@@ -274,8 +273,7 @@ def _figure(name: str, value: float, target: float, *, most: bool = False) -> di
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.tuned_score", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = module_parser("tuned_score", __doc__)
     parser.add_argument("run", type=Path, help="run with dataset.csv and exported students")
     parser.add_argument("--students", type=Path, nargs="*", default=[], help="more openvino/ folders that were tuned")
     parser.add_argument("--tuned", type=Path, nargs="+", required=True, help="folders that 'edgedistill tune' wrote")

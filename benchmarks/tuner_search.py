@@ -13,7 +13,6 @@ of its tunings agree in 95 of 100 draws.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -31,7 +30,7 @@ import numpy.typing as npt
 
 from edgedistill import console
 from edgedistill.artifacts import read_json, write_json
-from edgedistill.benchmarks.command import exit_with, module_command
+from edgedistill.benchmarks.command import exit_with, module_command, module_parser
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.timing import Slice
@@ -503,8 +502,7 @@ def replayed(table: Table, names: Sequence[str], *, replays: int, minutes: float
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.benchmarks.tuner_search", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = module_parser("tuner_search", __doc__)
     parser.add_argument(
         "tuned", type=Path, nargs="+", help="folders that 'edgedistill tune' wrote, with their journals"
     )

@@ -134,21 +134,9 @@ std::string size_text(const InputSpec& spec) {
 
 struct Bundle::Impl {
     ov::Core core;
-    std::future<void> plugin;
     std::mutex mutex;  // guards what follows
     std::vector<Forms> stages;
     bool forgotten = false;
-
-    // OpenVINO loads its CPU part, 60 MB, when it is first asked about it: here beside the reading of the files. What
-    // is wrong with it comes up again when a network is compiled.
-    void load_plugin() {
-        plugin = std::async(std::launch::async, [this] {
-            try {
-                core.get_property("CPU", ov::device::capabilities);
-            } catch (const std::exception&) {
-            }
-        });
-    }
 
     // The caller holds the mutex.
     const ov::Model& parsed(Form& form) {
@@ -173,7 +161,6 @@ ov::Core& Bundle::core() const noexcept {
 std::shared_ptr<const Bundle> Bundle::load(const fs::path& path) {
     const fs::path entry = find_entry(path);
     const std::shared_ptr<Bundle> bundle(new Bundle);
-    bundle->impl_->load_plugin();
     if (entry.extension() == ".xml") {
         bundle->load_single(entry);
     } else {

@@ -100,8 +100,9 @@ Pool::Answer EngineCore::open_lane(std::size_t number, const Blueprint& blueprin
     };
 }
 
-// The first lane is compiled here, and what is wrong with the model is thrown here. The others are compiled by their
-// threads while the first one answers: OpenVINO reads its cache for one network after the other anyway.
+// The first lane is compiled here, and what is wrong with the model is thrown here; OpenVINO's CPU part also gives the
+// thread that loads it a signal stack until it is unloaded, so no passing thread should. The other lanes are compiled
+// by their threads while the first one answers: OpenVINO reads its cache for one network after the other anyway.
 void EngineCore::start(const EngineOptions& options, Engine::Callback callback) {
     const auto blueprint = std::make_shared<const Blueprint>(bundle_, compile_settings(options));
     bundle_->forget_models();

@@ -82,12 +82,32 @@ def tiny_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def manifest_of(paths, labels, *, splits, folds, class_names=("a", "b", "c")):
+    """A manifest of pictures that lie in one folder; ``paths``, ``labels``, ``splits``, ``folds``: one each per picture."""
+    from edgedistill.data.manifest import Dataset
+
+    return Dataset(
+        ids=np.array([Path(path).name for path in paths]),
+        paths=np.array([str(path) for path in paths]),
+        sha256=np.array([f"{n:064x}" for n in range(len(paths))]),
+        labels=labels,
+        groups=np.array([""] * len(paths)),
+        splits=splits,
+        folds=folds.astype(np.int16),
+        class_names=class_names,
+    )
+
+
+@pytest.fixture(scope="session")
+def dataset_of():
+    return manifest_of
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory):
     """44 images of three classes: 32 train in two folds, 6 val, 6 test."""
     import torch
 
-    from edgedistill.data.manifest import Dataset
     from edgedistill.training.seeds import generator
 
     torch.set_num_threads(1)
@@ -98,15 +118,11 @@ def tiny_dataset(tmp_path_factory):
         pixels = generator(0, path[-9:]).integers(0, 120, (40, 40, 3), dtype=np.uint8)
         pixels[:, :, label] += 100
         cv2.imwrite(path, pixels)
-    return Dataset(
-        ids=np.array([f"im{n:03d}.png" for n in numbers]),
-        paths=np.array(paths),
-        sha256=np.array([f"{n:064x}" for n in numbers]),
-        labels=labels,
-        groups=np.array([""] * len(numbers)),
+    return manifest_of(
+        paths,
+        labels,
         splits=np.where(numbers < 32, "train", np.where(numbers < 38, "val", "test")),
-        folds=np.where(numbers < 32, numbers // 3 % 2, -1).astype(np.int16),
-        class_names=("a", "b", "c"),
+        folds=np.where(numbers < 32, numbers // 3 % 2, -1),
     )
 
 

@@ -236,24 +236,21 @@ def test_a_tiny_protocol_runs_with_its_peer(tmp_path, monkeypatch):
     assert all(0 <= values["accuracy"]["mean"] <= 1 for values in record["arms"].values())
 
 
-def test_the_peer_writes_what_an_evaluation_holds(tmp_path, monkeypatch):
+def test_the_peer_writes_what_an_evaluation_holds(tmp_path, dataset_of):
     """timm's task in this process, on a manifest and a teacher of ours."""
     from edgedistill.benchmarks import peer_timm_distillation
-    from edgedistill.data.manifest import Dataset, write_dataset
+    from edgedistill.data.manifest import write_dataset
     from edgedistill.training.checkpoints import write_model
     from edgedistill.training.models import create_model, input_spec_for, model_kwargs_for
 
     make_photos(tmp_path / "photos")
     paths = sorted((tmp_path / "photos").rglob("*.png"))
     numbers = np.arange(len(paths))
-    dataset = Dataset(
-        ids=np.array([path.name for path in paths]),
-        paths=np.array([str(path) for path in paths]),
-        sha256=np.array([f"{n:064x}" for n in numbers]),
-        labels=np.array([int(path.parent.name == "b") for path in paths]),
-        groups=np.array([""] * len(paths)),
+    dataset = dataset_of(
+        paths,
+        np.array([int(path.parent.name == "b") for path in paths]),
         splits=np.where(numbers % 3 == 0, "test", "train"),
-        folds=np.where(numbers % 3 == 0, -1, numbers % 3 - 1).astype(np.int16),
+        folds=np.where(numbers % 3 == 0, -1, numbers % 3 - 1),
         class_names=("a", "b"),
     )
     write_dataset(dataset, tmp_path / "dataset.csv")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from edgedistill.artifacts import RunDir, read_jsonl
-from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
@@ -41,7 +40,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
+def dataset(tmp_path_factory, dataset_of):
     root = tmp_path_factory.mktemp("pictures")
     rng, numbers = np.random.default_rng(0), np.arange(40)
     paths = [str(root / f"im{n:02d}.png") for n in numbers]
@@ -49,14 +48,11 @@ def dataset(tmp_path_factory):
         pixels = rng.integers(0, 120, (60, 60, 3), dtype=np.uint8)
         pixels[:, :, number % 2] += 100
         cv2.imwrite(path, pixels)
-    return Dataset(
-        ids=np.array([f"im{n:02d}.png" for n in numbers]),
-        paths=np.array(paths),
-        sha256=np.array([f"{n:064x}" for n in numbers]),
-        labels=(numbers % 2).astype(np.int32),
-        groups=np.array([""] * 40),
+    return dataset_of(
+        paths,
+        (numbers % 2).astype(np.int32),
         splits=np.where(numbers < 24, "train", np.where(numbers < 32, "val", "test")),
-        folds=np.where(numbers < 24, numbers // 2 % 2, -1).astype(np.int16),
+        folds=np.where(numbers < 24, numbers // 2 % 2, -1),
         class_names=("a", "b"),
     )
 

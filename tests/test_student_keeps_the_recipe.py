@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from edgedistill.artifacts import RunDir, read_array, read_json
-from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.images import InputSpec, load_image, normalize
 from edgedistill.metrics import accuracy, macro_f1
@@ -36,7 +35,7 @@ SETTINGS = StudentSettings(
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
+def dataset(tmp_path_factory, dataset_of):
     """60 train, 15 val and 15 test images of three colours: easy to tell apart, unequal in number."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("images")
@@ -48,15 +47,11 @@ def dataset(tmp_path_factory):
         pixels = rng.integers(0, 150, (44, 40, 3), dtype=np.uint8)
         pixels[:, :, label] += 90
         cv2.imwrite(path, pixels)
-    return Dataset(
-        ids=np.array([f"im{n:03d}.png" for n in numbers]),
-        paths=np.array(paths),
-        sha256=np.array([f"{n:064x}" for n in numbers]),
-        labels=labels,
-        groups=np.array([""] * len(numbers)),
+    return dataset_of(
+        paths,
+        labels,
         splits=np.where(numbers < 60, "train", np.where(numbers < 75, "val", "test")),
-        folds=np.where(numbers < 60, numbers % 2, -1).astype(np.int16),
-        class_names=("a", "b", "c"),
+        folds=np.where(numbers < 60, numbers % 2, -1),
     )
 
 

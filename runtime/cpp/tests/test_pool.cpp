@@ -115,6 +115,23 @@ std::vector<int> drain(Pool& pool) {
     return numbers;
 }
 
+// What answers hold, in order; `failed` is called in the handler of what `next` throws, with whose it was.
+template <class Failed>
+std::vector<int> take_all(Pool& pool, Failed failed) {
+    std::vector<int> numbers;
+    Prediction answer;
+    std::uint64_t user = 0;
+    for (bool more = true; more;) {
+        try {
+            more = pool.next(answer, &user);
+            if (more) numbers.push_back(answer.index);
+        } catch (...) {
+            failed(user, answer.name);
+        }
+    }
+    return numbers;
+}
+
 std::vector<int> range(int from, int to) {
     std::vector<int> numbers;
     for (int number = from; number < to; ++number) numbers.push_back(number);
@@ -380,23 +397,19 @@ TEST_CASE("what a worker throws reaches whoever takes that answer, and the rest 
         for (int number = 0; number < 30; ++number) submit(*pool, number);
         pool->finish();
     });
-    std::vector<int> numbers;
     std::vector<std::string> errors;
-    Prediction answer;
-    std::uint64_t user = 0;
-    for (bool more = true; more;) {
+    const auto numbers = take_all(*pool, [&](std::uint64_t user, const std::string& name) {
         try {
-            more = pool->next(answer, &user);
-            if (more) numbers.push_back(answer.index);
+            throw;
         } catch (const Error& error) {
             CHECK(error.kind() == ErrorKind::model);
-            errors.push_back(std::to_string(user) + answer.name + ' ' + error.what());
+            errors.push_back(std::to_string(user) + name + ' ' + error.what());
         } catch (const std::exception& error) {
             errors.push_back(std::to_string(user) + ' ' + error.what());
         } catch (int thrown) {
             errors.push_back(std::to_string(user) + ' ' + std::to_string(thrown));
         }
-    }
+    });
     producer.join();
     CHECK(numbers.size() == 27);
     CHECK(errors == std::vector<std::string>{"77 the network failed", "9 a bug", "11 3"});
@@ -904,18 +917,14 @@ TEST_CASE("what a later stage throws reaches just the images that it had") {
         for (int number = 0; number < 60; ++number) submit(*pool, number);
         pool->finish();
     });
-    std::vector<int> numbers;
     std::set<std::uint64_t> failed;
-    Prediction answer;
-    std::uint64_t user = 0;
-    for (bool more = true; more;) {
+    const auto numbers = take_all(*pool, [&](std::uint64_t user, const std::string&) {
         try {
-            more = pool->next(answer, &user);
-            if (more) numbers.push_back(answer.index);
+            throw;
         } catch (const std::runtime_error&) {
             failed.insert(user);
         }
-    }
+    });
     producer.join();
     CHECK(numbers.size() + failed.size() == 60);
     CHECK(std::is_sorted(numbers.begin(), numbers.end()));

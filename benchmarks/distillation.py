@@ -33,10 +33,11 @@ import numpy.typing as npt
 
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_array, read_json, read_jsonl, write_array, write_json
+from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.reference_runs import run_piece, write_subset
 from edgedistill.data.sources import open_source
-from edgedistill.errors import EdgedistillError, UsageError
+from edgedistill.errors import UsageError
 from edgedistill.metrics import MetricName, hierarchical_difference
 
 RESULTS = Path("benchmarks/results/distillation")
@@ -343,7 +344,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgedistillError as error:
-        sys.exit(f"error: {error}")
+    exit_with(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import numpy as np
 
 from edgedistill import console
 from edgedistill.artifacts import append_jsonl, write_array, write_json
+from edgedistill.benchmarks.command import exit_with
 from edgedistill.data.manifest import Dataset, read_dataset
-from edgedistill.errors import EdgedistillError
 from edgedistill.metrics import accuracy, macro_f1, softmax
 
 
@@ -193,7 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgedistillError as error:
-        sys.exit(f"error: {error}")
+    exit_with(main)

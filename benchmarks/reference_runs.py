@@ -28,6 +28,7 @@ import numpy as np
 
 from edgedistill import console
 from edgedistill.artifacts import RunDir, atomic_path, read_json
+from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.data.sources import open_source
 from edgedistill.errors import EdgedistillError
@@ -190,7 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EdgedistillError as error:
-        sys.exit(f"error: {error}")
+    exit_with(main)

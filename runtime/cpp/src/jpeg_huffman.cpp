@@ -245,14 +245,16 @@ bool HuffmanDecoder::can(const jpeg_decompress_struct& info) noexcept {
            info.data_precision == 8 && info.Ss == 0 && info.Se == DCTSIZE2 - 1;
 }
 
+void HuffmanDecoder::hand_back(jpeg_decompress_struct& info) const noexcept {
+    if (left_ > 0) return;
+    info.src->next_input_byte = bits_.at;
+    info.src->bytes_in_buffer = static_cast<std::size_t>(end_ - bits_.at);
+}
+
 boolean HuffmanDecoder::decode_any(j_decompress_ptr info, JBLOCKROW* blocks) {
     HuffmanDecoder& self = **static_cast<HuffmanDecoder**>(info->client_data);
     if (!self.decode(blocks)) self.give_up_(*info);
-    if (self.left_ == 0) {
-        // libjpeg goes on at the marker behind the data.
-        info->src->next_input_byte = self.bits_.at;
-        info->src->bytes_in_buffer = static_cast<std::size_t>(self.end_ - self.bits_.at);
-    }
+    self.hand_back(*info);
     return TRUE;
 }
 
@@ -260,10 +262,7 @@ boolean HuffmanDecoder::decode_any(j_decompress_ptr info, JBLOCKROW* blocks) {
 EDGEDISTILL_BMI2 boolean HuffmanDecoder::decode_bmi2(j_decompress_ptr info, JBLOCKROW* blocks) {
     HuffmanDecoder& self = **static_cast<HuffmanDecoder**>(info->client_data);
     if (!self.decode(blocks)) self.give_up_(*info);
-    if (self.left_ == 0) {
-        info->src->next_input_byte = self.bits_.at;
-        info->src->bytes_in_buffer = static_cast<std::size_t>(self.end_ - self.bits_.at);
-    }
+    self.hand_back(*info);
     return TRUE;
 }
 #endif

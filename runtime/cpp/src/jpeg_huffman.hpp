@@ -53,6 +53,7 @@ private:
     static boolean decode_any(j_decompress_ptr info, JBLOCKROW* blocks);
     static boolean decode_bmi2(j_decompress_ptr info, JBLOCKROW* blocks);
     bool decode(JBLOCKROW* blocks) noexcept;
+    void hand_back(jpeg_decompress_struct& info) const noexcept;  // after the last MCU: libjpeg goes on at the marker
     bool decode_block(Bits& bits, const Block& plan, JCOEF* block) noexcept;
     bool decode_dc(Bits& bits, const Block& plan, JCOEF* block) noexcept;
     template <bool keep>

@@ -52,7 +52,7 @@ lint-cpp:
 	else echo "no clang-format here: the layout of runtime/cpp was not checked"; fi
 
 # The C++ runtime. All that it needs from Debian 12 or Ubuntu 24.04 (as root); OpenVINO is the one in $(VENV).
-CPP_PACKAGES := g++ cmake ninja-build pkg-config libjpeg-dev libpng-dev libwebp-dev libmd-dev nlohmann-json3-dev \
+CPP_PACKAGES := g++ cmake ninja-build pkg-config libjpeg-dev libpng-dev libwebp-dev libmd-dev libdeflate-dev nlohmann-json3-dev \
     libcli11-dev doctest-dev patchelf clang libclang-rt-dev clang-format debootstrap
 OPENVINO_DIR  = $$($(BIN)/python -c "from openvino.utils import get_cmake_path; print(get_cmake_path())")
 CMAKE        := cmake -G Ninja -S runtime/cpp

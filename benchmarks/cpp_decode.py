@@ -1,9 +1,10 @@
-"""CPU time from JPEG bytes to network pixels: ours, libjpeg-turbo and OpenCV, taking turns in one thread.
+"""CPU time from JPEG or PNG bytes to network pixels: ours, libjpeg-turbo, libpng and OpenCV, taking turns in one thread.
 
     make cpp-peers
     python -m edgedistill.benchmarks.cpp_decode --out benchmarks/results/cpp-decode.json
 
-The program is benchmarks/cpp/decode.cpp; photographs as in benchmarks/python_runtime.py.
+The program is benchmarks/cpp/decode.cpp; photographs as in benchmarks/python_runtime.py, as they are and as PNG in
+colour and in grey.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import cv2
 
 from edgedistill import console
 from edgedistill.artifacts import write_json
@@ -23,6 +27,7 @@ from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.python_runtime import photographs
 from edgedistill.benchmarks.timing import Spread
 from edgedistill.errors import ModelError
+from edgedistill.images import decode_image
 
 FORMAT = "edgedistill-cpp-decode"
 OWN = "edgedistill"
@@ -46,6 +51,18 @@ def measure(image: InputSet, *, size: int, rounds: int) -> dict[str, Any]:
     return {"image": image.name, "bytes": image.paths[0].stat().st_size, "reduction": answer["reduction"], "ways": ways}
 
 
+def with_pngs(sets: Sequence[InputSet], scratch: Path) -> list[InputSet]:
+    """The same photographs, then their copies as PNG (OpenCV's own settings), which are written into ``scratch``."""
+    copies = []
+    for number, image in enumerate(sets):
+        pixels = decode_image(image.paths[0].read_bytes(), name=str(image.paths[0]))
+        for kind, picture in (("colour", pixels), ("grey", cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY))):
+            path = scratch / f"{number}-{kind}.png"
+            cv2.imwrite(str(path), picture)
+            copies.append(InputSet(f"{image.name.removesuffix(' JPEG')} {kind} PNG", (path,)))
+    return [*sets, *copies]
+
+
 def main() -> int:
     parser = module_parser("cpp_decode", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -56,7 +73,7 @@ def main() -> int:
     machine = machine_record()
     with tempfile.TemporaryDirectory(prefix="edgedistill-bench-") as scratch:
         sets, origin = photographs(options.images, Path(scratch))
-        results = [measure(image, size=options.size, rounds=options.rounds) for image in sets]
+        results = [measure(image, size=options.size, rounds=options.rounds) for image in with_pngs(sets, Path(scratch))]
     record = {
         "machine": machine,
         "command": module_command("cpp_decode"),

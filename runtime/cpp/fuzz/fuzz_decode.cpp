@@ -1,5 +1,6 @@
 // Arbitrary bytes as an image: pixels or an error of that image, in both ways to decode, and a label where there are
-// pixels. Baseline JPEGs, whose Huffman decoder is our own, are decoded by libjpeg alone as well and compared.
+// pixels. Baseline JPEGs, whose Huffman decoder is our own, are decoded by libjpeg alone as well and compared, and
+// PNGs, whose filters we undo ourselves, by libpng alone.
 
 #include <algorithm>
 #include <array>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include <jpeglib.h>
+#include <png.h>
 #include <zlib.h>
 
 #include <edgedistill/classifier.hpp>
@@ -115,6 +117,58 @@ void compare_with_libjpeg(Bytes data, const std::optional<Pixels>& full, Prepare
     promise(expected == full, "libjpeg alone gives the same pixels");
 }
 
+// libpng as it comes: BGR, or nothing.
+bool decode_plain_png(Bytes data, Pixels& bgr) {
+    std::jmp_buf jump;
+    png_structp png = png_create_read_struct(
+        PNG_LIBPNG_VER_STRING, &jump,
+        [](png_structp state, png_const_charp) {
+            std::longjmp(*static_cast<std::jmp_buf*>(png_get_error_ptr(state)), 1);
+        },
+        [](png_structp, png_const_charp) {});
+    png_infop info = png_create_info_struct(png);
+    if (setjmp(jump) != 0) {
+        png_destroy_read_struct(&png, &info, nullptr);
+        return false;
+    }
+    png_set_read_fn(png, &data, [](png_structp state, png_bytep out, std::size_t count) {
+        auto* rest = static_cast<Bytes*>(png_get_io_ptr(state));
+        if (count > rest->size) png_error(state, "it ends too early");
+        std::memcpy(out, rest->data, count);
+        *rest = {rest->data + count, rest->size - count};
+    });
+    png_read_info(png, info);
+    png_set_strip_16(png);
+    png_set_strip_alpha(png);
+    png_set_palette_to_rgb(png);
+    png_set_expand_gray_1_2_4_to_8(png);
+    png_set_gray_to_rgb(png);
+    png_set_bgr(png);
+    const int passes = png_set_interlace_handling(png);
+    png_read_update_info(png, info);
+    const std::size_t bytes = png_get_rowbytes(png, info);
+    promise(bytes * png_get_image_height(png, info) == bgr.size(), "libpng's size of a picture is its header's");
+    for (int pass = 0; pass < passes; ++pass) {
+        for (std::size_t row = 0; row * bytes < bgr.size(); ++row) png_read_row(png, &bgr[row * bytes], nullptr);
+    }
+    png_read_end(png, nullptr);
+    png_destroy_read_struct(&png, &info, nullptr);
+    return true;
+}
+
+// We refuse more: chunks that libpng does not look at have to be whole as well.
+void compare_with_libpng(Bytes data, const std::optional<Pixels>& full, Preparer& preparer) {
+    if (!full) return;
+    const detail::ImageHeader header = detail::read_header(data, name, max_pixels);
+    if (header.kind != detail::ImageKind::png || header.orientation != 1) return;
+    Pixels bgr(static_cast<std::size_t>(header.height * header.width) * 3);
+    promise(decode_plain_png(data, bgr), "libpng alone refuses no PNG that we read");
+    const ImageView view{bgr.data(), static_cast<int>(header.height), static_cast<int>(header.width)};
+    const auto expected =
+        pixels_of(cropped(), [&](std::uint8_t* out) { preparer.prepare(view, name, cropped(), out); });
+    promise(expected == full, "libpng alone gives the same pixels");
+}
+
 Classifier tiny_classifier() {
     const auto model = tiny_network();
     model->get_rt_info()["edgedistill"] = tiny_metadata();
@@ -190,6 +244,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
     promise(reduced.has_value() == full.has_value(), "both ways to decode refuse the same images");
     promise(reduced == load(squashed(), Decode::reduced), "the same bytes give the same pixels");
     compare_with_libjpeg(data, full, preparer);
+    compare_with_libpng(data, full, preparer);
     if (reduced) classify(data);
     return 0;
 }

@@ -1,6 +1,7 @@
-// PNG through libpng: the pixels of OpenCV's IMREAD_COLOR.
+// PNG: the pixels of OpenCV's IMREAD_COLOR.
 #pragma once
 
+#include <memory>
 #include <string_view>
 
 #include "buffer.hpp"
@@ -9,11 +10,29 @@
 
 namespace edgedistill::detail {
 
-// What rows decode_png() sends: grey, or BGR.
-Layout png_layout(Bytes data) noexcept;
+// One thread at a time. Plain pictures (8 bits, grey, RGB or RGBA, not interlaced) are decompressed by libdeflate and
+// unfiltered by png_filter.hpp; whatever these do not take, and everything else, is libpng's, and so is the judgement
+// of what is damaged and why.
+class PngDecoder {
+public:
+    PngDecoder();
+    ~PngDecoder();
+    PngDecoder(const PngDecoder&) = delete;
+    PngDecoder& operator=(const PngDecoder&) = delete;
 
-// Sends the rows; `memory` holds a row, or all of an interlaced picture. 16-bit is shifted right by 8, alpha dropped.
-// Throws Error (image) unless every chunk up to IEND is there with its checksum, and for damaged pixels.
-void decode_png(Bytes data, const ImageHeader& header, std::string_view name, Buffer& memory, RowSink& sink);
+    // What rows decode() sends.
+    static Layout layout(Bytes data) noexcept;
+
+    // Sends the rows; 16-bit is shifted right by 8, alpha dropped. Throws Error (image) unless every chunk up to IEND
+    // is there with its checksum, and for damaged pixels.
+    void decode(Bytes data, const ImageHeader& header, std::string_view name, RowSink& sink);
+
+    // Whether the image before was read without libpng, for tests.
+    bool used_own_filters() const noexcept;
+
+private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace edgedistill::detail

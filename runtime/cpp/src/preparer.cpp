@@ -157,6 +157,7 @@ private:
 struct Preparer::Impl {
     long long max_pixels;
     JpegDecoder jpeg;
+    PngDecoder png;
     Resizer resizer;
     Resizer second_resizer;
     Collector collector;
@@ -205,7 +206,7 @@ bool Preparer::Impl::load(Bytes encoded, std::string_view name, const InputSpec&
     };
     const bool in_rows = is_jpeg || header.kind == ImageKind::png;
     if (in_rows && header.orientation == 1) {
-        begin(is_jpeg ? JpegDecoder::layout(header) : png_layout(encoded));
+        begin(is_jpeg ? JpegDecoder::layout(header) : PngDecoder::layout(encoded));
         decode_rows(encoded, header, name, scale, sink);
     } else {
         const Picture picture = decode_whole(encoded, header, name, scale);
@@ -221,7 +222,7 @@ void Preparer::Impl::decode_rows(Bytes encoded, const ImageHeader& header, std::
     if (header.kind == ImageKind::jpeg) {
         jpeg.decode(encoded, header, name, scale, sink);
     } else {
-        decode_png(encoded, header, name, scratch, sink);
+        png.decode(encoded, header, name, sink);
     }
 }
 
@@ -229,7 +230,7 @@ Picture Preparer::Impl::decode_whole(Bytes encoded, const ImageHeader& header, s
     if (header.kind == ImageKind::webp) return decode_webp(encoded, header, name, pixels);
     if (header.kind == ImageKind::bmp) return decode_bmp(encoded, header, name, pixels);
     Picture picture{nullptr, {(header.height + scale - 1) / scale, (header.width + scale - 1) / scale}, Layout::bgr};
-    picture.layout = header.kind == ImageKind::jpeg ? JpegDecoder::layout(header) : png_layout(encoded);
+    picture.layout = header.kind == ImageKind::jpeg ? JpegDecoder::layout(header) : PngDecoder::layout(encoded);
     picture.pixels =
         pixels.take(static_cast<std::size_t>(picture.row_bytes()) * static_cast<std::size_t>(picture.size.height));
     collector.begin(picture);

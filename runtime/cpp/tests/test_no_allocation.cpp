@@ -3,7 +3,8 @@
 //     test_no_allocation [DEPLOYABLE PHOTO...]
 //
 // Every allocation of the process is counted, in all threads and libraries: those of operator new end in malloc too.
-// Without arguments it uses the models and photos of $EDGEDISTILL_TEST_MODELS. The photos are baseline JPEG.
+// Without arguments it uses the models and photos of $EDGEDISTILL_TEST_MODELS. The photos are baseline JPEG and plain
+// PNG.
 #include <malloc.h>
 
 #include <atomic>
@@ -202,7 +203,11 @@ int main(int argc, char** argv) {
     }
     const fs::path model = argc < 3 ? fs::path(models) / "single" : fs::path(argv[1]);
     std::vector<fs::path> photos(argv + (argc < 3 ? argc : 2), argv + argc);
-    if (photos.empty()) photos = {fs::path(models) / "photos" / "large.jpg", fs::path(models) / "photos" / "red.jpg"};
+    if (photos.empty()) {
+        for (const char* name : {"large.jpg", "green.png", "red.jpg"}) {
+            photos.push_back(fs::path(models) / "photos" / name);
+        }
+    }
 
     allocations = 0;
     counting = true;

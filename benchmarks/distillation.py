@@ -16,6 +16,7 @@ of each piece RESULTS/NAME.json gets each arm minus the reference arm with the p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import fcntl
 import shlex
@@ -194,7 +195,7 @@ def link_unlabelled(protocol: Protocol, subset: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for row in np.random.default_rng(0).permutation(len(left))[: protocol.unlabelled_images]:
         link = folder / f"{row:06d}{left[row].suffix}"
-        if not link.exists():
+        with contextlib.suppress(FileExistsError):  # another piece may run beside this one
             link.symlink_to(left[row].resolve())
 
 

@@ -71,7 +71,11 @@ def box(debian_root: Path, packed: Package) -> Iterator[Callable[..., subprocess
 
 def test_the_box_is_bare(debian_root: Path) -> None:
     found = [path.name for path in (debian_root / "usr" / "lib").rglob("lib*.so*")]
-    assert not [name for name in found if name.startswith(("libopenvino", "libtbb", "libjpeg", "libpng", "libdeflate", "libwebp"))]
+    assert not [
+        name
+        for name in found
+        if name.startswith(("libopenvino", "libtbb", "libjpeg", "libpng", "libdeflate", "libwebp"))
+    ]
     assert not list((debian_root / "usr" / "bin").glob("python*"))
 
 

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 
 .PHONY: setup demo demo-effb4 demo-fashion test test-slow lint peers clean
-.PHONY: cpp cpp-packages cpp-peers test-cpp test-cpp-sanitizers fuzz lint-cpp
+.PHONY: cpp cpp-packages cpp-peers cpp-python test-cpp test-cpp-sanitizers fuzz lint-cpp
 
 setup: $(VENV)/.installed
 
@@ -67,7 +67,16 @@ cpp: setup
 	$(CMAKE) -B build/cpp -DOpenVINO_DIR="$(OPENVINO_DIR)" -DPython3_EXECUTABLE="$(abspath $(BIN))/python"
 	cmake --build build/cpp -j $(JOBS)
 
-test-cpp: cpp
+# The C++ engine as a module for Python, in $(VENV): optional. It compiles the runtime's sources into itself.
+cpp-python: $(VENV)/.cpp-python
+
+$(VENV)/.cpp-python: $(VENV)/.installed runtime/cpp/CMakeLists.txt \
+    $(wildcard runtime/cpp/python/* runtime/cpp/src/* runtime/cpp/include/edgedistill/*)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
+	    ./runtime/cpp/python
+	touch $@
+
+test-cpp: cpp cpp-python
 	ctest --test-dir build/cpp --output-on-failure --no-tests=error
 	$(BIN)/pytest -m cpp
 

@@ -197,6 +197,21 @@ def _shut_down(pool: _Pool, threads: Sequence[threading.Thread]) -> None:
             thread.join(JOIN_TIMEOUT_S)
 
 
+def check_settings(policy: str, **counts: int | None) -> None:
+    """Raises ModelError for what no engine takes; None is left to deploy.json."""
+    for name, value in counts.items():
+        if value is not None and not 1 <= value <= 4096:
+            raise ModelError(f"{name} {value}, expected 1 to 4096")
+    if policy not in ("block", "drop_oldest"):
+        raise ModelError(f"policy {policy!r}, expected 'block' or 'drop_oldest'")
+
+
+def check_many(sources: object) -> None:
+    """Raises UsageError for what is one image."""
+    if isinstance(sources, str | Path | bytes | Frame) or (isinstance(sources, np.ndarray) and sources.ndim < 4):
+        raise UsageError("Engine.map wants many images: give a list or an iterator of paths, bytes or arrays")
+
+
 class Engine:
     """A throughput engine: every core busy, answers in order, bounded memory. Use it in a ``with`` block.
 
@@ -272,11 +287,7 @@ class Engine:
         self._start(workers)
 
     def _check(self, threads: int | None) -> None:
-        for name, value in (("streams", self.streams), ("threads", threads), ("batch", self.batch)):
-            if value is not None and not 1 <= value <= 4096:
-                raise ModelError(f"{name} {value}, expected 1 to 4096")
-        if self._policy not in ("block", "drop_oldest"):
-            raise ModelError(f"policy {self._policy!r}, expected 'block' or 'drop_oldest'")
+        check_settings(self._policy, streams=self.streams, threads=threads, batch=self.batch)
         if self.queue_size <= self.streams * self.batch:
             raise ModelError(
                 f"queue_size {self.queue_size}, expected more than streams x batch = {self.streams * self.batch}"
@@ -337,8 +348,7 @@ class Engine:
         """One Prediction per source, in order. ``sources`` is read lazily, in the caller's thread, never more than
         ``queue_size`` images ahead of what was taken; it may be endless. Closing the iterator early is fine.
         """
-        if isinstance(sources, str | Path | bytes | Frame) or (isinstance(sources, np.ndarray) and sources.ndim < 4):
-            raise UsageError("Engine.map wants many images: give a list or an iterator of paths, bytes or arrays")
+        check_many(sources)
         if self._pool.closed:
             raise _ClosedError("the engine is closed; make a new one")
         return self._mapped(sources)

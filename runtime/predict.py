@@ -14,17 +14,21 @@ import numpy as np
 from edgedistill import console
 from edgedistill.artifacts import atomic_path
 from edgedistill.errors import UsageError
+from edgedistill.runtime.cpp_engine import CppEngine
 from edgedistill.runtime.engine import Engine
 from edgedistill.runtime.network import Prediction
 from edgedistill.runtime.video import frames
 from edgedistill.tasks import Head
+
+ENGINES: dict[str, type[Engine] | type[CppEngine]] = {"python": Engine, "cpp": CppEngine}
 
 
 @dataclass(frozen=True)
 class PredictSettings:
     """``model``: an openvino/ folder, deploy.json or model.xml. ``sources``: images, folders, videos, camera numbers.
 
-    ``top_k``: labels per image. ``precision``, ``decode``: None: what deploy.json says.
+    ``top_k``: labels per image. ``precision``, ``decode``: None: what deploy.json says. ``engine``: whose engine
+    answers, 'python' or 'cpp'.
     """
 
     model: Path
@@ -32,6 +36,7 @@ class PredictSettings:
     top_k: int = 1
     precision: str | None = None
     decode: str | None = None
+    engine: str = "python"
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -42,6 +47,8 @@ class PredictSettings:
             raise UsageError(f"--precision {self.precision}, expected f32, bf16 or int8")
         if self.decode not in (None, "full", "reduced"):
             raise UsageError(f"--decode {self.decode}, expected full or reduced")
+        if self.engine not in ENGINES:
+            raise UsageError(f"--engine {self.engine}, expected {' or '.join(ENGINES)}")
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,11 @@ def predict(settings: PredictSettings) -> Iterator[Answer]:
     """The answers in the order of the sources, each as soon as it is known; bounded memory whatever their number.
 
     An image that cannot be read has its ``error`` set and the rest goes on. Raises ImageError for a source that does
-    not exist, ArtifactError or ModelError for a model that cannot be used.
+    not exist, ArtifactError or ModelError for a model that cannot be used, UsageError where the C++ engine is not built.
     """
     every_frame = (frame for source in settings.sources for frame in frames(source))
     with (
-        Engine(settings.model, precision=settings.precision, decode=settings.decode) as engine,  # type: ignore[arg-type]
+        ENGINES[settings.engine](settings.model, precision=settings.precision, decode=settings.decode) as engine,  # type: ignore[arg-type]
         closing(engine.map(every_frame)) as predictions,
     ):
         for prediction in predictions:
@@ -106,7 +113,7 @@ def write_answers(answers: Iterable[Answer], path: Path) -> tuple[int, int]:
     return images, errors
 
 
-def _answer(prediction: Prediction, engine: Engine, top_k: int) -> Answer:
+def _answer(prediction: Prediction, engine: Engine | CppEngine, top_k: int) -> Answer:
     if prediction.error is not None:
         return Answer(prediction.name, error=prediction.error)
     labels = engine.labels

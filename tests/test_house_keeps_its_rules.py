@@ -99,6 +99,7 @@ def test_cpp_and_python_have_one_version() -> None:
     assert f'EDGEDISTILL_VERSION_STRING "{version}"' in header
     assert re.findall(r"VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", header) == version.split(".")
     assert f"project(edgedistill VERSION {version} " in (cpp / "CMakeLists.txt").read_text()
+    assert tomllib.loads((cpp / "python" / "pyproject.toml").read_text())["project"]["version"] == version
 
 
 def test_cmake_builds_every_source_and_every_test() -> None:

@@ -510,13 +510,15 @@ def predict(
     top_k: Annotated[int, typer.Option(help="Labels per image.")] = 1,
     precision: Annotated[str | None, typer.Option(help="f32, bf16 or int8 (default: as deployed).")] = None,
     decode: Annotated[str | None, typer.Option(help="reduced or full (default: as deployed).")] = None,
+    engine: Annotated[str, typer.Option(help="python, or cpp where 'make cpp-python' built it.")] = "python",
     as_json: Json = False,
 ) -> None:
     """Classify images, folders and videos. Exit code 1 if an image could not be read."""
     from edgedistill.runtime.predict import PredictSettings, write_answers
     from edgedistill.runtime.predict import predict as answers_of
 
-    answers = answers_of(PredictSettings(model, tuple(sources), top_k=top_k, precision=precision, decode=decode))
+    settings = PredictSettings(model, tuple(sources), top_k=top_k, precision=precision, decode=decode, engine=engine)
+    answers = answers_of(settings)
     errors = 0
     if csv is not None:
         images, errors = write_answers(answers, csv)

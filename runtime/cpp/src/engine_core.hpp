@@ -27,6 +27,7 @@ public:
     const std::string& precision() const noexcept { return precision_; }
     int streams() const noexcept { return streams_; }
     int batch() const noexcept { return batch_; }
+    int later_batch() const noexcept { return later_batch_; }
     int queue_size() const noexcept { return queue_size_; }
 
 private:

@@ -310,7 +310,7 @@ bool Pool::submit(Submission& image, Engine::Timeout timeout) {
     }
     slot.owned.swap(image.owned);
     slot.keep_alive.swap(image.keep_alive);
-    slot.user = image.user;
+    std::swap(slot.user, image.user);
     append(slot);
     Wake wake;
     wake.worker = idle_ > 0;
@@ -343,10 +343,7 @@ bool Pool::wait_for_room(Lock& lock, const Engine::Timeout& timeout) {
 // A slot in no list. When the pool is full, that of an image which is given up.
 Pool::Slot& Pool::slot_for_next() {
     if (held_ >= capacity_) {
-        Slot& slot = *victim();
-        if (slot.state == State::gathered) forget(slot);
-        unlink(slot);
-        put_back(slot);
+        give_up(*victim());
         dropped_.fetch_add(1, std::memory_order_relaxed);
     }
     if (free_ == nullptr) {
@@ -356,6 +353,30 @@ Pool::Slot& Pool::slot_for_next() {
         free_->task.answer = &free_->prediction;
     }
     return *free_;
+}
+
+void Pool::give_up(Slot& slot) {
+    if (slot.state == State::gathered) forget(slot);
+    unlink(slot);
+    put_back(slot);
+}
+
+void Pool::withdraw(std::uint64_t user) {
+    // What keeps the caller's memory is let go outside of the lock.
+    std::vector<std::uint8_t> owned;
+    std::shared_ptr<const void> keep_alive;
+    Lock lock(mutex_);
+    Slot* slot = front_;
+    while (slot != nullptr && (slot->user != user || slot->state == State::working)) slot = slot->next;
+    if (slot == nullptr) return;
+    owned.swap(slot->owned);
+    keep_alive.swap(slot->keep_alive);
+    give_up(*slot);
+    Wake wake;
+    wake.producer = producer_should_wake();
+    wake.everybody = front_is_answered() || held_ == 0;
+    lock.unlock();
+    notify(wake);
 }
 
 // There is always one: more images are held than workers can have in hand.
@@ -368,15 +389,21 @@ Pool::Slot* Pool::victim() const {
 
 // ---- consumers ----
 
-bool Pool::next(Prediction& out, std::uint64_t* user) {
+bool Pool::next(Prediction& out, std::uint64_t* user, const Deadline* deadline) {
     if (callback_)
         throw Error(ErrorKind::usage, "next: this engine hands its answers to a callback; use one of the two");
     Lock lock(mutex_);
     const auto ready = [this] { return closed_ || front_is_answered() || (finished_ && front_ == nullptr); };
     if (!ready()) {
         ++consumers_;
-        answers_.wait(lock, ready);
+        bool in_time = true;
+        if (deadline != nullptr) {
+            in_time = answers_.wait_until(lock, *deadline, ready);
+        } else {
+            answers_.wait(lock, ready);
+        }
         --consumers_;
+        if (!in_time) return false;
     }
     if (closed_ || front_ == nullptr) return false;
     Slot& slot = *front_;

@@ -33,6 +33,8 @@ struct Submission {
     std::uint64_t user = 0;                  // comes back with the answer
 };
 
+using Deadline = std::chrono::steady_clock::time_point;
+
 struct PoolSettings {
     // Images held at any moment; more than workers x first batch, so that one can always be dropped.
     std::size_t capacity = 0;
@@ -68,10 +70,13 @@ public:
     void start(std::vector<Make> makers);  // one thread each
     void wait_until_ready();               // until all of them made their answer, or close; throws the failure
 
-    // False when there was no room until the timeout. Afterwards `image` holds what is to be thrown away.
+    // False when there was no room until the timeout. Afterwards `image` holds what is to be thrown away: where another
+    // image was given up for this one, `user` is that one's.
     bool submit(Submission& image, Engine::Timeout timeout);
-    // False when there will be no more. Throws what the worker threw. `user` may be null, and is set before a throw.
-    bool next(Prediction& out, std::uint64_t* user = nullptr);
+    // False when there will be no more, or was none until the deadline. Throws what the worker threw. `user` may be
+    // null, and is set before a throw.
+    bool next(Prediction& out, std::uint64_t* user = nullptr, const Deadline* deadline = nullptr);
+    void withdraw(std::uint64_t user);  // that image, but for one that a worker has in hand
     void finish();
     void close() noexcept;
     std::uint64_t dropped() const noexcept { return dropped_.load(std::memory_order_relaxed); }
@@ -130,6 +135,7 @@ private:
     bool wait_for_room(Lock& lock, const Engine::Timeout& timeout);
     Slot& slot_for_next();
     Slot* victim() const;
+    void give_up(Slot& slot);
     void append(Slot& slot);
     void unlink(Slot& slot);
     void put_back(Slot& slot);

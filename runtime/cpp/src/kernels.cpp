@@ -4,6 +4,8 @@
 #include <array>
 #include <type_traits>
 
+#include "kernels_avx512.hpp"
+
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define EDGEDISTILL_X86 1
 #include <immintrin.h>
@@ -21,27 +23,16 @@
 namespace edgedistill::detail {
 namespace {
 
-// Where blue, green and red lie in a pixel.
-constexpr std::array<int, 3> places(Layout layout) {
-    switch (layout) {
-        case Layout::gray:
-            return {0, 0, 0};
-        case Layout::rgb:
-        case Layout::rgbx:
-            return {2, 1, 0};
-        default:
-            return {0, 1, 2};
-    }
-}
-
 void across_from(const AcrossJob& job, int begin) {
-    const std::array<int, 3> place = places(job.layout);
-    for (int x = begin; x < job.count; ++x) {
-        const int left_weight = static_cast<int>(job.weights[x] & 0xFFFF);
-        const int right_weight = static_cast<int>(job.weights[x] >> 16);
-        const std::uint8_t* left = job.row + job.offsets[x];
+    const AcrossPlan& plan = *job.plan;
+    const std::array<int, 3> place = places(plan.layout);
+    for (int x = begin; x < plan.count; ++x) {
+        const auto at_x = static_cast<std::size_t>(x);
+        const int left_weight = static_cast<int>(plan.weights[at_x] & 0xFFFF);
+        const int right_weight = static_cast<int>(plan.weights[at_x] >> 16);
+        const std::uint8_t* left = job.row + plan.offsets[at_x];
         // There is nothing to the right of the last pixel, and then its weight is 0.
-        const std::uint8_t* right = right_weight != 0 ? left + channels(job.layout) : left;
+        const std::uint8_t* right = right_weight != 0 ? left + channels(plan.layout) : left;
         std::int16_t* out = job.out + 4 * static_cast<std::ptrdiff_t>(x);
         for (int c = 0; c < 3; ++c) {
             const int at = place[static_cast<std::size_t>(c)];
@@ -225,23 +216,25 @@ EDGEDISTILL_AVX2 __m256i pair_shuffle(Layout layout) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index.data())));
 }
 
-EDGEDISTILL_AVX2 inline __m256i two_pairs(const AcrossJob& job, int first, int second) {
-    const auto* a = reinterpret_cast<const __m128i*>(job.row + job.offsets[first]);
-    const auto* b = reinterpret_cast<const __m128i*>(job.row + job.offsets[second]);
+EDGEDISTILL_AVX2 inline __m256i two_pairs(const std::uint8_t* row, std::int32_t first, std::int32_t second) {
+    const auto* a = reinterpret_cast<const __m128i*>(row + first);
+    const auto* b = reinterpret_cast<const __m128i*>(row + second);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadl_epi64(a)), _mm_loadl_epi64(b), 1);
 }
 
 EDGEDISTILL_AVX2 void across_avx2(const AcrossJob& job) {
-    const __m256i shuffle = pair_shuffle(job.layout);
+    const AcrossPlan& plan = *job.plan;
+    const __m256i shuffle = pair_shuffle(plan.layout);
     const __m256i even_index = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
     const __m256i odd_index = _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3);
     int x = 0;
-    for (; x + 4 <= job.fast; x += 4) {
+    for (; x + 4 <= plan.fast; x += 4) {
+        const std::int32_t* at = plan.offsets.data() + x;
         const __m256i weights =
-            _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(job.weights + x)));
-        const __m256i even = _mm256_madd_epi16(_mm256_shuffle_epi8(two_pairs(job, x, x + 2), shuffle),
+            _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plan.weights.data() + x)));
+        const __m256i even = _mm256_madd_epi16(_mm256_shuffle_epi8(two_pairs(job.row, at[0], at[2]), shuffle),
                                                _mm256_permutevar8x32_epi32(weights, even_index));
-        const __m256i odd = _mm256_madd_epi16(_mm256_shuffle_epi8(two_pairs(job, x + 1, x + 3), shuffle),
+        const __m256i odd = _mm256_madd_epi16(_mm256_shuffle_epi8(two_pairs(job.row, at[1], at[3]), shuffle),
                                               _mm256_permutevar8x32_epi32(weights, odd_index));
         const __m256i four = _mm256_packs_epi32(_mm256_srai_epi32(even, 4), _mm256_srai_epi32(odd, 4));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(job.out + 4 * static_cast<std::ptrdiff_t>(x)), four);
@@ -473,20 +466,29 @@ EDGEDISTILL_AVX2 void yuv_avx2(const std::uint8_t* y, const std::uint8_t* u, con
 
 constexpr Kernels avx2{across_avx2, down_avx2, sum_avx2, average_avx2, reduce_avx2, yuv_avx2};
 
+void across_wide(const AcrossJob& job) {
+    job.plan->windows.empty() ? across_avx2(job) : across_avx512(job);
+}
+
+constexpr Kernels avx512{across_wide, down_avx512, sum_avx2, average_avx2, reduce_avx512, yuv_avx2};
+
 #endif
 
 }  // namespace
 
-const Kernels& kernels() {
+std::vector<const Kernels*> runnable_kernels() {
+    std::vector<const Kernels*> found;
 #if EDGEDISTILL_X86
-    static const bool has_avx2 = __builtin_cpu_supports("avx2") != 0;
-    if (has_avx2) return avx2;
+    if (__builtin_cpu_supports("avx512bw") != 0) found.push_back(&avx512);
+    if (__builtin_cpu_supports("avx2") != 0) found.push_back(&avx2);
 #endif
-    return portable;
+    found.push_back(&portable);
+    return found;
 }
 
-const Kernels& portable_kernels() {
-    return portable;
+const Kernels& kernels() {
+    static const Kernels& widest = *runnable_kernels().front();
+    return widest;
 }
 
 }  // namespace edgedistill::detail

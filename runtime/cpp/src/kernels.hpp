@@ -3,19 +3,21 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "resize.hpp"
 
 namespace edgedistill::detail {
 
+// Values of a row after the horizontal step: 4 a pixel, and room for what the kernels write beyond the last.
+constexpr std::size_t line_values(int pixels) {
+    return (static_cast<std::size_t>(pixels) + 7) / 8 * 32;
+}
+
 struct AcrossJob {
     const std::uint8_t* row;
-    const std::int32_t* offsets;   // bytes to the left pixel
-    const std::uint32_t* weights;  // LinearTable::weights
-    std::int16_t* out;             // 4 values a pixel, (left * w0 + right * w1) >> 4; the fourth is nothing
-    int count;                     // pixels of the result
-    int fast;                      // the first so many may read 8 bytes at their offset
-    Layout layout;
+    const AcrossPlan* plan;
+    std::int16_t* out;  // line_values(): (left * w0 + right * w1) >> 4; the fourth of each pixel is nothing
 };
 
 struct DownJob {
@@ -38,7 +40,7 @@ struct Kernels {
     // else 4. May read 16 bytes past the sums and write 16 past the averages.
     void (*average)(const std::uint16_t* sums, int channels, int k, std::int64_t columns, std::uint8_t* out);
     // k rows of `columns` whole blocks -> their averages, as sum_rows and average would make them, for 3 or 4 channels.
-    // May write 16 bytes past the averages.
+    // May write 32 bytes past the averages.
     void (*reduce)(const std::uint8_t* row, std::ptrdiff_t stride, int channels, int k, std::int64_t columns,
                    std::uint8_t* out);
     // A row of NV12 or I420 to BGRX. `u_step`: bytes from one U (or V) to the next.
@@ -48,7 +50,7 @@ struct Kernels {
 
 // For this CPU.
 const Kernels& kernels();
-// For any CPU: what the others are compared with.
-const Kernels& portable_kernels();
+// All that this CPU can run, the widest first; the last is the portable one, with which the others are compared.
+std::vector<const Kernels*> runnable_kernels();
 
 }  // namespace edgedistill::detail

@@ -43,10 +43,7 @@ void copy_pixels(const std::uint8_t* row, Layout layout, int count, std::uint8_t
         std::memcpy(out, row, static_cast<std::size_t>(count) * 3);
         return;
     }
-    const bool swap = layout == Layout::rgb || layout == Layout::rgbx;
-    const int blue = swap ? 2 : 0;
-    const int green = step == 1 ? 0 : 1;
-    const int red = step == 1 || swap ? 0 : 2;
+    const auto [blue, green, red] = places(layout);
     for (int x = 0; x < count; ++x, row += step, out += 3) {
         out[0] = row[blue];
         out[1] = row[green];
@@ -156,6 +153,62 @@ void LinearTable::make(std::int64_t source_size, int result_size, bool across) {
     result = result_size;
 }
 
+void AcrossPlan::make(const LinearTable& table, Layout pixels, std::int64_t row_bytes) {
+    if (source_ == table.source && count == table.result && layout == pixels && row_bytes_ == row_bytes) return;
+    source_ = 0;
+    layout = pixels;
+    count = table.result;
+    row_bytes_ = row_bytes;
+    weights.assign(table.weights.begin(), table.weights.end());
+    offsets.resize(weights.size());
+    fast = 0;
+    for (std::size_t x = 0; x < offsets.size(); ++x) {
+        offsets[x] = table.first[x] * channels(layout);
+        if (offsets[x] + std::int64_t{8} <= row_bytes) fast = static_cast<int>(x) + 1;
+    }
+    windows.resize((offsets.size() + 7) / 8 * 2);
+    starts.resize(windows.size());
+    if (!make_windows()) windows.clear();
+    source_ = table.source;
+}
+
+bool AcrossPlan::make_windows() {
+    if (row_bytes_ < window_bytes) return false;
+    for (std::size_t number = 0; number < windows.size(); ++number) {
+        if (!make_window(number)) return false;
+    }
+    return true;
+}
+
+bool AcrossPlan::make_window(std::size_t number) {
+    Window& window = windows[number];
+    window.words.fill(0);
+    window.bytes.fill(128);
+    window.weights.fill(0);
+    const std::size_t first = 4 * number;
+    const std::size_t end = std::min(first + 4, offsets.size());
+    const std::int64_t last_start = row_bytes_ - window_bytes;
+    starts[number] = first < end ? static_cast<std::int32_t>(std::min<std::int64_t>(offsets[first], last_start)) : 0;
+    const std::array<int, 3> place = places(layout);
+    for (std::size_t x = first; x < end; ++x) {
+        const int at = offsets[x] - starts[number];
+        // There is nothing to the right of the last pixel, and then its weight is 0.
+        const int next = weights[x] >> 16 != 0 ? channels(layout) : 0;
+        if (at + next + channels(layout) > window_bytes) return false;
+        for (std::size_t n = 0; n < 4; ++n) {
+            window.words[4 * (x - first) + n] =
+                std::min(static_cast<std::uint32_t>(at) / 4 + static_cast<std::uint32_t>(n), 15U);
+            window.weights[4 * (x - first) + n] = weights[x];
+        }
+        for (std::size_t c = 0; c < 3; ++c) {
+            std::uint8_t* pair = window.bytes.data() + 16 * (x - first) + 4 * c;
+            pair[0] = static_cast<std::uint8_t>(at % 4 + place[c]);
+            pair[2] = static_cast<std::uint8_t>(at % 4 + place[c] + next);
+        }
+    }
+    return true;
+}
+
 Resizer::Resizer() : kernels_(kernels()) {}
 
 void Resizer::begin(Size image, Layout layout, int k, const InputSpec& spec, std::uint8_t* out) {
@@ -197,15 +250,8 @@ void Resizer::restart() noexcept {
 // `row_pixels`: from the crop's left edge to the end of the row.
 void Resizer::plan_across(Layout layout, std::int64_t row_pixels) {
     across_.make(crop_.width, out_width_, true);
-    const auto count = static_cast<std::size_t>(out_width_);
-    offsets_.resize(count);
-    const std::int64_t end = row_pixels * channels(layout);
-    fast_ = 0;
-    for (std::size_t x = 0; x < count; ++x) {
-        offsets_[x] = across_.first[x] * channels(layout);
-        if (offsets_[x] + std::int64_t{8} <= end) fast_ = static_cast<int>(x) + 1;
-    }
-    for (std::vector<std::int16_t>& line : lines_) at_least(line, 4 * count);
+    plan_.make(across_, layout, row_pixels * channels(layout));
+    for (std::vector<std::int16_t>& line : lines_) at_least(line, line_values(out_width_));
 }
 
 void Resizer::rows(const std::uint8_t* first, std::ptrdiff_t stride, int count) noexcept {
@@ -272,7 +318,7 @@ void Resizer::bilinear_row(std::int64_t y, const std::uint8_t* row) noexcept {
     // Rows are asked for in ascending order: one that the next row of the result does not need, none needs.
     if (next_ == out_height_ || (y != std::min(upper(), crop_.height - 1) && y != lower())) return;
     const auto line = [this](std::int64_t number) { return lines_[static_cast<std::size_t>(number & 1)].data(); };
-    kernels_.across({row, offsets_.data(), across_.weights.data(), line(y), out_width_, fast_, layout_});
+    kernels_.across({row, &plan_, line(y)});
     for (; next_ < out_height_ && lower() == y; ++next_) {
         const std::uint32_t weights = down_.weights[static_cast<std::size_t>(next_)];
         std::uint8_t* out = out_ + std::ptrdiff_t{next_} * out_width_ * 3;

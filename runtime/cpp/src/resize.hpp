@@ -19,6 +19,19 @@ constexpr int channels(Layout layout) {
     return layout == Layout::gray ? 1 : layout == Layout::bgr || layout == Layout::rgb ? 3 : 4;
 }
 
+// Where blue, green and red lie in a pixel.
+constexpr std::array<int, 3> places(Layout layout) {
+    switch (layout) {
+        case Layout::gray:
+            return {0, 0, 0};
+        case Layout::rgb:
+        case Layout::rgbx:
+            return {2, 1, 0};
+        default:
+            return {0, 1, 2};
+    }
+}
+
 struct Size {
     std::int64_t height = 0;
     std::int64_t width = 0;
@@ -93,6 +106,35 @@ struct LinearTable {
     void make(std::int64_t source_size, int result_size, bool across);
 };
 
+// Where in a row of pixels the horizontal step finds its sources.
+struct AcrossPlan {
+    // How 4 neighbouring pixels of the result come out of `window_bytes` of the row.
+    struct alignas(64) Window {
+        std::array<std::uint32_t, 16> words;    // 4-byte words of the window, 4 for each pixel: its sources lie in them
+        std::array<std::uint8_t, 64> bytes;     // of those 16 bytes: left and right of each channel; 128: nothing
+        std::array<std::uint32_t, 16> weights;  // LinearTable::weights, 4 times each
+    };
+    static constexpr std::int64_t window_bytes = 64;
+
+    Layout layout = Layout::bgr;
+    int count = 0;                       // pixels of the result
+    int fast = 0;                        // the first so many may read 8 bytes at their offset
+    std::vector<std::int32_t> offsets;   // bytes to the left pixel
+    std::vector<std::uint32_t> weights;  // LinearTable::weights
+    std::vector<Window> windows;         // an even number; none where 4 pixels lie too far apart
+    std::vector<std::int32_t> starts;    // of the windows: bytes from the row's first
+
+    // Makes the plan unless it is there already. `row_bytes`: that may be read. Throws std::bad_alloc.
+    void make(const LinearTable& table, Layout pixels, std::int64_t row_bytes);
+
+private:
+    bool make_windows();
+    bool make_window(std::size_t number);
+
+    std::int64_t source_ = 0;
+    std::int64_t row_bytes_ = 0;
+};
+
 struct Kernels;
 
 // The last step: crop (already cut by the caller across) and resize rows to the network's size.
@@ -131,8 +173,7 @@ private:
 
     LinearTable across_;
     LinearTable down_;
-    std::vector<std::int32_t> offsets_;  // bytes to the left pixel, for each pixel of the result
-    int fast_ = 0;                       // pixels of the result whose sources may be read 8 bytes at a time
+    AcrossPlan plan_;
     std::array<std::vector<std::int16_t>, 2> lines_;  // rows after the horizontal step, 4 values a pixel, >> 4
     int next_ = 0;                                    // row of the result
 

@@ -12,6 +12,10 @@
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <openvino/core/model.hpp>
+#include <openvino/op/constant.hpp>
+#include <openvino/op/convolution.hpp>
+#include <openvino/op/fake_quantize.hpp>
+#include <openvino/op/parameter.hpp>
 #include <openvino/runtime/core.hpp>
 #include <random>
 #include <string>
@@ -23,6 +27,7 @@
 #include "file.hpp"
 #include "ir.hpp"
 #include "network.hpp"
+#include "normalisation.hpp"
 #include "processor.hpp"
 #include "text.hpp"
 
@@ -343,6 +348,42 @@ TEST_CASE("a network runs at another batch size only if it can") {
     CHECK(worker.batch() == 3);
     settings.batch = 0;
     CHECK(has(refusal([&] { const Network none(bundle, settings); }), "usage: batch 0"));
+}
+
+namespace {
+
+// Planes of 12 x 20 pixels, quantised within limits of that shape, then a convolution.
+std::shared_ptr<ov::Model> quantised_network(const ov::Shape& limits) {
+    using namespace ov::op;
+    const auto planes = std::make_shared<v0::Parameter>(ov::element::f32, ov::Shape{2, 3, 12, 20});
+    const auto numbers = [&](float value) { return v0::Constant::create(ov::element::f32, limits, {value}); };
+    const auto quantised =
+        std::make_shared<v0::FakeQuantize>(planes, numbers(-2.3F), numbers(2.3F), numbers(-2.3F), numbers(2.3F), 256);
+    const auto weights = v0::Constant::create(ov::element::f32, {4, 3, 3, 3}, std::vector<float>(108, 0.1F));
+    const auto found = std::make_shared<v1::Convolution>(
+        quantised, weights, ov::Strides{2, 2}, ov::CoordinateDiff{1, 1}, ov::CoordinateDiff{1, 1}, ov::Strides{1, 1});
+    return std::make_shared<ov::Model>(ov::OutputVector{found}, ov::ParameterVector{planes});
+}
+
+}  // namespace
+
+TEST_CASE("an input is quantised as it is normalised where all of it is quantised alike") {
+    const auto quantised_shape = [](const ov::Shape& limits) {
+        const auto model = quantised_network(limits);
+        InputSpec spec;
+        spec.height = 12;
+        spec.width = 20;
+        embed_normalisation(model, spec, false, false);
+        ov::Shape found;
+        for (const auto& node : model->get_ordered_ops()) {
+            if (ov::is_type<ov::op::v0::FakeQuantize>(node)) found = node->get_output_shape(0);
+        }
+        return found;
+    };
+    const ov::Shape rows{2, 12, 60};
+    CHECK(quantised_shape({1, 1, 1, 1}) == rows);
+    CHECK(quantised_shape({}) == rows);
+    CHECK(quantised_shape({1, 3, 1, 1}) == ov::Shape{2, 3, 12, 20});
 }
 
 TEST_CASE("OpenVINO is always told the precision") {

@@ -50,93 +50,156 @@ std::vector<std::uint8_t> resized(const std::vector<std::uint8_t>& pixels, Size 
 }  // namespace
 
 TEST_CASE("the vector loops across are equal to the portable one") {
+    const std::vector<const Kernels*> all = runnable_kernels();
+    int windowed = 0;
     for (const Layout layout : layouts) {
-        for (const int width : {1, 2, 3, 5, 8, 9, 31, 64, 333}) {
-            for (const int result : {1, 4, 7, 32, 225}) {
+        // To 31: narrower than a window; 640 to 7: pixels too far apart for one.
+        for (const int width : {1, 2, 3, 5, 8, 9, 16, 22, 31, 64, 97, 333, 480, 640}) {
+            for (const int result : {1, 4, 7, 8, 32, 224, 225}) {
+                // Exactly as large as the row: nothing may be read beyond it.
                 const std::vector<std::uint8_t> row = noise(static_cast<std::size_t>(width * channels(layout)), 1);
                 LinearTable table;
                 table.make(width, result, true);
-                std::vector<std::int32_t> offsets;
-                int fast = 0;
-                for (const std::int32_t first : table.first) {
-                    offsets.push_back(first * channels(layout));
-                    if (offsets.back() + 8 <= width * channels(layout)) fast = static_cast<int>(offsets.size());
+                AcrossPlan plan;
+                plan.make(table, layout, static_cast<std::int64_t>(row.size()));
+                windowed += plan.windows.empty() ? 0 : 1;
+                std::vector<std::int16_t> expected(line_values(result), 1);
+                all.back()->across({row.data(), &plan, expected.data()});
+                for (const Kernels* one : all) {
+                    std::vector<std::int16_t> ours(line_values(result), 1);
+                    one->across({row.data(), &plan, ours.data()});
+                    for (std::size_t at = 0; at < static_cast<std::size_t>(4 * result); ++at) {
+                        if (at % 4 != 3) REQUIRE(ours[at] == expected[at]);
+                    }
                 }
-                std::vector<std::int16_t> ours(static_cast<std::size_t>(4 * result), 1);
-                std::vector<std::int16_t> expected = ours;
-                kernels().across({row.data(), offsets.data(), table.weights.data(), ours.data(), result, fast, layout});
-                portable_kernels().across(
-                    {row.data(), offsets.data(), table.weights.data(), expected.data(), result, fast, layout});
-                for (std::size_t at = 0; at < ours.size(); ++at) {
-                    if (at % 4 != 3) REQUIRE(ours[at] == expected[at]);
+            }
+        }
+    }
+    CHECK(windowed > 100);
+}
+
+TEST_CASE("a plan across is made anew where the row, its layout or the result is another") {
+    AcrossPlan plan;
+    LinearTable table;
+    const auto offset = [&](int width, int result, Layout layout) {
+        table.make(width, result, true);
+        plan.make(table, layout, std::int64_t{width} * channels(layout));
+        return plan.offsets.back();
+    };
+    CHECK(offset(100, 50, Layout::bgr) == 3 * 98);
+    CHECK(offset(100, 50, Layout::bgrx) == 4 * 98);
+    CHECK(offset(100, 50, Layout::bgr) == 3 * 98);
+    CHECK(offset(60, 50, Layout::bgr) == 3 * 58);
+    CHECK(offset(60, 25, Layout::bgr) == 3 * 58);
+    CHECK(plan.count == 25);
+    CHECK(plan.offsets.size() == 25);
+}
+
+TEST_CASE("the vector loops down are equal to the portable one") {
+    std::mt19937 random(2);
+    for (const int count : {1, 7, 8, 9, 10, 15, 16, 17, 18, 31, 224, 1001}) {
+        // Exactly as large as what is read and written.
+        std::vector<std::int16_t> upper(static_cast<std::size_t>(4 * count));
+        std::vector<std::int16_t> lower = upper;
+        for (std::int16_t& value : upper) value = static_cast<std::int16_t>(random() % 32641);
+        for (std::int16_t& value : lower) value = static_cast<std::int16_t>(random() % 32641);
+        for (const int weight : {0, 1, 1023, 1024, 2047, 2048}) {
+            std::vector<std::uint8_t> expected(static_cast<std::size_t>(3 * count));
+            DownJob job{upper.data(),
+                        lower.data(),
+                        static_cast<std::int16_t>(weight),
+                        static_cast<std::int16_t>(2048 - weight),
+                        expected.data(),
+                        count};
+            runnable_kernels().back()->down(job);
+            for (const Kernels* one : runnable_kernels()) {
+                std::vector<std::uint8_t> ours(expected.size());
+                job.out = ours.data();
+                one->down(job);
+                REQUIRE(ours == expected);
+            }
+        }
+    }
+}
+
+namespace {
+
+// Blocks of k rows in memory that ends with the last of them.
+struct Blocks {
+    int channel_count;
+    int k;
+    int columns;
+    std::ptrdiff_t stride;
+    std::vector<std::uint8_t> rows;
+
+    Blocks(int channel_count_, int k_, int columns_, int gap)
+        : channel_count(channel_count_),
+          k(k_),
+          columns(columns_),
+          stride(columns_ * k_ * channel_count_ + gap),
+          rows(noise(static_cast<std::size_t>(stride * (k_ - 1) + columns_ * k_ * channel_count_), 3)) {}
+
+    std::size_t bytes() const { return static_cast<std::size_t>(columns * k * channel_count); }
+
+    // What sum_rows and average say.
+    std::vector<std::uint8_t> summed(const Kernels& one) const {
+        std::vector<std::uint16_t> sums(bytes() + 32);
+        one.sum_rows(rows.data(), stride, k, bytes(), false, sums.data());
+        std::vector<std::uint8_t> averages(static_cast<std::size_t>(4 * columns) + 32);
+        one.average(sums.data(), channel_count, k, columns, averages.data());
+        return colours(averages);
+    }
+
+    std::vector<std::uint8_t> reduced(const Kernels& one) const {
+        std::vector<std::uint8_t> averages(static_cast<std::size_t>(4 * columns) + 32);
+        one.reduce(rows.data(), stride, channel_count, k, columns, averages.data());
+        return colours(averages);
+    }
+
+private:
+    // Without what is nothing.
+    std::vector<std::uint8_t> colours(std::vector<std::uint8_t> averages) const {
+        const std::size_t step = channel_count == 1 ? 1 : 4;
+        averages.resize(static_cast<std::size_t>(columns) * step);
+        for (std::size_t at = 3; step == 4 && at < averages.size(); at += 4) averages[at] = 0;
+        return averages;
+    }
+};
+
+}  // namespace
+
+TEST_CASE("the vector loops that average are equal to the portable ones") {
+    const std::vector<const Kernels*> all = runnable_kernels();
+    for (const int k : {2, 4, 8}) {
+        for (const int channel_count : {1, 3, 4}) {
+            for (const int columns : {1, 2, 3, 4, 5, 7, 8, 9, 31, 64, 101}) {
+                for (const int gap : {0, 5}) {
+                    const Blocks blocks(channel_count, k, columns, gap);
+                    const std::vector<std::uint8_t> expected = blocks.summed(*all.back());
+                    for (const Kernels* one : all) {
+                        REQUIRE(blocks.summed(*one) == expected);
+                        if (channel_count > 1) REQUIRE(blocks.reduced(*one) == expected);
+                    }
                 }
             }
         }
     }
 }
 
-TEST_CASE("the vector loops down are equal to the portable one") {
-    std::mt19937 random(2);
-    for (const int count : {1, 7, 8, 9, 10, 17, 18, 224, 1001}) {
-        std::vector<std::int16_t> rows(static_cast<std::size_t>(8 * count));
-        for (std::int16_t& value : rows) value = static_cast<std::int16_t>(random() % 32641);
-        for (const int weight : {0, 1, 1023, 1024, 2047, 2048}) {
-            // Exactly as large as the result: nothing may be written beyond it.
-            std::vector<std::uint8_t> ours(static_cast<std::size_t>(3 * count));
-            std::vector<std::uint8_t> expected = ours;
-            DownJob job{rows.data(),
-                        rows.data() + 4 * count,
-                        static_cast<std::int16_t>(weight),
-                        static_cast<std::int16_t>(2048 - weight),
-                        ours.data(),
-                        count};
-            kernels().down(job);
-            job.out = expected.data();
-            portable_kernels().down(job);
-            REQUIRE(ours == expected);
-        }
-    }
-}
-
-TEST_CASE("the vector loops that average are equal to the portable ones") {
-    for (const int k : {2, 4, 8}) {
-        for (const int channel_count : {1, 3, 4}) {
-            for (const int columns : {1, 3, 4, 5, 31, 64}) {
-                const auto bytes = static_cast<std::size_t>(columns * k * channel_count);
-                const std::vector<std::uint8_t> rows = noise(bytes * 8, 3);
-                std::vector<std::uint16_t> ours(bytes + 32);
-                std::vector<std::uint16_t> expected(bytes + 32);
-                for (const int count : {1, 2, 3, 4, 8}) {
-                    if (count > k) continue;
-                    kernels().sum_rows(rows.data(), static_cast<std::ptrdiff_t>(bytes), count, bytes, false,
-                                       ours.data());
-                    portable_kernels().sum_rows(rows.data(), static_cast<std::ptrdiff_t>(bytes), count, bytes, false,
-                                                expected.data());
+TEST_CASE("the vector loops that sum are equal to the portable ones") {
+    const std::vector<const Kernels*> all = runnable_kernels();
+    for (const std::size_t bytes : {1U, 31U, 96U, 333U}) {
+        const std::vector<std::uint8_t> rows = noise(bytes * 8, 3);
+        for (const int count : {1, 2, 3, 4, 8}) {
+            for (const bool add : {false, true}) {
+                std::vector<std::uint16_t> expected(bytes, 7);
+                all.back()->sum_rows(rows.data(), static_cast<std::ptrdiff_t>(bytes), count, bytes, add,
+                                     expected.data());
+                for (const Kernels* one : all) {
+                    std::vector<std::uint16_t> ours(bytes, 7);
+                    one->sum_rows(rows.data(), static_cast<std::ptrdiff_t>(bytes), count, bytes, add, ours.data());
                     REQUIRE(ours == expected);
                 }
-                std::vector<std::uint8_t> averages(static_cast<std::size_t>(4 * columns) + 32);
-                std::vector<std::uint8_t> expected_averages = averages;
-                kernels().average(ours.data(), channel_count, k, columns, averages.data());
-                portable_kernels().average(expected.data(), channel_count, k, columns, expected_averages.data());
-                const int step = channel_count == 1 ? 1 : 4;
-                const auto same = [&] {
-                    for (int at = 0; at < columns * step; ++at) {
-                        if (step == 1 || at % 4 != 3) {
-                            REQUIRE(averages[static_cast<std::size_t>(at)] ==
-                                    expected_averages[static_cast<std::size_t>(at)]);
-                        }
-                    }
-                };
-                same();
-                if (channel_count == 1) continue;
-                std::fill(averages.begin(), averages.end(), std::uint8_t{0});
-                const auto stride = static_cast<std::ptrdiff_t>(bytes);
-                kernels().reduce(rows.data(), stride, channel_count, k, columns, averages.data());
-                portable_kernels().sum_rows(rows.data(), stride, k, bytes, false, expected.data());
-                portable_kernels().average(expected.data(), channel_count, k, columns, expected_averages.data());
-                same();
-                portable_kernels().reduce(rows.data(), stride, channel_count, k, columns, averages.data());
-                same();
             }
         }
     }
@@ -153,7 +216,7 @@ TEST_CASE("the vector loops for camera frames are equal to the portable one") {
                 std::vector<std::uint8_t> ours(4 * count);
                 std::vector<std::uint8_t> expected(4 * count);
                 kernels().yuv(y.data(), uv.data(), v, step, width, ours.data());
-                portable_kernels().yuv(y.data(), uv.data(), v, step, width, expected.data());
+                runnable_kernels().back()->yuv(y.data(), uv.data(), v, step, width, expected.data());
                 REQUIRE(ours == expected);
             }
         }

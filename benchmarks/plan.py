@@ -149,8 +149,12 @@ def own_precisions(settings: BenchSettings, target: Target) -> list[tuple[str, s
 
 def unlike_precisions(target: Target) -> dict[str, str]:
     """Mode -> 'int8+f32', for the modes in which the stages of a cascade run at unlike precisions here."""
-    settings, stages = settings_here(target.bundle), len(target.bundle.config.stages)
-    found = {mode: precision_name(stage_precisions(one, stages)) for mode, one in zip(MODES, settings, strict=True)}
+    latency, throughput = settings_here(target.bundle)
+    stages = len(target.bundle.config.stages)
+    found = {
+        "latency": precision_name(stage_precisions(latency, stages)),
+        "throughput": precision_name(stage_precisions(throughput, stages)),
+    }
     return {mode: name for mode, name in found.items() if name not in PRECISIONS}
 
 

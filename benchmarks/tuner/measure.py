@@ -115,8 +115,8 @@ def deploy_config(case: Case, students: dict[str, Student], objective: Objective
             )
         )
     serving = deployment.serving
-    first, last = deployment.stages[0].precision, deployment.stages[-1].precision
-    later = None if last == first else last
+    first, second = deployment.stages[0].precision, deployment.stages[-1].precision
+    later = None if second == first else second
     return DeployConfig(
         stages=tuple(stages),
         latency=LatencySettings(first, case.threads, later),

@@ -407,7 +407,7 @@ def test_a_rival_that_val_does_not_tell_apart_is_named(tmp_path: Path) -> None:
     assert rival.behind == pytest.approx(paired.mean())
     # A normal interval of a mean of paired differences; that of two accuracies apart would be far wider.
     half = 1.96 * paired.std() / IMAGES**0.5
-    assert (rival.high - rival.low) / 2 == pytest.approx(half, rel=0.2)
+    assert (rival.high - rival.low) / 2 == pytest.approx(half, abs=1 / IMAGES)
     assert half < 0.8 * 1.96 * (hits[0].var() + hits[1].var()) ** 0.5 / IMAGES**0.5
     record = finish(found, outcome, bench, found.journal)
     (said,) = [one for one in record["explanation"] if "do not tell the chosen one from" in one]

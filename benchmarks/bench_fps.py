@@ -38,6 +38,7 @@ from edgedistill.benchmarks.timing import (
     ratios,
 )
 from edgedistill.errors import ArtifactError, ModelError
+from edgedistill.runtime.bundle import precision_name, stage_precisions
 
 __all__ = ["BENCH_FORMAT", "BenchResult", "BenchSettings", "bench_fps"]
 
@@ -253,9 +254,10 @@ def _score(settings: BenchSettings, target: Target, rows: Sequence[dict[str, Any
     """The score of our fastest row in scope ``files`` (else the last measured scope) at the precision that deploys."""
     if settings.fps_target is None or settings.accuracy is None:
         return None
+    config = target.bundle.config
     deployed = {
-        "latency": target.bundle.config.latency.precision,
-        "throughput": target.bundle.config.throughput.precision,
+        mode: precision_name(stage_precisions(one, len(config.stages)))
+        for mode, one in (("latency", config.latency), ("throughput", config.throughput))
     }
     own = [row for row in rows if row["candidate"] == OWN]
     scope = "files" if any(row["scope"] == "files" for row in own) else own[-1]["scope"]

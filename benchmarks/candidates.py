@@ -61,6 +61,8 @@ class Ours:
         settings = network_settings(networks) | {"decode": network.decode, "opencv_threads": cv2.getNumThreads()}
         if request["scope"] == "model":
             return self._model_case(networks, images, spec, settings)
+        if len(network.precisions) > 1:
+            settings["stage_precisions"] = list(network.precisions)
         encoded = [path.read_bytes() for path in images]
         sources: list[Any] = encoded if request["scope"] == "files" else [decode_image(data) for data in encoded]
         if request["scope"] == "files":
@@ -101,9 +103,9 @@ class Ours:
         answer = softmax(logits, stages[0].settings.temperature).tolist()
         steps = [functools.partial(request.infer, share_outputs=True) for request in requests]
         if len(steps) == 1:
-            return Case(steps[0], None, networks[0].precision, settings, answer)
+            return Case(steps[0], None, networks[0].precisions[-1], settings, answer)
         rounds, batch = side_by_side(steps), stages[0].batch
-        return Case(None, lambda seconds: rounds(seconds) * batch, networks[0].precision, settings, answer)
+        return Case(None, lambda seconds: rounds(seconds) * batch, networks[0].precisions[-1], settings, answer)
 
 
 def preparation_us(encoded: Sequence[bytes], spec: InputSpec, decode: DecodeMode) -> dict[str, float]:
@@ -157,7 +159,7 @@ def _always(network: Network, *, exits: bool) -> Worker:
     return Worker(
         Network(
             bundle,
-            precision=network.precision,
+            precisions=network.precisions,
             decode=network.decode,
             batch=network.stages[0].batch,
             later_batch=network.stages[1].batch,

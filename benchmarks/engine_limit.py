@@ -31,6 +31,7 @@ from edgedistill.benchmarks.machine import machine_record
 from edgedistill.errors import UsageError
 from edgedistill.images import decode_image, read_bytes
 from edgedistill.runtime import Bundle, Classifier, Engine, frames
+from edgedistill.runtime.bundle import precision_name, stage_precisions
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def measure(settings: LimitSettings) -> dict[str, Any]:
     for path in paths:
         data, name = read_bytes(path)
         decode_image(data, name=name)
-    precision = settings.precision or bundle.config.throughput.precision
+    precision = settings.precision or _deployed_precision(bundle)
     cores = sorted(os.sched_getaffinity(0))
     rounds: list[dict[str, float]] = []
     with (
@@ -87,6 +88,14 @@ def measure(settings: LimitSettings) -> dict[str, Any]:
             "rounds": rounds,
             "summary": {name: _spread([entry[name] for entry in rounds]) for name in rounds[0]},
         }
+
+
+def _deployed_precision(bundle: Bundle) -> str:
+    """Raises UsageError for a cascade whose stages are deployed at unlike precisions."""
+    precision = precision_name(stage_precisions(bundle.config.throughput, len(bundle.config.stages)))
+    if "+" in precision:
+        raise UsageError(f"{bundle.source}: runs at {precision}; both sides need one precision, give --precision")
+    return precision
 
 
 def _spread(values: list[float]) -> dict[str, float]:

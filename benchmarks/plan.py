@@ -25,11 +25,11 @@ from edgedistill.benchmarks.target import CPP, CPP_PROGRAM, MODES, OWN, PEERS, S
 from edgedistill.benchmarks.timing import CandidateError, Runner, Slice, Worker, WorkerCase
 from edgedistill.errors import UsageError
 from edgedistill.images import load_image, normalize
-from edgedistill.runtime.bundle import int8_path
+from edgedistill.runtime.bundle import PRECISIONS, int8_path, precision_name, stage_precisions
 from edgedistill.runtime.cpp_programs import HOW_TO_BUILD, find_cpp_program
 from edgedistill.runtime.network import usable_cores
+from edgedistill.runtime.processor import settings_here
 
-PRECISIONS = ("f32", "bf16", "int8")
 PEERS_PYTHON = Path(".venv-peers/bin/python")
 # Candidates that live in the peers' environment, and the script beside this file that each of them is.
 PEER_SCRIPTS = {"model-api": "peer_model_api.py", "ncnn": "peer_ncnn.py"}
@@ -41,7 +41,7 @@ class BenchSettings:
 
     ``vs``: peers, keys of ``target.PEERS``. ``images``: files or folders, each an input of its own; empty: the run's val
     split, else generated photographs ('synthetic' asks for those). ``precisions``: of our own candidates; empty: all that
-    the deployable has and this CPU computes in. ``seconds``: per candidate and round. ``fps_target`` with ``accuracy``
+    the deployable has and this CPU computes in, and those of a cascade whose stages are deployed at unlike ones. ``seconds``: per candidate and round. ``fps_target`` with ``accuracy``
     (0 to 1) adds the score. ``command``: the line that repeats this, kept in the record.
     Raises UsageError for a value out of range.
     """
@@ -112,12 +112,16 @@ def plan_entries(settings: BenchSettings, target: Target, sets: Sequence[InputSe
     """Every candidate, scope, mode and input to measure, ours first; what cannot run here carries its reason."""
     entries = []
     own = own_precisions(settings, target)
+    unlike = {} if settings.precisions else unlike_precisions(target)
     missing = {peer: target.missing(peer, settings.peers_python) or "" for peer in settings.vs}
     for scope in settings.scopes:
         tensor = f"{target.spec.width}x{target.spec.height} tensor"
         for name in [tensor] if scope == "model" else [one.name for one in sets]:
+            # Scope ``model`` of a cascade is its last network alone.
+            mixed = [] if scope == "model" else list(unlike.items())
             for precision, reason in own:
                 entries += [Entry(OWN, scope, mode, name, precision, reason) for mode in MODES]
+            entries += [Entry(OWN, scope, mode, name, precision) for mode, precision in mixed]
             for peer in settings.vs:
                 shown, modes, scopes = PEERS[peer]
                 if scope not in scopes:
@@ -125,6 +129,8 @@ def plan_entries(settings: BenchSettings, target: Target, sets: Sequence[InputSe
                 plain = [("default" if peer == "naive-default" else "f32", "")]
                 for precision, reason in own if peer == CPP else plain:
                     entries += [Entry(shown, scope, mode, name, precision, missing[peer] or reason) for mode in modes]
+                if peer == CPP:
+                    entries += [Entry(shown, scope, mode, name, one, missing[peer]) for mode, one in mixed]
     return entries
 
 
@@ -139,6 +145,17 @@ def own_precisions(settings: BenchSettings, target: Target) -> list[tuple[str, s
     if settings.precisions:
         return [(name, reasons[name]) for name in settings.precisions]
     return [(name, "") for name in PRECISIONS if not reasons[name]]
+
+
+def unlike_precisions(target: Target) -> dict[str, str]:
+    """Mode -> 'int8+f32', for the modes in which the stages of a cascade run at unlike precisions here."""
+    latency, throughput = settings_here(target.bundle)
+    stages = len(target.bundle.config.stages)
+    found = {
+        "latency": precision_name(stage_precisions(latency, stages)),
+        "throughput": precision_name(stage_precisions(throughput, stages)),
+    }
+    return {mode: name for mode, name in found.items() if name not in PRECISIONS}
 
 
 class Workers:
@@ -196,7 +213,8 @@ class Workers:
             "candidate": entry.candidate,
             "scope": entry.scope,
             "mode": entry.mode,
-            "precision": entry.precision,
+            # One precision is for all stages; unlike ones are deploy.json's.
+            "precision": None if "+" in entry.precision else entry.precision,
             "images": self._images.get(entry.input) or next(iter(self._images.values()))[:1],
             "threads": usable_cores(),
             "deployable": os.fspath(target.path.resolve()),
@@ -250,7 +268,7 @@ def cpp_disagrees(entries: Sequence[Entry], tolerance: float) -> list[str]:
         if entry.candidate == CPP and entry.answer and answer:
             distance = _distance(entry.answer, answer)
             # bfloat16 sums round differently in every kernel.
-            if not distance <= (tolerance if entry.precision != "bf16" else 5 * tolerance):
+            if not distance <= (5 * tolerance if "bf16" in entry.precision else tolerance):
                 found.append(f"{entry.scope} {entry.precision}: {distance:.3g}")
     return found
 

@@ -44,7 +44,9 @@ from edgedistill.runtime.bundle import (
     LatencySettings,
     Stage,
     ThroughputSettings,
+    precision_name,
     read_deploy,
+    stage_precisions,
     write_deploy,
 )
 
@@ -223,16 +225,15 @@ def judge(
     judged = []
     for one in contenders:
         config = read_deploy(one.deploy)
-        key = repr((config.stages, config.throughput.precision))
+        precision = precision_name(stage_precisions(config.throughput, len(config.stages)))
+        key = repr((config.stages, precision))
         if key not in seen:
             found, stage = answers(one.deploy, paths)
             shares = [float(np.mean(stage == number)) for number in range(len(config.stages))]
             seen[key] = float(np.mean(found == labels)), shares
         accuracy, shares = seen[key]
         fps = Spread.of(rates[one.name])
-        judged.append(
-            Judged(one, config.throughput.precision, accuracy, shares, fps, score(accuracy, fps.median, fps_target, w))
-        )
+        judged.append(Judged(one, precision, accuracy, shares, fps, score(accuracy, fps.median, fps_target, w)))
     return judged
 
 

@@ -42,7 +42,7 @@ from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Studen
 from edgedistill.benchmarks.tuner.students import find_students
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.benchmarks.tuner.valset import open_val
-from edgedistill.errors import ArtifactError, UsageError
+from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import DecodeMode
 from edgedistill.metrics import fit_temperature
 
@@ -130,12 +130,10 @@ class Table:
         ways = servings(self.host)
         singles = [Deployment((variant,), way) for variant in self.fps for way in ways]
         values = [self.true_value(one) for one in singles]
-        for fast, slow in itertools.permutations(self.fps, 2):
-            if fast.precision == slow.precision:
-                values += [self._best_cascade(fast, slow, way) for way in ways]
+        values += [self._best_cascade(fast, slow, ways) for fast, slow in itertools.permutations(self.fps, 2)]
         return max(values)
 
-    def _best_cascade(self, fast: Variant, slow: Variant, way: Serving) -> float:
+    def _best_cascade(self, fast: Variant, slow: Variant, ways: Sequence[Serving]) -> float:
         curve = exit_curve(
             self.logits[fast],
             self.logits[slow],
@@ -143,11 +141,9 @@ class Table:
             temperature=self.temperatures[fast],
             metric=self.objective.metric,
         ).thinned(CURVE_POINTS)
-        seconds = 1 / self.stage_fps(fast, way) + curve.passed_on / self.stage_fps(slow, way)
-        return max(
-            (self.objective.value(float(m), 1 / float(s)) for m, s in zip(curve.metric, seconds, strict=True)),
-            default=0.0,
-        )
+        seconds = [1 / self.stage_fps(fast, way) + curve.passed_on / self.stage_fps(slow, way) for way in ways]
+        points = zip(curve.metric, np.min(seconds, axis=0), strict=True)
+        return max((self.objective.value(float(metric), 1 / float(least_s)) for metric, least_s in points), default=0.0)
 
 
 # ---- what real tunings recorded ----
@@ -305,6 +301,8 @@ class ReplayBench:
 
     def logits(self, variant: Variant, decode: DecodeMode) -> npt.NDArray[np.float32]:
         self.now += self.table.costs.judge_s
+        if variant not in self.table.logits:
+            raise ModelError(f"{variant.key}: the tunings that are replayed had no time for it")
         return self.table.logits[variant]
 
     @contextmanager
@@ -401,13 +399,11 @@ def tpe_draws(seed: int) -> Callable[[], Draw]:
 
 
 def drawn_deployment(table: Table, draw: Draw) -> Deployment:
-    """One of the space that the tuner searches: precision, one or two networks that have a speed, threshold, serving."""
-    precisions = sorted({variant.precision for variant in table.fps})
-    precision = precisions[draw.choose("precision", len(precisions))]
-    variants = [variant for variant in table.fps if variant.precision == precision]
+    """One of the space that the tuner searches: one or two networks that have a speed, threshold, serving."""
+    variants = list(table.fps)
     ways = servings(table.host)
     way = ways[draw.choose("serving", len(ways))]
-    first = variants[draw.choose(f"{precision} network", len(variants))]
+    first = variants[draw.choose("network", len(variants))]
     others = [variant for variant in variants if variant != first]
     if draw.choose("cascade", 2) == 0 or not others:
         return Deployment((first,), way)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -65,13 +65,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class LatencySettings:
-    """How `Classifier` runs: one image at a time. ``threads`` None: all cores."""
+    """How `Classifier` runs: one image at a time. ``threads`` None: all cores.
+
+    ``later_precision``: of a cascade's stages after the first; None: ``precision``.
+    """
 
     precision: str = "f32"
     threads: int | None = None
+    later_precision: str | None = None
 
     def __post_init__(self) -> None:
-        _check_precision("latency", self.precision)
+        _check_precision("latency precision", self.precision)
+        _check_later_precision("latency", self.later_precision)
         _check_count("latency threads", self.threads)
 
 
@@ -79,7 +84,7 @@ class LatencySettings:
 class ThroughputSettings:
     """How `Engine` runs: many images at once. None: chosen for the machine. ``batch``: images per inference.
 
-    ``later_batch``: of a cascade's stages after the first; None: ``batch``.
+    ``later_batch``, ``later_precision``: of a cascade's stages after the first; None: ``batch``, ``precision``.
     """
 
     precision: str = "f32"
@@ -88,15 +93,30 @@ class ThroughputSettings:
     batch: int = 1
     pinning: bool | None = None
     later_batch: int | None = None
+    later_precision: str | None = None
 
     def __post_init__(self) -> None:
-        _check_precision("throughput", self.precision)
+        _check_precision("throughput precision", self.precision)
+        _check_later_precision("throughput", self.later_precision)
         _check_count("throughput streams", self.streams)
         _check_count("throughput threads", self.threads)
         _check_count("throughput batch", self.batch)
         _check_count("throughput later_batch", self.later_batch)
         if self.pinning not in (None, True, False):
             raise ArtifactError(f"throughput pinning {self.pinning!r}, expected true, false or null")
+
+
+RunSettings = LatencySettings | ThroughputSettings
+
+
+def stage_precisions(settings: RunSettings, stages: int) -> tuple[str, ...]:
+    """What each of ``stages`` runs at."""
+    return (settings.precision, *[settings.later_precision or settings.precision] * (stages - 1))
+
+
+def precision_name(precisions: Sequence[str]) -> str:
+    """'int8', or 'int8+f32' where the stages of a cascade differ."""
+    return precisions[0] if len(set(precisions)) == 1 else "+".join(precisions)
 
 
 @dataclass(frozen=True)
@@ -141,11 +161,22 @@ class DeployConfig:
         if self.decode not in ("full", "reduced"):
             raise ArtifactError(f"deploy: decode {self.decode!r}, expected 'full' or 'reduced'")
         _check_share("deploy: reject_below", self.reject_below)
+        for name, settings in (("latency", self.latency), ("throughput", self.throughput)):
+            if settings.later_precision is not None and len(self.stages) == 1:
+                raise ArtifactError(
+                    f"{name} later_precision {settings.later_precision!r} is of the stages after the first, "
+                    "but there is one stage; expected null"
+                )
 
 
-def _check_precision(what: str, precision: str) -> None:
+def _check_precision(what: str, precision: str, *, expected: Sequence[str] = PRECISIONS) -> None:
     if precision not in PRECISIONS:
-        raise ArtifactError(f"{what} precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        raise ArtifactError(f"{what} {precision!r}, expected one of {', '.join(expected)}")
+
+
+def _check_later_precision(what: str, precision: str | None) -> None:
+    if precision is not None:
+        _check_precision(f"{what} later_precision", precision, expected=(*PRECISIONS, "null"))
 
 
 def _check_count(what: str, count: int | None) -> None:
@@ -504,7 +535,7 @@ class Bundle:
     def read_model(self, stage: int, precision: str) -> ov.Model:
         """The IR for that precision, at the stage's resolution. Raises ModelError when there is no such form."""
         settings, metadata = self.config.stages[stage], self.metadata[stage]
-        _check_precision(self.source, precision)
+        _check_precision(f"{self.source} precision", precision)
         if precision == "int8" and (settings.int8_sha256 is None or self.weights is not None):
             raise ModelError(
                 f"{self.source}: stage {settings.model} has no INT8 form; use precision 'f32' or export it"

@@ -18,7 +18,7 @@ from edgedistill.runtime.network import (
     Worker,
     as_frame,
     failed,
-    resolve_precision,
+    resolve_precisions,
     usable_cores,
 )
 from edgedistill.runtime.processor import settings_here
@@ -29,7 +29,7 @@ class Classifier:
     """Answers for single images in OpenVINO's latency mode: every core works on the one image.
 
     ``path``: an openvino/ folder, a deploy.json or a model.xml. ``precision``: 'f32', 'bf16' or 'int8'; by default what
-    deploy.json says, and so for ``threads`` (None there: all cores) and ``decode``. ``cache_dir``: where compiled
+    deploy.json says (given, all stages of a cascade run at it), and so for ``threads`` (None there: all cores) and ``decode``. ``cache_dir``: where compiled
     models are kept between runs; False keeps none. Raises ArtifactError or ModelError when the model cannot be used.
 
     Safe to call from several threads, one of which is answered at a time; for throughput use `Engine`.
@@ -48,7 +48,7 @@ class Classifier:
         tuned, _ = settings_here(bundle)
         self._network = Network(
             bundle,
-            precision=resolve_precision(bundle, precision, tuned.precision),
+            precisions=resolve_precisions(bundle, precision, tuned),
             decode=decode,
             properties=_latency_properties(threads, tuned.threads),
             cache_dir=cache_dir,
@@ -96,6 +96,7 @@ class Classifier:
 
     @property
     def precision(self) -> str:
+        """'int8', or 'int8+f32' where the stages of a cascade differ."""
         return self._network.precision
 
     @property

@@ -38,7 +38,7 @@ from edgedistill.runtime.network import (
     Worker,
     as_frame,
     failed,
-    resolve_precision,
+    resolve_precisions,
     usable_cores,
 )
 from edgedistill.runtime.processor import settings_here
@@ -264,11 +264,11 @@ class Engine:
             "INFERENCE_NUM_THREADS": max(1, total // self.streams),
             "ENABLE_CPU_PINNING": bool(tuned.pinning),  # or OpenVINO pins every worker to the same first core
         }
-        resolved = resolve_precision(bundle, precision, tuned.precision)
+        precisions = resolve_precisions(bundle, precision, tuned)
         self._networks = tuple(
             Network(
                 bundle,
-                precision=resolved,
+                precisions=precisions,
                 decode=decode,
                 batch=self.batch,
                 later_batch=self.later_batch,
@@ -323,6 +323,7 @@ class Engine:
 
     @property
     def precision(self) -> str:
+        """'int8', or 'int8+f32' where the stages of a cascade differ."""
         return self._networks[0].precision
 
     @property

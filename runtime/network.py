@@ -20,7 +20,16 @@ import openvino as ov
 from edgedistill import console
 from edgedistill.errors import ImageError, ModelError
 from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, ImageU8, InputSpec, prepare
-from edgedistill.runtime.bundle import Bundle, ModelMetadata, Stage, last_line, reshape_model
+from edgedistill.runtime.bundle import (
+    Bundle,
+    ModelMetadata,
+    RunSettings,
+    Stage,
+    last_line,
+    precision_name,
+    reshape_model,
+    stage_precisions,
+)
 from edgedistill.runtime.normalisation import embed_normalisation
 from edgedistill.tasks import Head, Task
 
@@ -155,15 +164,17 @@ def cache_folder(cache_dir: CacheDir) -> Path | None:
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def resolve_precision(bundle: Bundle, asked: str | None, tuned: str) -> str:
-    """``asked`` where given, else ``tuned``, which gives way to f32 on a CPU that cannot do it (with a warning)."""
-    precision = asked or tuned
-    if precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+def resolve_precisions(bundle: Bundle, asked: str | None, tuned: RunSettings) -> tuple[str, ...]:
+    """One for each stage: ``asked`` for all where given, else what ``tuned`` says, in which bf16 gives way to f32 on a
+    CPU that cannot do it (with a warning)."""
+    stages = len(bundle.config.stages)
+    precisions = (asked,) * stages if asked else stage_precisions(tuned, stages)
+    if "bf16" in precisions and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         if asked is not None:
             raise ModelError("precision 'bf16': this CPU has no bfloat16; use 'f32' or 'int8'")
         console.warn(f"{bundle.source} is tuned for bf16, which this CPU does not have: running at f32")
-        return "f32"
-    return precision
+        return tuple("f32" if precision == "bf16" else precision for precision in precisions)
+    return precisions
 
 
 @dataclass(frozen=True)
@@ -180,15 +191,15 @@ class CompiledStage:
 class Network:
     """All stages of a bundle, compiled. Shared by any number of workers in any threads; immutable after construction.
 
-    ``batch``: images per inference of the first stage, ``later_batch`` of the stages that see what it passes on.
-    ``properties``: OpenVINO's; the inference precision is always set explicitly. Raises ModelError.
+    ``precisions``: one for each stage. ``batch``: images per inference of the first stage, ``later_batch`` of the stages
+    that see what it passes on. ``properties``: OpenVINO's; the inference precision is always set explicitly. Raises ModelError.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         *,
-        precision: str,
+        precisions: Sequence[str],
         decode: DecodeMode | None = None,
         batch: int = 1,
         later_batch: int = 1,
@@ -196,20 +207,24 @@ class Network:
         cache_dir: CacheDir = None,
     ) -> None:
         self.bundle = bundle
-        self.precision = precision
+        self.precisions = tuple(precisions)
         self.decode: DecodeMode = decode or bundle.config.decode
         if self.decode not in ("full", "reduced"):
             raise ModelError(f"decode {decode!r}, expected 'full' or 'reduced'")
-        hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", **properties}
         folder = cache_folder(cache_dir)
         self.stages = tuple(
-            _compiled_stage(bundle, number, precision, batch if number == 0 else later_batch, hints, folder)
-            for number in range(len(bundle.config.stages))
+            _compiled_stage(bundle, number, precision, batch if number == 0 else later_batch, properties, folder)
+            for number, precision in enumerate(self.precisions)
         )
 
     @property
     def spec(self) -> InputSpec:
         return self.stages[0].settings.input_spec
+
+    @property
+    def precision(self) -> str:
+        """'int8', or 'int8+f32' where the stages differ."""
+        return precision_name(self.precisions)
 
     def answer(self, logits: npt.NDArray[np.float32], stage: int, name: str) -> Prediction | None:
         """float32 [C] -> the answer, or None when a later stage has to be asked."""
@@ -218,7 +233,7 @@ class Network:
             logits = _logits(logits, multi_label=metadata.multi_label)
         if not np.isfinite(logits).all():
             where = name or "image"
-            return failed(name, f"{where}: the network's output is not finite (precision {self.precision})")
+            return failed(name, f"{where}: the network's output is not finite (precision {self.precisions[stage]})")
         if metadata.heads is not None:
             return self._answer_heads(metadata.heads, logits, stage, name)
         probabilities = (sigmoid if metadata.multi_label else softmax)(logits, settings.temperature)
@@ -268,9 +283,10 @@ def _head_prediction(head: Head, exact: npt.NDArray[np.float64]) -> HeadPredicti
 
 
 def _compiled_stage(
-    bundle: Bundle, number: int, precision: str, batch: int, hints: Mapping[str, Any], folder: Path | None
+    bundle: Bundle, number: int, precision: str, batch: int, properties: Mapping[str, Any], folder: Path | None
 ) -> CompiledStage:
     settings, metadata = bundle.config.stages[number], bundle.metadata[number]
+    hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", **properties}
     compiled = _compile(bundle, number, precision, batch, hints, folder)
     alone = _compile(bundle, number, precision, 1, hints, folder) if number > 0 and batch > 1 else None
     return CompiledStage(settings, metadata, compiled, batch, alone)

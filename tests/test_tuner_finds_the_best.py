@@ -20,7 +20,8 @@ from edgedistill.artifacts import read_jsonl
 from edgedistill.benchmarks.score import Objective, score
 from edgedistill.benchmarks.timing import CandidateError, Slice
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
-from edgedistill.benchmarks.tuner.explain import explanation, steps_to
+from edgedistill.benchmarks.tuner.chance import closest_rival
+from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case
 from edgedistill.benchmarks.tuner.search import Outcome, Search, TooShortError, optimism
@@ -44,8 +45,8 @@ CLASSES, IMAGES = 4, 400
 LABELS = np.random.default_rng(0).integers(0, CLASSES, IMAGES).astype(np.int32)
 # How hard each picture is, the same for every network: what makes cascades pay.
 HARDNESS = np.random.default_rng(1).exponential(1.0, IMAGES)
-SKILL = {"small": 1.3, "large": 2.4}
-SPEED = {"small": 2200.0, "large": 420.0}
+SKILL = {"small": 1.3, "large": 2.4, "twin": 2.38}
+SPEED = {"small": 2200.0, "large": 420.0, "twin": 400.0}
 PRECISION_SPEED = {"f32": 1.0, "bf16": 1.5, "int8": 1.8}
 PRECISION_LOSS = {"f32": 0.0, "bf16": 0.01, "int8": 0.25}
 
@@ -202,7 +203,7 @@ def exhaustive_best(found: Search, *, level: float = 1.0) -> float:
         fps = level * true_fps(Deployment((variant,), serving))
         best = max(best, found.objective.value(accuracy[variant], fps))
     for fast, slow in itertools.permutations(variants, 2):
-        if fast.precision != slow.precision or accuracy[slow] <= accuracy[fast]:
+        if accuracy[slow] <= accuracy[fast]:
             continue
         curve = exit_curve(
             logits[fast], logits[slow], LABELS, temperature=fit_temperature(logits[fast], LABELS)
@@ -392,6 +393,40 @@ def test_the_explanation_adds_up(tmp_path: Path) -> None:
     assert set(record["pareto"]) <= {row["key"] for row in record["measured"]}
 
 
+def test_a_rival_that_val_does_not_tell_apart_is_named(tmp_path: Path) -> None:
+    bench = SimulatedBench(noise=0.01)
+    twins = [student("large"), student("twin")]
+    found = search(tmp_path, bench, students=twins, objective=Objective(w=1.0, fps_target=2500.0))
+    outcome = found.run()
+    rival = closest_rival(found, outcome.chosen)
+    assert rival is not None and not rival.told_apart
+    names = [{stage.student for stage in d.stages} for d in (outcome.chosen, rival.deployment)]
+    assert names[0] != names[1], "of other students"
+    hits = [found.expected_answers(d)[0] == LABELS for d in (outcome.chosen, rival.deployment)]
+    paired = hits[0].astype(float) - hits[1].astype(float)
+    assert rival.behind == pytest.approx(paired.mean())
+    # A normal interval of a mean of paired differences; that of two accuracies apart would be far wider.
+    half = 1.96 * paired.std() / IMAGES**0.5
+    assert (rival.high - rival.low) / 2 == pytest.approx(half, abs=1 / IMAGES)
+    assert half < 0.8 * 1.96 * (hits[0].var() + hits[1].var()) ** 0.5 / IMAGES**0.5
+    record = finish(found, outcome, bench, found.journal)
+    (said,) = [one for one in record["explanation"] if "do not tell the chosen one from" in one]
+    assert words(rival.deployment) in said and f"{rival.low:+.4f} and {rival.high:+.4f}" in said
+    assert record["rival"]["key"] == rival.deployment.key and record["rival"]["told_apart"] is False
+
+
+def test_a_rival_that_is_clearly_worse_goes_unsaid(tmp_path: Path) -> None:
+    bench = SimulatedBench()
+    found = search(tmp_path, bench, objective=Objective(w=0.0, fps_target=1e6))
+    outcome = found.run()
+    rival = closest_rival(found, outcome.chosen)
+    assert rival is not None and rival.told_apart and rival.low == pytest.approx(rival.behind)
+    text = " ".join(explanation(found, outcome, optimism=0.0, rival=rival))
+    assert "do not tell the chosen one" not in text
+    fastest = dataclasses.replace(found, objective=Objective(max_drop=0.01))
+    assert closest_rival(fastest, outcome.chosen) is None, "how fast one is does not depend on the images"
+
+
 def test_the_pareto_front_is_not_beaten(tmp_path: Path) -> None:
     found = search(tmp_path, SimulatedBench())
     found.run()
@@ -441,7 +476,7 @@ def test_what_the_machine_lacks_is_not_tried(tmp_path: Path) -> None:
     bench = SimulatedBench()
     found = search(tmp_path, bench, host=dataclasses.replace(HOST, bf16=False, int8_dot_products=False))
     outcome: Outcome = found.run()
-    assert outcome.chosen.precision in ("f32", "int8")
+    assert {stage.precision for stage in outcome.chosen.stages} <= {"f32", "int8"}
 
 
 def test_resolutions_lie_around_the_trained_one_and_above_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import sys
@@ -16,9 +17,12 @@ import pytest
 
 from edgedistill.benchmarks import tuner_search
 from edgedistill.benchmarks.score import Objective
+from edgedistill.benchmarks.tuner.explain import words
 from edgedistill.benchmarks.tuner.journal import Journal
+from edgedistill.benchmarks.tuner.measure import Case, deploy_config
 from edgedistill.benchmarks.tuner.search import polish
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving, servings
+from edgedistill.benchmarks.tuner.tune import incumbent
 from edgedistill.benchmarks.tuner_search import (
     Costs,
     Noise,
@@ -32,6 +36,7 @@ from edgedistill.benchmarks.tuner_search import (
 )
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
+from edgedistill.runtime.bundle import write_deploy
 
 HOST = Host(cores=2, bf16=False, int8_dot_products=True, cpu="made")
 CLASSES, IMAGES, PX = 4, 300, 64
@@ -66,13 +71,17 @@ def made_table() -> Table:
                 logits[variant] = (3 * scores).astype(np.float32)
                 fps[variant] = speed * faster * (PX / size) ** 0.6
     batches = {"small": {1: 1.0, 2: 1.35, 4: 1.8, 8: 2.2}, "large": {1: 1.0, 2: 1.1, 4: 1.25, 8: 1.5}}
-    gains = {
+    objective = Objective(fps_target=3000.0)
+    noise, costs = Noise(0.15, 0.1, REST), Costs(1.5, 2.0, 1.7)
+    return Table(students, HOST, labels, objective, logits, fps, gains_of(batches), noise, costs)
+
+
+def gains_of(batches: dict[str, dict[int, float]]) -> dict[str, dict[Serving, float]]:
+    """What each way of serving multiplies a student's speed by; ``batches``: what each number of images does."""
+    return {
         name: {way: of[way.batch] * (1.0 if way.streams == HOST.cores else 0.55) for way in servings(HOST)}
         for name, of in batches.items()
     }
-    objective = Objective(fps_target=3000.0)
-    noise, costs = Noise(0.15, 0.1, REST), Costs(1.5, 2.0, 1.7)
-    return Table(students, HOST, labels, objective, logits, fps, gains, noise, costs)
 
 
 @pytest.mark.parametrize("name", ["tuner", "random", "optuna-tpe"])
@@ -91,6 +100,75 @@ def test_every_search_pays_for_the_same_things(name: str, monkeypatch: pytest.Mo
     assert 0.75 * MINUTES * 60 <= benches[0].now <= MINUTES * 60
     assert all(stage in made_table().fps for stage in chosen.stages)
     assert chosen == searched(made_table(), name, minutes=MINUTES, seed=1), "a seed is a replay"
+
+
+@functools.cache
+def doubling_table() -> Table:
+    """Five students as accurate as each other; the slowest, image by image, doubles its speed in batches, and no other
+    gains anything by them."""
+    made, rng, doubles = made_table(), np.random.default_rng(0), "doubling"
+    students = tuple(student(name) for name in ("one", "two", "three", "four", doubles))
+    labels = rng.integers(0, CLASSES, IMAGES).astype(np.int32)
+    hardness = rng.exponential(1.0, IMAGES)
+    logits, fps = {}, {}
+    for number, one in enumerate(students):
+        speed = 900.0 if one.name == doubles else 1500.0 - 40 * number
+        for (precision, faster), size in itertools.product((("f32", 1.0), ("int8", 1.2)), (48, 64)):
+            scores = rng.normal(0, 0.25, (IMAGES, CLASSES))
+            scores[np.arange(IMAGES), labels] += 1.9 * (0.6 + 0.4 * size / PX) - hardness
+            variant = Variant(one.name, precision, (size, size))
+            logits[variant] = (3 * scores).astype(np.float32)
+            fps[variant] = speed * faster * (PX / size) ** 0.6
+    batches = {name: {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.93} for name in ("one", "two", "three", "four")}
+    batches[doubles] = {1: 1.0, 2: 1.5, 4: 2.0, 8: 2.4}
+    return dataclasses.replace(made, students=students, labels=labels, logits=logits, fps=fps, gains=gains_of(batches))
+
+
+def test_a_student_that_pays_in_batches_only_is_found() -> None:
+    table = doubling_table()
+    at_one = max(table.fps, key=lambda variant: table.fps[variant])
+    assert at_one.student == "one", "image by image it would be dropped"
+    for seed in range(3):
+        chosen = searched(table, "tuner", minutes=MINUTES, seed=seed)
+        assert {stage.student for stage in chosen.stages} == {"doubling"} and chosen.serving.batch >= 4
+        assert table.best - table.true_value(chosen) <= 0.02
+
+
+@functools.cache
+def unlike_table() -> Table:
+    """INT8 triples the speed of both students and costs only the large one accuracy."""
+    made, rng = made_table(), np.random.default_rng(7)
+    hardness = rng.exponential(1.0, IMAGES)
+    logits, fps = {}, {}
+    for variant in made.fps:
+        large, int8 = variant.student == "large", variant.precision == "int8"
+        margin = (1.4 if large and int8 else 3.2 if large else 1.4) * (0.5 + 0.5 * variant.size[0] / PX) - hardness
+        scores = rng.normal(0, 0.25, (IMAGES, CLASSES))
+        scores[np.arange(IMAGES), made.labels] += margin
+        logits[variant] = (3 * scores).astype(np.float32)
+        fps[variant] = (300.0 if large else 1000.0) * (3.0 if int8 else 1.0) * (PX / variant.size[0]) ** 0.6
+    quiet = Noise(0.0, 0.0, (0.0,))
+    return dataclasses.replace(made, logits=logits, fps=fps, noise=quiet, objective=Objective(fps_target=4000.0))
+
+
+def test_a_cascade_of_unlike_precisions_is_found_and_deployed(tmp_path: Path) -> None:
+    table = unlike_table()
+    chosen = searched(table, "tuner", minutes=MINUTES, seed=0)
+    assert [(stage.student, stage.precision) for stage in chosen.stages] == [("small", "int8"), ("large", "f32")]
+    assert table.best - table.true_value(chosen) <= 0.015
+    alike = [dataclasses.replace(stage, precision=one) for one in ("f32", "int8") for stage in chosen.stages]
+    pairs = [tuple(alike[:2]), tuple(alike[2:])]
+    assert all(table.true_value(dataclasses.replace(chosen, stages=pair)) < table.true_value(chosen) for pair in pairs)
+    text = words(chosen)
+    assert "small INT8 at" in text and "then large FP32 at" in text and chosen.precision == "int8+f32"
+    students = {one.name: one for one in table.students}
+    config = deploy_config(Case(chosen, (1.0, 1.0), (), "files"), students, table.objective, HOST)
+    for settings in (config.latency, config.throughput):
+        assert (settings.precision, settings.later_precision) == ("int8", "f32")
+    write_deploy(tmp_path / "deploy.json", config)
+    assert incumbent(tmp_path / "deploy.json", table.students, HOST) == chosen
+    plain = dataclasses.replace(students["small"], int8_sha256=None)
+    assert incumbent(tmp_path / "deploy.json", [plain, students["large"]], HOST) is None
 
 
 def test_without_optuna_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +248,15 @@ def test_folders_without_a_tuning_are_named(tmp_path: Path) -> None:
         Journal.read(tmp_path)
     with pytest.raises(ArtifactError):
         tuner_search.read_table([tmp_path])
+
+
+def test_what_no_tuning_had_time_for_is_left_out() -> None:
+    table = dataclasses.replace(made_table(), noise=Noise(0.0, 0.0, (0.0,)))
+    missing = Variant("large", "int8", (PX, PX))
+    logits = {variant: found for variant, found in table.logits.items() if variant != missing}
+    fps = {variant: speed for variant, speed in table.fps.items() if variant != missing}
+    chosen = searched(dataclasses.replace(table, logits=logits, fps=fps), "tuner", minutes=MINUTES, seed=0)
+    assert missing not in chosen.stages
 
 
 def test_a_quieter_machine_is_told_apart_better() -> None:

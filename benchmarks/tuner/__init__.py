@@ -2,7 +2,8 @@
 
 ``students`` and ``valset`` read what there is, ``space`` lists what can be chosen, ``measure`` takes the measurements
 (behind one seam, so that the search can be tried on simulated ones), ``search`` decides what to measure next,
-``cascade`` evaluates two-stage deployments from stored logits, ``explain`` and ``record`` tell and write the outcome.
+``cascade`` evaluates two-stage deployments from stored logits, ``chance`` says how far the choice was luck, ``explain``
+and ``tune`` tell and write the outcome.
 """
 
 from edgedistill.benchmarks.tuner.settings import TuneSettings

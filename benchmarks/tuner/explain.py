@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from edgedistill.benchmarks.tuner.chance import Rival
 from edgedistill.benchmarks.tuner.search import TIE_SCORE, Outcome, Search
 from edgedistill.benchmarks.tuner.space import Deployment, Variant, default_serving
 
@@ -70,8 +71,9 @@ def pixels(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
-def explanation(search: Search, outcome: Outcome, *, optimism: float) -> list[str]:
-    """Sentences, the most important first."""
+def explanation(search: Search, outcome: Outcome, *, optimism: float, rival: Rival | None = None) -> list[str]:
+    """Sentences, the most important first. ``rival``: of the chosen one; named where the val images do not tell them
+    apart."""
     chosen, objective = outcome.chosen, search.objective
     speed = search.speed(chosen)
     fps = speed.fps if speed else 0.0
@@ -90,12 +92,24 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float) -> list[st
             f"{len(outcome.tied)} finalists lie within {limit} of each other; of equals, unless "
             "another is clearly faster at no loss, the one with fewer networks, then the more accurate, then the plainer."
         )
+    if rival is not None and not rival.told_apart:
+        sentences.append(_by_chance(search, rival))
     margin = 1.96 * math.sqrt(max(metric * (1 - metric), 0.0) / count)
     sentences.append(
         f"{count} val images carry +-{100 * margin:.1f} points; having been chosen on them makes the figure about "
         f"{100 * optimism:.1f} points too good, so expect {metric - optimism:.3f} on new images."
     )
     return sentences
+
+
+def _by_chance(search: Search, rival: Rival) -> str:
+    what = "score" if search.objective.goal == "score" else search.objective.metric
+    by = f"{abs(rival.behind):.4f} {'lower' if rival.behind >= 0 else 'higher'}"
+    return (
+        f"{len(search.labels)} val images do not tell the chosen one from {words(rival.deployment)}, whose {what} is "
+        f"{by}: over images drawn anew, the same for both, the difference lies between {rival.low:+.4f} and "
+        f"{rival.high:+.4f} in 95 of 100. Which of the two was chosen is chance; more val images would tell."
+    )
 
 
 def _reached(search: Search, chosen: Deployment) -> str:

@@ -115,11 +115,13 @@ def deploy_config(case: Case, students: dict[str, Student], objective: Objective
             )
         )
     serving = deployment.serving
+    first, second = deployment.stages[0].precision, deployment.stages[-1].precision
+    later = None if second == first else second
     return DeployConfig(
         stages=tuple(stages),
-        latency=LatencySettings(deployment.precision, case.threads),
+        latency=LatencySettings(first, case.threads, later),
         throughput=ThroughputSettings(
-            deployment.precision, serving.streams, serving.threads, serving.batch, serving.pinning
+            first, serving.streams, serving.threads, serving.batch, serving.pinning, later_precision=later
         ),
         decode=deployment.decode,
         score=ScoreSettings(objective.w, objective.metric, objective.scope, objective.fps_target),

@@ -6,6 +6,7 @@ short looks of the first rung and the long, interleaved ones of the last, and no
 
     judge     logits of every variant over val, by the runtime (once; thresholds and temperatures are evaluated on them)
     screen    speed of every variant that no smaller one beats, served as the runtime does unasked
+    batches   the best variant of every student once more, several images per inference: some double, some gain nothing
     race      the best single networks and the best cascades (estimated from logits and stage times), measured
     serve     the best three in every way of using the cores
     stages    each network of the best cascades alone, served as they are: their thresholds follow from these times
@@ -43,6 +44,7 @@ from edgedistill.benchmarks.tuner.space import (
     PRECISIONS,
     Deployment,
     Host,
+    Serving,
     Student,
     Variant,
     default_serving,
@@ -54,12 +56,16 @@ from edgedistill.images import DecodeMode
 from edgedistill.metrics import fit_temperature
 
 # Up to which share of the time each phase may last.
-JUDGE_UNTIL, SCREEN_UNTIL, RACE_UNTIL, SERVE_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.3, 0.42, 0.54, 0.68, 0.72, 0.93
+JUDGE_UNTIL, SCREEN_UNTIL, BATCHES_UNTIL, RACE_UNTIL = 0.3, 0.42, 0.45, 0.54
+SERVE_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.68, 0.72, 0.93
 HEAT = 8  # cases in memory at once, beside the reference
 SHORTEST_S = 0.1
 # Filling and emptying the streams counts in every slice: shorter ones cost large batches some percent of their FPS.
 PLAYED_S = 0.25
 RACED_SINGLES, RACED_CASCADES, SERVED = 5, 7, 3
+# The one larger batch at which every student is tried before any is dropped, and from which gain on it counts: less, or
+# less than so many standard errors, may be noise.
+EARLY_BATCH, LEAST_GAIN, SURE_GAIN = 4, 1.05, 1.5
 # With the best single network, the incumbent and the rivals no more than one heat.
 FINALISTS, RIVALS = 4, 2
 PLAYED_ROUNDS, PLAYED_TIMES = 9, 16
@@ -183,6 +189,7 @@ class Search:
         """Raises TooShortError when nothing could be compared in time, ModelError when nothing could be measured."""
         self._judge()
         self._screen()
+        self._batches()
         raced = self._race()
         served = self._serve(raced)
         return self.play_off(served)
@@ -271,7 +278,7 @@ class Search:
         return (
             len(deployment.stages),
             -round(self.metric(deployment), 6),
-            PRECISIONS.index(deployment.precision),
+            sum(PRECISIONS.index(stage.precision) for stage in deployment.stages),
             deployment.decode != "reduced",
             round(strange, 6),
             deployment.serving != default_serving(self.host),
@@ -379,6 +386,33 @@ class Search:
                 return other
         return None
 
+    def _batches(self) -> None:
+        """What a batch brings each student, measured on its best variant so far; one student alone loses to nobody."""
+        singles = [d for d in self.measured() if d.serving == default_serving(self.host)]
+        leaders = {d.stages[0].student: d for d in reversed(singles)}
+        if len(self.students) > 1:
+            wanted = [leader.served(self._batched) for leader in self._ranked(list(leaders.values()))]
+            self.rung("batches", 0, wanted, rounds=6, until=self._until(BATCHES_UNTIL), most_s=0.3)
+
+    @property
+    def _batched(self) -> Serving:
+        return dataclasses.replace(default_serving(self.host), batch=EARLY_BATCH)
+
+    def batch_gain(self, student: str) -> float:
+        """How many times as fast the student's networks are in batches: the largest gain that was measured and is no
+        noise, else 1."""
+        gains = [1.0]
+        for deployment in self.deployments.values():
+            if [stage.student for stage in deployment.stages] != [student] or deployment.serving != self._batched:
+                continue
+            plain, batched = self.speed(deployment.served(default_serving(self.host))), self.speed(deployment)
+            if plain is not None and batched is not None:
+                gain = batched.fps / plain.fps
+                error = gain * math.hypot(batched.error / batched.fps, plain.error / plain.fps)
+                if gain >= max(LEAST_GAIN, 1 + SURE_GAIN * error):
+                    gains.append(gain)
+        return max(gains)
+
     def _race(self) -> list[Deployment]:
         proposals = self.proposals()
         singles = [p for p in proposals if len(p.deployment.stages) == 1]
@@ -391,40 +425,56 @@ class Search:
         ):
             wanted.insert(0, self.incumbent)
         # A threshold is as good as the times of its two stages.
-        usual = default_serving(self.host)
-        wanted += [Deployment((stage,), usual) for p in cascades[:SERVED] for stage in p.deployment.stages]
+        wanted += [
+            Deployment((stage,), p.deployment.serving) for p in cascades[:SERVED] for stage in p.deployment.stages
+        ]
         wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
         self.rung("race", 1, wanted, rounds=6, until=self._until(RACE_UNTIL), most_s=0.4)
         return [d for d in self.measured() if d in wanted or d == self.reference]
 
     def proposals(self) -> list[Proposal]:
-        """Every measured single network and, for each pair, the cascade with the best threshold; the best first."""
-        found = []
-        for deployment in self.measured():
-            speed = self.speed(deployment)
-            if len(deployment.stages) == 1 and speed is not None and deployment.serving == default_serving(self.host):
-                latency = self.speed(deployment, "latency")
-                p99_ms = (latency.p99_ms if latency else None) or math.inf
-                found.append(Proposal(deployment, self.metric(deployment), speed.fps, self.value(deployment), p99_ms))
-        found += list(self._cascades(found, "reduced"))
-        return sorted(found, key=lambda p: (-p.value, p.deployment.key))
+        """Every measured single network and, for each pair, the cascade with the best threshold; the best first.
+
+        Image by image or in batches, whichever is better by what batches bring each student.
+        """
+        usual = default_serving(self.host)
+        plain = [self._single(d) for d in self.measured() if len(d.stages) == 1 and d.serving == usual]
+        ways = [plain]
+        gains = {student.name: self.batch_gain(student.name) for student in self.students}
+        if max(gains.values()) > 1:
+            ways.append([self._in_batches(p, gains[p.deployment.stages[0].student]) for p in plain])
+        best: dict[tuple[tuple[Variant, ...], DecodeMode], Proposal] = {}
+        for singles in ways:
+            for proposal in (*singles, *self._cascades(singles, "reduced")):
+                networks = proposal.deployment.stages, proposal.deployment.decode
+                if networks not in best or proposal.value > best[networks].value:
+                    best[networks] = proposal
+        return sorted(best.values(), key=lambda p: (-p.value, p.deployment.key))
+
+    def _in_batches(self, single: Proposal, gain: float) -> Proposal:
+        deployment = single.deployment.served(self._batched)
+        speed = self.speed(deployment)
+        fps = single.fps * gain if speed is None else speed.fps
+        value = self.objective.value(single.metric, fps, p99_ms=single.p99_ms, reference=self.reference_metric)
+        return Proposal(deployment, single.metric, fps, value, single.p99_ms)
 
     def _cascades(self, singles: Sequence[Proposal], decode: DecodeMode) -> Iterator[Proposal]:
         if self.objective.scope == "model":
             return  # which images are passed on depends on images
+        fast, slow = list[Proposal](), list[Proposal]()
         for precision in PRECISIONS:
             here = [p for p in singles if p.deployment.precision == precision and p.deployment.decode == "reduced"]
-            slow = sorted(here, key=lambda p: (-p.metric, -p.fps))[:SLOW_PER_PRECISION]
-            fast = sorted(here, key=lambda p: (-p.value, -p.fps))[: FAST_PER_PRECISION // 2]
+            slow += sorted(here, key=lambda p: (-p.metric, -p.fps))[:SLOW_PER_PRECISION]
+            fast += sorted(here, key=lambda p: (-p.value, -p.fps))[: FAST_PER_PRECISION // 2]
             fast += [p for p in sorted(here, key=lambda p: -p.fps) if p not in fast][: FAST_PER_PRECISION // 2]
-            for one, other in itertools.product(fast, slow):
-                if one.fps > 1.2 * other.fps and other.metric > one.metric:
-                    proposal = self.cascade(one, other, decode)
-                    if proposal is not None:
-                        yield proposal
+        for one, other in itertools.product(fast, slow):
+            if one.fps > 1.2 * other.fps and other.metric > one.metric:
+                proposal = self.cascade(one, other, decode)
+                if proposal is not None:
+                    yield proposal
 
     def cascade(self, fast: Proposal, slow: Proposal, decode: DecodeMode) -> Proposal | None:
-        """The pair with the threshold that is best by the smoothed curve and the measured times of its stages."""
+        """The pair, served as both are, with the threshold that is best by the smoothed curve and the stages' times."""
         curve, costs = self.curve(fast, slow, decode)
         p99_ms = (fast.p99_ms, slow.p99_ms)
         point = self._best_point(curve, costs, p99_ms)
@@ -432,7 +482,7 @@ class Search:
             return None
         deployment = Deployment(
             (fast.deployment.stages[0], slow.deployment.stages[0]),
-            default_serving(self.host),
+            fast.deployment.serving,
             decode,
             round(float(curve.threshold[point]), 6),
         )
@@ -506,7 +556,10 @@ class Search:
         curve = exit_curve(
             one.logits, other.logits, self.labels, temperature=one.temperature, metric=self.objective.metric
         ).thinned(points)
-        ran = self.ran_with.get(_label(slow.deployment, "throughput", self.objective.scope), {})
+        # Decoding costs the same however the networks are served.
+        served = (slow.deployment, slow.deployment.served(default_serving(self.host)))
+        labels = [_label(deployment, "throughput", self.objective.scope) for deployment in served]
+        ran = next((self.ran_with[label] for label in labels if label in self.ran_with), {})
         decoding_s = float(ran.get("decode_us", 0.0)) / 1e6 / self.host.cores
         saved = min(0.9 / slow.fps, decoding_s * self.bench.shared_decoding(first, second, decode))
         return curve, 1 / fast.fps + curve.passed_on * (1 / slow.fps - saved)
@@ -557,7 +610,8 @@ class Search:
             leaders += [d for d in raced if len(d.stages) == stages][:1]
         leaders = list(dict.fromkeys(self.refitted(leader) for leader in leaders))
         # One way of serving after the other, so that a budget that ends early has tried every leader.
-        wanted = [leader.served(serving) for serving in servings(self.host) for leader in leaders]
+        tries = zip(*([leader.served(way) for way in self._ways(leader)] for leader in leaders), strict=True)
+        wanted = list(itertools.chain(*tries))
         wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
         self.rung("serve", 2, wanted, rounds=5, until=self._until(SERVE_UNTIL), most_s=0.4)
         # A batch may cost the two networks unlike shares of what they cost image by image.
@@ -568,6 +622,15 @@ class Search:
         ranked = self.measured()
         # The luckiest of a hundred short looks is no finalist.
         return [d for d in ranked if self._level(d) > 0] or ranked
+
+    def _ways(self, leader: Deployment) -> list[Serving]:
+        """All ways of serving, the likeliest first: where a batch has paid, larger ones before smaller ones."""
+        ways = servings(self.host)
+        if leader.serving == self._batched:
+            larger = [way for way in ways if way.batch >= EARLY_BATCH]
+            smaller = [way for way in ways if way.batch < EARLY_BATCH]
+            ways = sorted([*larger, *reversed(smaller)], key=lambda way: way.streams != leader.serving.streams)
+        return ways
 
     def _level(self, deployment: Deployment) -> int:
         looks = self.looks.get(_label(deployment, "throughput", self.objective.scope), ())

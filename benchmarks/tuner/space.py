@@ -10,6 +10,7 @@ from pathlib import Path
 import openvino as ov
 
 from edgedistill.images import DecodeMode, InputSpec
+from edgedistill.runtime.bundle import precision_name
 from edgedistill.runtime.network import usable_cores
 from edgedistill.runtime.processor import cpu_info
 
@@ -112,8 +113,8 @@ class Deployment:
 
     @property
     def precision(self) -> str:
-        """One for all stages: deploy.json has no other."""
-        return self.stages[0].precision
+        """'int8', or 'int8+f32' where the stages differ."""
+        return precision_name([stage.precision for stage in self.stages])
 
     def served(self, serving: Serving) -> Deployment:
         return dataclasses.replace(self, serving=serving)

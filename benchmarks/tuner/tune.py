@@ -18,6 +18,7 @@ from rich.table import Table
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_json, settings_dict, write_json, write_text
 from edgedistill.benchmarks.machine import machine_record
+from edgedistill.benchmarks.tuner.chance import closest_rival
 from edgedistill.benchmarks.tuner.explain import explanation, pixels, speed_record, steps_to
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Bench, Case, RealBench, deploy_config
@@ -33,6 +34,7 @@ from edgedistill.runtime.bundle import (
     int8_path,
     model_sha256,
     read_deploy,
+    stage_precisions,
     write_deploy,
 )
 
@@ -193,18 +195,16 @@ def incumbent(deploy: Path, students: Sequence[Student], host: Host) -> Deployme
         config = read_deploy(deploy)
     except EdgedistillError:
         return None
-    by_hash = {student.sha256: student for student in students}
-    precision, usual = config.throughput.precision, default_serving(host)
+    by_hash, usual = {student.sha256: student for student in students}, default_serving(host)
     if len(config.stages) > 2 or any(stage.sha256 not in by_hash for stage in config.stages):
         return None
-    if precision == "bf16" and not host.bf16:
-        return None
-    if precision == "int8" and any(by_hash[stage.sha256].int8_sha256 is None for stage in config.stages):
-        return None
-    stages = tuple(
-        Variant(by_hash[stage.sha256].name, precision, (stage.input_spec.height, stage.input_spec.width))
-        for stage in config.stages
-    )
+    found = []
+    for stage, precision in zip(config.stages, stage_precisions(config.throughput, len(config.stages)), strict=True):
+        student = by_hash[stage.sha256]
+        if (precision == "bf16" and not host.bf16) or (precision == "int8" and student.int8_sha256 is None):
+            return None
+        found.append(Variant(student.name, precision, (stage.input_spec.height, stage.input_spec.width)))
+    stages = tuple(found)
     tuned = config.throughput
     streams = min(tuned.streams or host.cores, host.cores)
     threads = max(streams, min(tuned.threads or 0, host.cores))
@@ -220,6 +220,7 @@ def finish(search: Search, outcome: Outcome, bench: Bench, journal: Journal) -> 
     case = dataclasses.replace(search.case(chosen, "latency"), threads=_latency_threads(search, chosen))
     verified = _verified(search, case, bench)
     _measure_scopes(search, chosen)
+    rival = closest_rival(search, chosen)
     too_good = optimism(search, _distinct(search.measured()), seed=search.seed)
     objective = search.objective
     return {
@@ -232,7 +233,8 @@ def finish(search: Search, outcome: Outcome, bench: Bench, journal: Journal) -> 
         },
         "reached": search.value(chosen) >= 0,
         "verified": verified,
-        "explanation": explanation(search, outcome, optimism=too_good),
+        "explanation": explanation(search, outcome, optimism=too_good, rival=rival),
+        "rival": rival.to_dict() if rival else None,
         "steps": [dataclasses.asdict(step) for step in steps_to(search, chosen)],
         "finalists": [_row(search, deployment) for deployment in outcome.finalists],
         "tied": list(outcome.tied),

@@ -401,7 +401,9 @@ def bench_fps(
         ),
     ] = None,
     images: Annotated[list[str] | None, typer.Option(help="Files or folders (default: the run's val split).")] = None,
-    precision: Annotated[str, typer.Option(help="Of our own: f32, bf16, int8 (default: all that there are).")] = "",
+    precision: Annotated[
+        str, typer.Option(help="Of our own: f32, bf16, int8 (default: all, and a cascade's as deployed).")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 5,
     seconds: Annotated[float, typer.Option(help="Per candidate and round.")] = 2.0,
     fps_target: Annotated[float | None, typer.Option(help="Frames a second that score in full.")] = None,

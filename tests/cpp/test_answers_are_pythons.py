@@ -231,6 +231,30 @@ def test_cascades_ask_the_same_stage(make: Any, threshold: float, stage: int, sl
     assert {answer.stage for answer in assert_same_on_colours(make, root)} == {stage}
 
 
+@pytest.mark.parametrize("precisions", [("int8", "f32"), ("f32", "int8"), ("int8", None)], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 0.99])
+def test_stages_of_unlike_precisions_answer_alike(
+    make: Any, precisions: tuple[str, str | None], threshold: float
+) -> None:
+    first, later = precisions
+    settings = LatencySettings(first, later_precision=later)
+    root = make.cascade(exit_threshold=threshold, slow_size=48, int8="fast slow", latency=settings)
+    found = assert_same_on_colours(make, root)
+    name = "fast" if threshold == 0 else "slow"
+    alone = Classifier(root / f"{name}.xml", precision=first if threshold == 0 else later or first)
+    for answer, colour in zip(found[2::3], make.labels, strict=True):
+        np.testing.assert_allclose(answer.probabilities, alone.classify(make.picture(colour)).probabilities, atol=1e-6)
+    assert_same_on_colours(make, root, "f32")
+
+
+def test_a_later_stage_without_that_form_is_refused_alike(make: Any) -> None:
+    root = make.cascade(exit_threshold=0.9, int8="fast", latency=LatencySettings("f32", later_precision="int8"))
+    with pytest.raises(EdgedistillError, match="no INT8 form"):
+        Classifier(root)
+    refused = dump(root)
+    assert refused.kind == "model" and "slow.xml has no INT8 form" in str(refused.error)
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
 @pytest.mark.parametrize(("height", "width"), [(90, 120), (200, 260)], ids=["decoded twice", "decoded once"])
 def test_the_second_stage_sees_what_python_shows_it(make: Any, suffix: str, height: int, width: int) -> None:

@@ -243,6 +243,36 @@ def test_bench_fps_measures_it_in_the_same_rounds(
         assert len(rows) == 6
 
 
+def test_stages_of_unlike_precisions_are_measured_as_they_are_deployed(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(test_models / "cascade", tmp_path / "openvino")
+    values = json.loads((copy / "deploy.json").read_text())
+    for stage in values["stages"]:
+        for suffix in (".xml", ".bin"):
+            model = (copy / stage["model"]).with_suffix(suffix)
+            shutil.copyfile(model, model.with_name(f"model-int8{suffix}"))
+        stage["int8_sha256"] = stage["sha256"]
+    for mode in ("latency", "throughput"):
+        values[mode] |= {"precision": "int8", "later_precision": "f32"}
+    (copy / "deploy.json").write_text(json.dumps(values))
+    photo = str(test_models / "photos" / "large.jpg")
+    command = [str(cpp_program("edgedistill-bench")), str(copy), photo, "--rounds", "2", "--seconds", "0.05"]
+    done = subprocess.run([*command, "--scope", "model,files"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "int8+f32" in done.stdout, done.stderr
+    rows = read_json(copy / "bench-cpp.json", format=BENCH_FORMAT)["results"]
+    mixed = [row for row in rows if row["precision"] == "int8+f32"]
+    assert [(row["scope"], row["mode"]) for row in mixed] == [("files", "latency"), ("files", "throughput")]
+    assert all(row["settings"]["stage_precisions"] == ["int8", "f32"] for row in mixed)
+    monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(cpp_program("edgedistill-bench").parent))
+    settings = BenchSettings(copy, ("files",), ("edgedistill-cpp",), (photo,), rounds=2, seconds=0.05)
+    record = bench_fps(settings).record
+    assert record["not_measured"] == []
+    assert not [one for one in record["warnings"] if "otherwise" in one], "C++ and Python answer differently"
+    both = {(row["candidate"], row["mode"]) for row in record["results"] if row["precision"] == "int8+f32"}
+    assert both == {(name, mode) for name in ("edgedistill", "edgedistill-cpp") for mode in ("latency", "throughput")}
+
+
 def test_the_certificate_has_its_columns(
     cpp_program: Callable[[str], Path], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

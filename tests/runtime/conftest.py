@@ -99,12 +99,19 @@ class Maker:
         write_deploy(root / "deploy.json", DeployConfig(stages=(stage,), **config))
         return root
 
-    def cascade(self, *, exit_threshold: float, slow_size: int = 32, fast_gain: float = 0.1, **config: Any) -> Path:
-        """A fast stage that is never sure of itself (gain 0.1) before a slow one that always is (gain 8)."""
+    def cascade(
+        self, *, exit_threshold: float, slow_size: int = 32, fast_gain: float = 0.1, int8: str = "", **config: Any
+    ) -> Path:
+        """A fast stage that is never sure of itself (gain 0.1) before a slow one that always is (gain 8).
+
+        ``int8``: the stages ('fast slow') with an INT8 form, whose gain is half.
+        """
         root, stages = self.folder / "cascade", []
         for name, size, gain, threshold in (("fast", 32, fast_gain, exit_threshold), ("slow", slow_size, 8.0, None)):
             spec = InputSpec(height=size, width=size)
             self.ir(root / f"{name}.xml", spec=spec, gain=gain)
+            if name in int8:
+                self.ir(root / f"{name}-int8.xml", spec=spec, gain=gain / 2)
             stages.append(
                 describe_stage(root, f"{name}.xml", input_spec=spec, temperature=1.5, exit_threshold=threshold)
             )

@@ -40,8 +40,10 @@ def test_deploy_json_survives_a_round_trip(make: Any) -> None:
     spec = InputSpec(height=48, width=64, resize="center-crop", crop_fraction=0.875)
     config = DeployConfig(
         stages=(Stage("a/model.xml", "0" * 64, spec, 1.25, 0.9, "f" * 64), Stage("b.xml", "1" * 64, spec)),
-        latency=LatencySettings("int8", 2),
-        throughput=ThroughputSettings("bf16", streams=4, threads=4, batch=2, pinning=False, later_batch=8),
+        latency=LatencySettings("int8", 2, later_precision="f32"),
+        throughput=ThroughputSettings(
+            "bf16", streams=4, threads=4, batch=2, pinning=False, later_batch=8, later_precision="int8"
+        ),
         decode="full",
         reject_below=0.3,
         score=ScoreSettings(0.5, "macro-f1", "frames", 200.0),
@@ -104,6 +106,13 @@ DEPLOY_CHANGES: list[dict[str, Any]] = [
     {"throughput": {"batch": True}},
     {"throughput": {"pinning": "yes"}},
     {"throughput": {"later_batch": 0}},
+    # Of the stages after the first, of which there are none.
+    {"throughput": {"later_precision": "f32"}},
+    {"latency": {"precision": "f32", "later_precision": "f32"}},
+    {"throughput": {"later_precision": "fp32"}},
+    {"throughput": {"later_precision": ""}},
+    {"latency": {"later_precision": 8}},
+    {"latency": {"later_precision": ["f32"]}},
     {"decode": "sideways"},
     {"reject_below": -1},
     {"score": {"w": 2}},

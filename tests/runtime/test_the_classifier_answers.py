@@ -111,7 +111,7 @@ def test_a_model_in_memory_answers_as_the_file_does(make: Any) -> None:
 
 def test_precision_is_always_set_explicitly(make: Any) -> None:
     root = make.deployable()
-    network = Network(Bundle.load(root), precision="f32", properties={}, cache_dir=False)
+    network = Network(Bundle.load(root), precisions=["f32"], properties={}, cache_dir=False)
     assert network.stages[0].compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32
     with pytest.raises(ModelError, match="no INT8 form"):
         Classifier(root, precision="int8")

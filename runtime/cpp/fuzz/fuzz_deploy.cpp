@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <string>
 
 #include <edgedistill/error.hpp>
 
@@ -24,7 +25,8 @@ bool is_count(const std::optional<int>& value) {
 
 void check(const detail::Stage& stage) {
     const std::filesystem::path path(stage.model);
-    promise(path.is_relative() && path.extension() == ".xml", "a model is an .xml file inside the folder", stage.model);
+    const bool is_xml = stage.model.size() >= 4 && stage.model.compare(stage.model.size() - 4, 4, ".xml") == 0;
+    promise(path.is_relative() && is_xml, "a model is an .xml file inside the folder", stage.model);
     promise(std::find(path.begin(), path.end(), "..") == path.end(), "no path leads out of the folder", stage.model);
     promise(stage.model.find('\0') == std::string::npos, "the path that is checked is the path that is opened");
     promise(stage.sha256.size() == 64, "every file has a checksum", stage.sha256);
@@ -34,15 +36,26 @@ void check(const detail::Stage& stage) {
     promise(stage.input_spec.width >= 8 && stage.input_spec.width <= 4096, "the width is in range");
 }
 
+template <typename Settings>
+void check_precisions(const Settings& settings, std::size_t stages) {
+    promise(stages > 1 || !settings.later_precision, "a single stage has none after it");
+    const auto precisions = detail::stage_precisions(settings.precision, settings.later_precision, stages);
+    promise(precisions.size() == stages, "every stage has a precision");
+    for (const std::string& precision : precisions) {
+        promise(detail::is_precision(precision), "the precision is known", precision);
+    }
+    promise(!detail::precision_name(precisions).empty(), "the precisions have a name");
+}
+
 void check(const detail::DeployConfig& config) {
     promise(!config.stages.empty(), "there is a stage");
     for (const detail::Stage& stage : config.stages) check(stage);
     promise(is_share(config.reject_below), "reject_below is a probability");
     promise(is_count(config.latency.threads) && is_count(config.throughput.threads), "threads are in range");
     promise(is_count(config.throughput.streams) && is_count(config.throughput.batch), "streams and batch are in range");
-    for (const std::string& precision : {config.latency.precision, config.throughput.precision}) {
-        promise(detail::is_precision(precision), "the precision is known", precision);
-    }
+    promise(is_count(config.throughput.later_batch), "the later stages' batch is in range");
+    check_precisions(config.latency, config.stages.size());
+    check_precisions(config.throughput, config.stages.size());
 }
 
 }  // namespace

@@ -24,6 +24,7 @@
 #include "machine.hpp"
 #include "ours.hpp"
 #include "photos.hpp"
+#include "processor.hpp"
 #include "serve.hpp"
 #include "serving.hpp"
 #include "sources.hpp"
@@ -132,18 +133,41 @@ std::vector<std::string> runnable_precisions(const Bundle& bundle) {
 
 // ---- measuring ----------------------------------------------------------------------------------------------------
 
+// "int8+f32" by mode: what the stages of a cascade are deployed at here, where they differ.
+std::map<std::string, std::string> unlike_precisions(const Bundle& bundle) {
+    const auto tuned = detail::settings_here(bundle, [](LogLevel, std::string_view) {});
+    std::map<std::string, std::string> found;
+    const auto add = [&](const std::string& mode, const auto& settings) {
+        const std::string name = detail::precision_name(
+            detail::stage_precisions(settings.precision, settings.later_precision, bundle.config().stages.size()));
+        if (!detail::is_precision(name)) {
+            found.emplace(mode, name);
+        }
+    };
+    add("latency", tuned.latency);
+    add("throughput", tuned.throughput);
+    return found;
+}
+
 std::vector<Entry> planned(const Arguments& arguments, const Bundle& bundle, const std::vector<InputSet>& sets) {
     const InputSpec& spec = bundle.config().stages.back().input_spec;
     const std::string tensor = std::to_string(spec.width) + "x" + std::to_string(spec.height) + " tensor";
     const auto precisions = arguments.precisions.empty() ? runnable_precisions(bundle) : arguments.precisions;
+    const auto unlike = arguments.precisions.empty() ? unlike_precisions(bundle) : std::map<std::string, std::string>{};
     std::vector<Entry> entries;
     for (const std::string& scope : arguments.scopes) {
         for (std::size_t number = 0; number < (scope == "model" ? 1 : sets.size()); ++number) {
+            const std::string& input = scope == "model" ? tensor : sets[number].name;
             for (const std::string& precision : precisions) {
                 for (const std::string& mode : kModes) {
-                    const std::string& input = scope == "model" ? tensor : sets[number].name;
                     entries.push_back({scope, mode, input, precision, "", {}, {}});
                 }
+            }
+            if (scope == "model") {
+                continue;
+            }
+            for (const auto& [mode, precision] : unlike) {
+                entries.push_back({scope, mode, input, precision, "", {}, {}});
             }
         }
     }
@@ -162,7 +186,8 @@ void prepare(const Arguments& arguments, const Bundle& bundle, const std::vector
     const bool last = entry.scope == "model" && stages.size() > 1;
     const std::string model = last ? (root_of(bundle) / stages.back().model).string() : arguments.model;
     try {
-        const auto options = engine_options(arguments, entry.precision);
+        // One precision is for all stages; unlike ones are deploy.json's.
+        const auto options = engine_options(arguments, detail::is_precision(entry.precision) ? entry.precision : "");
         const auto place = ours.try_emplace({entry.precision, model}, model, options).first;
         entry.one = place->second.prepare(entry.scope, entry.mode, set.photos);
         warm_up(entry.one);
@@ -366,7 +391,7 @@ void print_row(const Json& row) {
     const std::string spread = brief(fps["min"]) + "-" + brief(fps["max"]);
     const std::string times =
         latency.is_null() ? "-" : brief(latency["p50"]) + " / " + brief(latency["p90"]) + " / " + brief(latency["p99"]);
-    std::printf("  %-6s %-11s %8s  %-15s %s\n", row["precision"].get<std::string>().c_str(),
+    std::printf("  %-9s %-11s %8s  %-15s %s\n", row["precision"].get<std::string>().c_str(),
                 row["mode"].get<std::string>().c_str(), brief(fps["median"]).c_str(), spread.c_str(), times.c_str());
 }
 
@@ -376,7 +401,7 @@ void print_tables(const Json& record) {
     for (const Json& row : rows) {
         const std::string title = row["scope"].get<std::string>() + ": " + row["input"].get<std::string>();
         if (title != block) {
-            std::printf("%s%s\n  %-6s %-11s %8s  %-15s %s\n", block.empty() ? "" : "\n", title.c_str(), "", "mode",
+            std::printf("%s%s\n  %-9s %-11s %8s  %-15s %s\n", block.empty() ? "" : "\n", title.c_str(), "", "mode",
                         "FPS", "min-max", "p50 / p90 / p99 ms");
             block = title;
         }
@@ -453,7 +478,7 @@ int answer_bench_fps() {
     std::map<std::string, Ours> ours;
     return serve([&](const Json& request) {
         EngineOptions options;
-        options.precision = request.at("precision");
+        options.precision = request.at("precision").is_null() ? "" : request.at("precision").get<std::string>();
         const int threads = request.value("own_threads", 0);
         if (threads > 0) {
             options.threads = threads;

@@ -5,6 +5,7 @@
 #include <edgedistill/edgedistill.hpp>
 #include <functional>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -85,6 +86,7 @@ private:
         };
         made.precision = classifier().precision();
         made.settings = settings(1, options_.threads.value_or(detail::usable_cores()), 1);
+        add_stage_precisions(made);
         return made;
     }
 
@@ -113,6 +115,7 @@ private:
         const int streams = engine().streams();
         made.settings = settings(streams, std::max(streams, options_.threads.value_or(streams)), engine().batch());
         made.settings["queue_size"] = engine().queue_size();
+        add_stage_precisions(made);
         return made;
     }
 
@@ -121,7 +124,7 @@ private:
         const int streams = engine().streams();
         const auto bundle = detail::Bundle::load(model_);
         detail::CompileSettings compile;
-        compile.precision = engine().precision();
+        compile.precisions = {engine().precision()};  // a single network
         compile.batch = engine().batch();
         compile.threads = std::max(1, options_.threads.value_or(streams) / streams);
         compile.pinning = bundle->config().throughput.pinning.value_or(false);
@@ -135,7 +138,7 @@ private:
         made.run = [rounds = side_by_side(steps), batch = compile.batch](double seconds) {
             return rounds(seconds) * batch;
         };
-        made.precision = compile.precision;
+        made.precision = engine().precision();
         made.settings = settings(streams, compile.threads * streams, compile.batch);
         return made;
     }
@@ -161,6 +164,23 @@ private:
     Json settings(int streams, int threads, int batch) const {
         return {
             {"threads", threads}, {"streams", streams}, {"requests", streams}, {"batch", batch}, {"decode", decode()}};
+    }
+
+    // Of a cascade: what each of its networks runs at.
+    void add_stage_precisions(Case& made) const {
+        const std::size_t stages = detail::Bundle::load(model_)->config().stages.size();
+        if (stages < 2) {
+            return;
+        }
+        Json precisions = Json::array();
+        std::istringstream names(made.precision);
+        for (std::string name; std::getline(names, name, '+');) {
+            precisions.push_back(name);
+        }
+        while (precisions.size() < stages) {
+            precisions.push_back(precisions.front());
+        }
+        made.settings["stage_precisions"] = precisions;
     }
 
     std::string model_;

@@ -216,7 +216,10 @@ void Bundle::load_stage(const fs::path& root, const Stage& stage) {
     }
     Forms forms{read_form(path), std::nullopt};
     if (stage.int8_sha256) forms.int8 = read_form(int8_path(path));
-    const bool runs_int8 = config_.latency.precision == "int8" || config_.throughput.precision == "int8";
+    const auto is_int8 = [&, number = metadata_.size()](const auto& settings) {
+        return stage_precisions(settings.precision, settings.later_precision, number + 1)[number] == "int8";
+    };
+    const bool runs_int8 = is_int8(config_.latency) || is_int8(config_.throughput);
     ModelMetadata metadata = impl_->checked_metadata(forms, stage, runs_int8);
     InputSpec resized = stage.input_spec;
     resized.height = metadata.input_spec.height;

@@ -32,7 +32,10 @@ int latency_threads(const Options& options, std::optional<int> tuned) {
 CompileSettings latency_settings(const Bundle& bundle, const Options& options) {
     const detail::LatencySettings tuned = detail::settings_here(bundle, options.log).latency;
     CompileSettings settings;
-    settings.precision = resolve_precision(bundle, options.precision, tuned.precision, options.log);
+    const std::size_t stages = bundle.config().stages.size();
+    settings.precisions =
+        resolve_precisions(bundle, options.precision,
+                           detail::stage_precisions(tuned.precision, tuned.later_precision, stages), options.log);
     settings.decode = options.decode.value_or(bundle.config().decode);
     settings.latency = true;
     settings.threads = latency_threads(options, tuned.threads);
@@ -45,7 +48,9 @@ CompileSettings latency_settings(const Bundle& bundle, const Options& options) {
 
 struct Classifier::Impl {
     Impl(const std::shared_ptr<const Bundle>& bundle, const Options& options)
-        : network(bundle, latency_settings(*bundle, options)), worker(network) {
+        : network(bundle, latency_settings(*bundle, options)),
+          precision(detail::precision_name(network.settings().precisions)),
+          worker(network) {
         bundle->forget_models();
     }
 
@@ -56,6 +61,7 @@ struct Classifier::Impl {
     }
 
     detail::Network network;
+    std::string precision;
     std::mutex mutex;  // guards what follows
     detail::Worker worker;
     // One each: a frame that changes its kind would allocate.
@@ -135,7 +141,7 @@ double Classifier::temperature() const noexcept {
 }
 
 const std::string& Classifier::precision() const noexcept {
-    return impl_->network.settings().precision;
+    return impl_->precision;
 }
 
 }  // namespace edgedistill

@@ -134,18 +134,28 @@ Stage stage_from(const json& values) {
     return stage;
 }
 
+std::string precision_of(const json& value, const std::string& what, const char* expected) {
+    if (!value.is_string() || !is_precision(value.get_ref<const std::string&>())) {
+        refuse(what + " " + shown(value) + ", expected one of " + expected);
+    }
+    return value.get<std::string>();
+}
+
 std::string precision_field(const json& values, const std::string& what) {
     const auto found = values.find("precision");
-    if (found == values.end()) return "f32";
-    if (!found->is_string() || !is_precision(found->get_ref<const std::string&>())) {
-        refuse(what + " precision " + shown(*found) + ", expected one of f32, bf16, int8");
-    }
-    return found->get<std::string>();
+    return found == values.end() ? "f32" : precision_of(*found, what + " precision", "f32, bf16, int8");
+}
+
+std::optional<std::string> later_precision_field(const json& values, const std::string& what) {
+    const json* value = find(values, "later_precision");
+    if (value == nullptr) return std::nullopt;
+    return precision_of(*value, what + " later_precision", "f32, bf16, int8, null");
 }
 
 LatencySettings latency_from(const json& values) {
-    check_fields(values, "latency", {"precision", "threads"});
-    return {precision_field(values, "latency"), count_field(values, "latency", "threads")};
+    check_fields(values, "latency", {"precision", "threads", "later_precision"});
+    return {precision_field(values, "latency"), count_field(values, "latency", "threads"),
+            later_precision_field(values, "latency")};
 }
 
 std::optional<bool> pinning_field(const json& values) {
@@ -159,7 +169,8 @@ std::optional<bool> pinning_field(const json& values) {
 }
 
 ThroughputSettings throughput_from(const json& values) {
-    check_fields(values, "throughput", {"precision", "streams", "threads", "batch", "pinning", "later_batch"});
+    check_fields(values, "throughput",
+                 {"precision", "streams", "threads", "batch", "pinning", "later_batch", "later_precision"});
     ThroughputSettings settings;
     settings.precision = precision_field(values, "throughput");
     settings.streams = count_field(values, "throughput", "streams");
@@ -167,6 +178,7 @@ ThroughputSettings throughput_from(const json& values) {
     settings.batch = count_field(values, "throughput", "batch").value_or(1);
     settings.pinning = pinning_field(values);
     settings.later_batch = count_field(values, "throughput", "later_batch");
+    settings.later_precision = later_precision_field(values, "throughput");
     return settings;
 }
 
@@ -209,6 +221,12 @@ std::vector<Stage> stages_from(const json& values) {
     return stages;
 }
 
+void check_later_precision(const std::optional<std::string>& precision, const std::string& what, std::size_t stages) {
+    if (!precision || stages > 1) return;
+    refuse(what + " later_precision '" + *precision +
+           "' is of the stages after the first, but there is one stage; expected null");
+}
+
 // Where and with what the settings were measured: nothing there is refused, and what is odd is no CPU of this world.
 void read_origin(const json& values, DeployConfig& config) {
     if (const json* cpu = find(values, "cpu")) {
@@ -228,6 +246,8 @@ DeployConfig config_from(const json& values) {
     config.stages = stages_from(values);
     if (values.contains("latency")) config.latency = latency_from(values["latency"]);
     if (values.contains("throughput")) config.throughput = throughput_from(values["throughput"]);
+    check_later_precision(config.latency.later_precision, "latency", config.stages.size());
+    check_later_precision(config.throughput.later_precision, "throughput", config.stages.size());
     if (values.contains("score")) check_score(values["score"]);
     check_one_of(values, "deploy: ", "decode", {"full", "reduced"});
     if (values.contains("decode")) config.decode = values["decode"] == "full" ? Decode::full : Decode::reduced;
@@ -383,6 +403,22 @@ json parse_json(std::string_view text) {
 
 bool is_precision(std::string_view precision) {
     return precision == "f32" || precision == "bf16" || precision == "int8";
+}
+
+std::vector<std::string> stage_precisions(const std::string& precision, const std::optional<std::string>& later,
+                                          std::size_t stages) {
+    std::vector<std::string> precisions(stages, later.value_or(precision));
+    precisions.at(0) = precision;
+    return precisions;
+}
+
+std::string precision_name(const std::vector<std::string>& precisions) {
+    std::string name = precisions.at(0);
+    if (std::count(precisions.begin(), precisions.end(), name) == static_cast<std::ptrdiff_t>(precisions.size())) {
+        return name;
+    }
+    for (std::size_t stage = 1; stage < precisions.size(); ++stage) name += "+" + precisions[stage];
+    return name;
 }
 
 }  // namespace edgedistill::detail

@@ -1,6 +1,7 @@
 // deploy.json: what was decided for a deployable, checked. The C++ form of the settings in runtime/bundle.py.
 #pragma once
 
+#include <cstddef>
 #include <filesystem>
 #include <optional>
 #include <string>
@@ -25,7 +26,8 @@ struct Stage {
 
 struct LatencySettings {
     std::string precision = "f32";
-    std::optional<int> threads;  // nothing: all cores
+    std::optional<int> threads;                  // nothing: all cores
+    std::optional<std::string> later_precision;  // of a cascade's stages after the first; nothing: `precision`
 };
 
 struct ThroughputSettings {
@@ -34,7 +36,9 @@ struct ThroughputSettings {
     std::optional<int> threads;
     int batch = 1;
     std::optional<bool> pinning;
-    std::optional<int> later_batch;  // of a cascade's stages after the first; nothing: `batch`
+    // Of a cascade's stages after the first; nothing: `batch` and `precision`.
+    std::optional<int> later_batch;
+    std::optional<std::string> later_precision;
 };
 
 struct DeployConfig {
@@ -63,5 +67,10 @@ bool same_pixels(const InputSpec& one, const InputSpec& other);
 nlohmann::json parse_json(std::string_view text);
 
 bool is_precision(std::string_view precision);
+// What each of `stages` runs at. `later` nothing: all alike.
+std::vector<std::string> stage_precisions(const std::string& precision, const std::optional<std::string>& later,
+                                          std::size_t stages);
+// "int8", or "int8+f32" where the stages of a cascade differ.
+std::string precision_name(const std::vector<std::string>& precisions);
 
 }  // namespace edgedistill::detail

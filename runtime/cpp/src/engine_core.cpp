@@ -55,7 +55,10 @@ EngineCore::EngineCore(std::shared_ptr<const Bundle> bundle, const EngineOptions
                     "queue_size " + std::to_string(queue_size_) +
                         ", expected more than streams x batch = " + std::to_string(streams_ * batch_));
     }
-    precision_ = resolve_precision(*bundle_, options.precision, tuned_.precision, options.log);
+    const std::size_t stages = bundle_->config().stages.size();
+    precisions_ = resolve_precisions(*bundle_, options.precision,
+                                     stage_precisions(tuned_.precision, tuned_.later_precision, stages), options.log);
+    precision_ = precision_name(precisions_);
     start(options, std::move(callback));
 }
 
@@ -81,7 +84,7 @@ void EngineCore::check(const EngineOptions& options) const {
 
 CompileSettings EngineCore::compile_settings(const EngineOptions& options) const {
     CompileSettings settings;
-    settings.precision = precision_;
+    settings.precisions = precisions_;
     settings.decode = options.decode.value_or(bundle_->config().decode);
     settings.batch = batch_;
     settings.later_batch = later_batch_;

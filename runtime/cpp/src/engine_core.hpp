@@ -41,6 +41,7 @@ private:
 
     std::shared_ptr<const Bundle> bundle_;
     ThroughputSettings tuned_;
+    std::vector<std::string> precisions_;
     std::string precision_;
     int streams_;
     int batch_;

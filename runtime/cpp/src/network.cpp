@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <new>
@@ -72,10 +73,10 @@ std::optional<fs::path> cache_folder(const ModelCache& cache) {
     return folder;
 }
 
-ov::AnyMap compile_properties(const CompileSettings& settings) {
+ov::AnyMap compile_properties(const CompileSettings& settings, const std::string& precision) {
     ov::AnyMap properties{
         // Always said: OpenVINO's own default is bfloat16 where the CPU has it.
-        {"INFERENCE_PRECISION_HINT", settings.precision == "bf16" ? "bf16" : "f32"},
+        {"INFERENCE_PRECISION_HINT", precision == "bf16" ? "bf16" : "f32"},
         {"NUM_STREAMS", "1"},
     };
     if (settings.latency) {
@@ -113,26 +114,26 @@ struct DrawnStage {
     const Stage* settings = nullptr;
     const ModelMetadata* metadata = nullptr;
     std::size_t batch = 1;
+    std::string precision;
     std::shared_ptr<const ov::Model> model;
     std::shared_ptr<const ov::Model> alone;  // nothing: as in CompiledStage
 };
 
-[[noreturn]] void refuse_to_compile(const Bundle& bundle, const CompileSettings& settings,
-                                    const std::exception& error) {
-    throw Error(ErrorKind::model, bundle.source() + ": OpenVINO cannot compile it at precision " + settings.precision +
-                                      " (" + last_line(error) + ")");
+[[noreturn]] void refuse_to_compile(const Bundle& bundle, const std::string& precision, const std::exception& error) {
+    throw Error(ErrorKind::model, bundle.source() + ": OpenVINO cannot compile it at precision " + precision + " (" +
+                                      last_line(error) + ")");
 }
 
 std::shared_ptr<const ov::Model> draw_model(const Bundle& bundle, std::size_t number, int batch,
                                             const CompileSettings& settings) {
     const ModelMetadata& metadata = bundle.metadata()[number];
     const InputSpec& spec = bundle.config().stages[number].input_spec;
-    const auto model = bundle.read_model(number, settings.precision);
+    const auto model = bundle.read_model(number, settings.precisions[number]);
     if (batch > 1) reshape_model(*model, metadata, spec, batch, bundle.source());
     try {
         embed_normalisation(model, spec, metadata.bgr, metadata.nhwc);
     } catch (const std::exception& error) {
-        refuse_to_compile(bundle, settings, error);
+        refuse_to_compile(bundle, settings.precisions[number], error);
     }
     return model;
 }
@@ -143,22 +144,31 @@ DrawnStage draw_stage(const Bundle& bundle, std::size_t number, const CompileSet
     stage.settings = &bundle.config().stages[number];
     stage.metadata = &bundle.metadata()[number];
     stage.batch = static_cast<std::size_t>(batch);
+    stage.precision = settings.precisions[number];
     stage.model = draw_model(bundle, number, batch, settings);
     if (number > 0 && batch > 1) stage.alone = draw_model(bundle, number, 1, settings);
     return stage;
 }
 
-ov::CompiledModel compile_model(const Bundle& bundle, const std::shared_ptr<const ov::Model>& model,
-                                const ov::Shape& output, const CompileSettings& settings) {
-    try {
-        auto compiled = bundle.core().compile_model(model, "CPU", compile_properties(settings));
-        check_output(compiled, output, bundle.source());
-        return compiled;
-    } catch (const Error&) {
-        throw;
-    } catch (const std::exception& error) {
-        refuse_to_compile(bundle, settings, error);
-    }
+using Copy = std::function<std::shared_ptr<const ov::Model>(const ov::Model&)>;
+
+CompiledStage compile_stage(const Bundle& bundle, const DrawnStage& drawn, const CompileSettings& settings,
+                            const Copy& copied) {
+    const ov::AnyMap properties = compile_properties(settings, drawn.precision);
+    const auto compile = [&](const ov::Model& model, std::size_t batch) {
+        try {
+            auto compiled = bundle.core().compile_model(copied(model), "CPU", properties);
+            check_output(compiled, {batch, drawn.metadata->labels.size()}, bundle.source());
+            return compiled;
+        } catch (const Error&) {
+            throw;
+        } catch (const std::exception& error) {
+            refuse_to_compile(bundle, drawn.precision, error);
+        }
+    };
+    CompiledStage stage{drawn.settings, drawn.metadata, drawn.batch, compile(*drawn.model, drawn.batch), {}};
+    if (drawn.alone) stage.alone = compile(*drawn.alone, 1);
+    return stage;
 }
 
 // The smallest float64 whose nearest float32 is 1: a sigmoid that came out as 1 in float32 was at least that.
@@ -235,25 +245,27 @@ int usable_cores() {
     return static_cast<int>(std::min<long long>(cores, allowed));
 }
 
-std::string resolve_precision(const Bundle& bundle, const std::string& asked, const std::string& tuned,
-                              const LogCallback& log) {
-    const std::string& precision = asked.empty() ? tuned : asked;
-    if (!is_precision(precision)) {
-        throw Error(ErrorKind::usage, "precision '" + precision + "', expected one of f32, bf16, int8");
+std::vector<std::string> resolve_precisions(const Bundle& bundle, const std::string& asked,
+                                            std::vector<std::string> tuned, const LogCallback& log) {
+    if (!asked.empty() && !is_precision(asked)) {
+        throw Error(ErrorKind::usage, "precision '" + asked + "', expected one of f32, bf16, int8");
     }
-    if (precision != "bf16") return precision;
+    std::vector<std::string> precisions = std::move(tuned);
+    if (!asked.empty()) std::fill(precisions.begin(), precisions.end(), asked);
+    if (std::find(precisions.begin(), precisions.end(), "bf16") == precisions.end()) return precisions;
     std::vector<std::string> capabilities;
     try {
         capabilities = bundle.core().get_property("CPU", ov::device::capabilities);
     } catch (const std::exception& error) {
         throw Error(ErrorKind::model, std::string("OpenVINO has no CPU device here (") + last_line(error) + ")");
     }
-    if (std::find(capabilities.begin(), capabilities.end(), "BF16") != capabilities.end()) return precision;
+    if (std::find(capabilities.begin(), capabilities.end(), "BF16") != capabilities.end()) return precisions;
     if (!asked.empty()) {
         throw Error(ErrorKind::model, "precision 'bf16': this CPU has no bfloat16; use 'f32' or 'int8'");
     }
     warn(log, bundle.source() + " is tuned for bf16, which this CPU does not have: running at f32");
-    return "f32";
+    std::replace(precisions.begin(), precisions.end(), std::string("bf16"), std::string("f32"));
+    return precisions;
 }
 
 struct Network::Impl {
@@ -277,6 +289,11 @@ Blueprint::Blueprint(std::shared_ptr<const Bundle> bundle, const CompileSettings
     if (settings.max_pixels < 1) {
         throw Error(ErrorKind::usage, "max_pixels " + std::to_string(settings.max_pixels) + ", expected 1 or more");
     }
+    if (settings.precisions.size() != bundle->config().stages.size()) {
+        throw Error(ErrorKind::usage, std::to_string(settings.precisions.size()) +
+                                          " precisions, expected one for each of " +
+                                          std::to_string(bundle->config().stages.size()) + " stages");
+    }
     impl_->bundle = std::move(bundle);
     impl_->settings = settings;
     const Bundle& source = *impl_->bundle;
@@ -296,11 +313,7 @@ Network Blueprint::compile() const {
     const Bundle& bundle = *impl_->bundle;
     auto network = std::make_unique<Network::Impl>(Network::Impl{impl_->bundle, impl_->settings, {}});
     for (const DrawnStage& drawn : impl_->stages) {
-        const std::size_t classes = drawn.metadata->labels.size();
-        CompiledStage stage{drawn.settings, drawn.metadata, drawn.batch, {}, {}};
-        stage.compiled = compile_model(bundle, copied(*drawn.model), {drawn.batch, classes}, impl_->settings);
-        if (drawn.alone) stage.alone = compile_model(bundle, copied(*drawn.alone), {1, classes}, impl_->settings);
-        network->stages.push_back(std::move(stage));
+        network->stages.push_back(compile_stage(bundle, drawn, impl_->settings, copied));
     }
     return Network(std::move(network));
 }
@@ -499,7 +512,7 @@ bool Worker::Impl::finish(std::size_t number, const float* raw, Prediction& out)
     read_logits(*stage.metadata, raw, logits);
     if (!std::all_of(logits.begin(), logits.end(), [](float value) { return std::isfinite(value); })) {
         fail(out, (out.name.empty() ? "image" : out.name) + ": the network's output is not finite (precision " +
-                      network->settings().precision + ")");
+                      network->settings().precisions[number] + ")");
         return true;
     }
     out.probabilities.resize(logits.size());

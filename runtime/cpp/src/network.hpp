@@ -19,7 +19,7 @@ class Bundle;  // bundle.hpp
 std::size_t later_pixel_bytes(const Bundle& bundle);
 
 struct CompileSettings {
-    std::string precision;  // "f32", "bf16" or "int8", resolved
+    std::vector<std::string> precisions;  // "f32", "bf16" or "int8", resolved, one for each stage
     Decode decode = Decode::reduced;
     int batch = 1;         // of the first stage
     int later_batch = 1;   // of the stages that see what it passes on
@@ -93,9 +93,9 @@ private:
 // CPUs that this process may use: its affinity, or fewer under a container's quota.
 int usable_cores();
 
-// `asked` where given, else `tuned`, which gives way to "f32" on a CPU that cannot do it (with a warning).
-// Throws Error (model, usage).
-std::string resolve_precision(const Bundle& bundle, const std::string& asked, const std::string& tuned,
-                              const LogCallback& log);
+// One for each stage: `asked` for all where given, else `tuned`, in which "bf16" gives way to "f32" on a CPU that
+// cannot do it (with a warning). Throws Error (model, usage).
+std::vector<std::string> resolve_precisions(const Bundle& bundle, const std::string& asked,
+                                            std::vector<std::string> tuned, const LogCallback& log);
 
 }  // namespace edgedistill::detail

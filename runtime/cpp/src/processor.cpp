@@ -44,8 +44,9 @@ std::string release(const std::string& version) {
 }
 
 bool is_safe(const LatencySettings& latency, const ThroughputSettings& throughput) {
-    return latency.precision == "f32" && !latency.threads && throughput.precision == "f32" && !throughput.streams &&
-           !throughput.threads && throughput.batch == 1 && !throughput.pinning && !throughput.later_batch;
+    return latency.precision == "f32" && !latency.threads && !latency.later_precision &&
+           throughput.precision == "f32" && !throughput.streams && !throughput.threads && throughput.batch == 1 &&
+           !throughput.pinning && !throughput.later_batch && !throughput.later_precision;
 }
 
 }  // namespace

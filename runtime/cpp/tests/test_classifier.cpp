@@ -196,7 +196,7 @@ TEST_CASE("a batch answers each image as if it were alone, and a bad one costs o
         later_batch = 4;
     }
     detail::CompileSettings settings;
-    settings.precision = "f32";
+    settings.precisions = {"f32", "f32"};
     settings.batch = 4;
     settings.later_batch = later_batch;
     settings.threads = 1;

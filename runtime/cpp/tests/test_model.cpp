@@ -96,17 +96,22 @@ json deploy_values() {
                        {"input_spec", spec},     {"temperature", 1.25},
                        {"exit_threshold", 0.9},  {"int8_sha256", std::string(64, 'f')}};
     const json slow = {{"model", "b.xml"}, {"sha256", std::string(64, '1')}, {"input_spec", spec}};
-    return {
-        {"format", "edgedistill-deploy"},
-        {"version", 1},
-        {"stages", {fast, slow}},
-        {"latency", {{"precision", "int8"}, {"threads", 2}}},
-        {"throughput", {{"precision", "bf16"}, {"streams", 4}, {"batch", 2}, {"pinning", false}, {"later_batch", 8}}},
-        {"decode", "full"},
-        {"reject_below", 0.3},
-        {"score", {{"w", 0.5}, {"metric", "macro-f1"}, {"scope", "frames"}, {"fps_target", 200}}},
-        {"cpu", "a processor"},
-        {"versions", {{"openvino", "2026.4.1"}}}};
+    return {{"format", "edgedistill-deploy"},
+            {"version", 1},
+            {"stages", {fast, slow}},
+            {"latency", {{"precision", "int8"}, {"threads", 2}, {"later_precision", "f32"}}},
+            {"throughput",
+             {{"precision", "bf16"},
+              {"streams", 4},
+              {"batch", 2},
+              {"pinning", false},
+              {"later_batch", 8},
+              {"later_precision", "int8"}}},
+            {"decode", "full"},
+            {"reject_below", 0.3},
+            {"score", {{"w", 0.5}, {"metric", "macro-f1"}, {"scope", "frames"}, {"fps_target", 200}}},
+            {"cpu", "a processor"},
+            {"versions", {{"openvino", "2026.4.1"}}}};
 }
 
 DeployConfig parsed(const json& values) {
@@ -115,7 +120,7 @@ DeployConfig parsed(const json& values) {
 
 CompileSettings plain_settings() {
     CompileSettings settings;
-    settings.precision = "f32";
+    settings.precisions = {"f32"};
     settings.latency = true;
     settings.cache.enabled = false;
     return settings;
@@ -143,9 +148,15 @@ TEST_CASE("every field of deploy.json arrives") {
     CHECK_FALSE(config.throughput.threads);
     CHECK(config.throughput.batch == 2);
     CHECK(config.throughput.later_batch == 8);
+    CHECK(config.latency.later_precision == "f32");
+    CHECK(config.throughput.later_precision == "int8");
     json older = deploy_values();
     older["throughput"].erase("later_batch");
+    older["throughput"].erase("later_precision");
+    older["latency"]["later_precision"] = nullptr;
     CHECK_FALSE(parsed(older).throughput.later_batch);
+    CHECK_FALSE(parsed(older).throughput.later_precision);
+    CHECK_FALSE(parsed(older).latency.later_precision);
     CHECK(config.throughput.pinning == false);
     CHECK(config.decode == Decode::full);
     CHECK(config.reject_below == 0.3);
@@ -176,6 +187,10 @@ TEST_CASE("a deploy.json with one wrong field is refused and the field is named"
         {"/throughput/batch", 4097},
         {"/throughput/pinning", "yes"},
         {"/throughput/later_batch", 0},
+        {"/throughput/later_precision", "fp32"},
+        {"/throughput/later_precision", ""},
+        {"/latency/later_precision", {"f32"}},
+        {"/latency/later_precision", 8},
         {"/decode", "sideways"},
         {"/reject_below", -1},
         {"/score/metric", "speed"},
@@ -193,6 +208,24 @@ TEST_CASE("a deploy.json with one wrong field is refused and the field is named"
         CHECK(has(said, "artifact: deploy.json"));
         const bool about_size = field == "height" || field == "width";
         CHECK(has(said, about_size ? "expected 8 to 4096 pixels" : field));
+    }
+}
+
+TEST_CASE("the stages after the first run at a precision of their own where one is named") {
+    using Names = std::vector<std::string>;
+    CHECK(stage_precisions("int8", std::nullopt, 3) == Names{"int8", "int8", "int8"});
+    CHECK(stage_precisions("int8", "f32", 3) == Names{"int8", "f32", "f32"});
+    CHECK(stage_precisions("int8", "f32", 1) == Names{"int8"});
+    CHECK(precision_name({"int8", "f32"}) == "int8+f32");
+    CHECK(precision_name({"int8", "int8"}) == "int8");
+    for (const char* what : {"latency", "throughput"}) {
+        json single = deploy_values();
+        single["stages"].erase(1);
+        single["latency"]["later_precision"] = nullptr;
+        single["throughput"].erase("later_precision");
+        CHECK(parsed(single).stages.size() == 1);
+        single[what]["later_precision"] = "int8";
+        CHECK(has(refusal([&] { parsed(single); }), what + std::string(" later_precision 'int8' is of the stages")));
     }
 }
 
@@ -389,20 +422,22 @@ TEST_CASE("an input is quantised as it is normalised where all of it is quantise
 TEST_CASE("OpenVINO is always told the precision") {
     const auto bundle = Bundle::load(models() / "single");
     const LogCallback quiet = [](LogLevel, std::string_view) {};
-    CHECK(resolve_precision(*bundle, "", "int8", quiet) == "int8");
-    CHECK(resolve_precision(*bundle, "f32", "int8", quiet) == "f32");
-    CHECK(has(refusal([&] { resolve_precision(*bundle, "fp16", "f32", quiet); }), "usage: precision 'fp16'"));
+    const std::vector<std::string> unlike{"int8", "f32"};
+    CHECK(resolve_precisions(*bundle, "", unlike, quiet) == unlike);
+    CHECK(resolve_precisions(*bundle, "f32", unlike, quiet) == std::vector<std::string>{"f32", "f32"});
+    CHECK(has(refusal([&] { resolve_precisions(*bundle, "fp16", {"f32"}, quiet); }), "usage: precision 'fp16'"));
     const auto abilities = bundle->core().get_property("CPU", ov::device::capabilities);
     const bool bf16 = std::find(abilities.begin(), abilities.end(), "BF16") != abilities.end();
     std::string warning;
     const LogCallback keep = [&](LogLevel level, std::string_view text) {
         warning = (level == LogLevel::warning ? "warning: " : "info: ") + std::string(text);
     };
-    CHECK(resolve_precision(*bundle, "", "bf16", keep) == (bf16 ? "bf16" : "f32"));
+    const std::vector<std::string> expected{"int8", bf16 ? "bf16" : "f32"};
+    CHECK(resolve_precisions(*bundle, "", {"int8", "bf16"}, keep) == expected);
     CHECK(warning.empty() == bf16);
     if (!bf16) {
         CHECK(has(warning, "warning: " + bundle->source() + " is tuned for bf16"));
-        CHECK(has(refusal([&] { resolve_precision(*bundle, "bf16", "f32", quiet); }), "model: precision 'bf16'"));
+        CHECK(has(refusal([&] { resolve_precisions(*bundle, "bf16", {"f32"}, quiet); }), "model: precision 'bf16'"));
     }
 }
 

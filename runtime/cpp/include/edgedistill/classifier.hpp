@@ -48,7 +48,7 @@ public:
     bool multi_label() const noexcept;
     const std::vector<Head>& heads() const noexcept;  // of a network with several heads; else empty
     double temperature() const noexcept;              // of the first stage
-    const std::string& precision() const noexcept;
+    const std::string& precision() const noexcept;    // "int8+f32" where the stages of a cascade differ
 
 private:
     struct Impl;

@@ -53,7 +53,7 @@ typedef struct edgedistill_image {
 /* Fill with edgedistill_default_options first. Strings may be NULL. Counts of 0: deploy.json or the machine decides. */
 typedef struct edgedistill_options {
     size_t struct_size;    /* set by edgedistill_default_options */
-    const char* precision; /* "f32", "bf16", "int8"; NULL: what deploy.json says */
+    const char* precision; /* "f32", "bf16", "int8", of every stage; NULL: what deploy.json says */
     int32_t threads;
     int32_t streams;     /* engine only */
     int32_t batch;       /* engine only */

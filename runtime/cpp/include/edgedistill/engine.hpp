@@ -91,7 +91,7 @@ public:
     const InputSpec& spec() const noexcept;
     bool multi_label() const noexcept;
     const std::vector<Head>& heads() const noexcept;  // of a network with several heads; else empty
-    const std::string& precision() const noexcept;
+    const std::string& precision() const noexcept;    // "int8+f32" where the stages of a cascade differ
     int streams() const noexcept;
     int batch() const noexcept;
     int queue_size() const noexcept;

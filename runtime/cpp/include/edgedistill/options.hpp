@@ -35,7 +35,7 @@ struct InputSpec {
 };
 
 struct Options {
-    std::string precision;         // "f32", "bf16" or "int8"; empty: what deploy.json says
+    std::string precision;         // "f32", "bf16" or "int8", of every stage; empty: what deploy.json says
     std::optional<int> threads;    // OpenVINO's inference threads in all; unset: by deploy.json, else by the machine
     std::optional<Decode> decode;  // unset: what deploy.json says
     ModelCache cache;

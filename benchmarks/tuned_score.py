@@ -37,7 +37,7 @@ from edgedistill.benchmarks.tuner.space import PRECISIONS, Host, Student
 from edgedistill.benchmarks.tuner.students import find_students
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.data.manifest import Dataset, read_dataset
-from edgedistill.errors import ModelError
+from edgedistill.errors import ModelError, UsageError
 from edgedistill.runtime import Bundle, Engine
 from edgedistill.runtime.bundle import (
     DeployConfig,
@@ -134,14 +134,24 @@ def _write(student: Student, throughput: ThroughputSettings, folder: Path, host:
 
 
 def slow_stage(name: str, deploy: Path, students: Sequence[Student], folder: Path, host: Host) -> Contender | None:
-    """The second stage of a cascade alone, served as the cascade is; None where there is one stage."""
+    """The second stage of a cascade alone, served as the cascade is; None where there is one stage.
+
+    Raises UsageError where that network is none of ``students``.
+    """
     config = read_deploy(deploy)
     if len(config.stages) < 2:
         return None
-    last = config.stages[-1]
-    student = next(student for student in students if student.sha256 == last.sha256)
+    last, served = config.stages[-1], config.throughput
+    student = next((student for student in students if student.sha256 == last.sha256), None)
+    if student is None:
+        raise UsageError(
+            f"{deploy}: {last.model} is none of the run's students; copy its openvino/ folder into the run"
+        )
     sized = dataclasses.replace(student, spec=last.input_spec, temperature=last.temperature)
-    path = _write(sized, config.throughput, folder, host)
+    alone = dataclasses.replace(
+        served, precision=stage_precisions(served, 2)[-1], later_precision=None, later_batch=None
+    )
+    path = _write(sized, alone, folder, host)
     return Contender(f"{name}: its slow stage alone", "slow-stage", path, sized)
 
 

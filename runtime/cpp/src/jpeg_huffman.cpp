@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "x86.hpp"
+
 // libjpeg-turbo installs the header that says where its entropy decoder hangs.
 #if __has_include(<jpegint.h>) && defined(LIBJPEG_TURBO_VERSION_NUMBER)
 #define EDGEDISTILL_OWN_HUFFMAN 1
@@ -11,18 +13,9 @@
 #define EDGEDISTILL_OWN_HUFFMAN 0
 #endif
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define EDGEDISTILL_X86 1
-#define EDGEDISTILL_BMI2 __attribute__((target("bmi,bmi2")))
-#else
-#define EDGEDISTILL_X86 0
-#endif
-
 #if defined(__GNUC__) || defined(__clang__)
-#define EDGEDISTILL_INLINE inline __attribute__((always_inline))
 #define EDGEDISTILL_LIKELY(condition) __builtin_expect(static_cast<bool>(condition), 1)
 #else
-#define EDGEDISTILL_INLINE inline
 #define EDGEDISTILL_LIKELY(condition) (condition)
 #endif
 

@@ -5,19 +5,11 @@
 #include <type_traits>
 
 #include "kernels_avx512.hpp"
+#include "png_filter.hpp"
+#include "x86.hpp"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define EDGEDISTILL_X86 1
+#if EDGEDISTILL_X86
 #include <immintrin.h>
-#define EDGEDISTILL_AVX2 __attribute__((target("avx2")))
-#else
-#define EDGEDISTILL_X86 0
-#endif
-
-#if defined(__GNUC__) || defined(__clang__)
-#define EDGEDISTILL_INLINE inline __attribute__((always_inline))
-#else
-#define EDGEDISTILL_INLINE inline
 #endif
 
 namespace edgedistill::detail {
@@ -198,8 +190,8 @@ void yuv_portable(const std::uint8_t* y, const std::uint8_t* u, const std::uint8
     yuv_from(y, u, v, u_step, 0, width, out);
 }
 
-constexpr Kernels portable{across_portable,  down_portable,   sum_portable,
-                           average_portable, reduce_portable, yuv_portable};
+constexpr Kernels portable{across_portable, down_portable, sum_portable,     average_portable,
+                           reduce_portable, yuv_portable,  unfilter_portable};
 
 #if EDGEDISTILL_X86
 
@@ -329,18 +321,10 @@ EDGEDISTILL_AVX2 void average_avx2(const std::uint16_t* sums, int channel_count,
     return average_avx2_k<8>(sums, channel_count, columns, out);
 }
 
-// The bytes of 4 pixels in pairs of one channel; for k = 2 the pairs of the first block come first.
 template <int K, int C>
 EDGEDISTILL_AVX2 inline __m256i neighbours() {
-    __m128i order;
-    if (K == 2) {
-        order = C == 3 ? _mm_setr_epi8(0, 3, 1, 4, 2, 5, -1, -1, 6, 9, 7, 10, 8, 11, -1, -1)
-                       : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
-    } else {
-        order = C == 3 ? _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1)
-                       : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    }
-    return _mm256_broadcastsi128_si256(order);
+    static constexpr Lane order = neighbour_order(K, C);
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(order.data())));
 }
 
 // Sums of k rows over the 4 (k = 8: 8) pixels at `first` and at `second`, as 16-bit pairs. Fetch: asks for what comes
@@ -464,13 +448,13 @@ EDGEDISTILL_AVX2 void yuv_avx2(const std::uint8_t* y, const std::uint8_t* u, con
     yuv_from(y, u, v, u_step, x, width, out);
 }
 
-constexpr Kernels avx2{across_avx2, down_avx2, sum_avx2, average_avx2, reduce_avx2, yuv_avx2};
+constexpr Kernels avx2{across_avx2, down_avx2, sum_avx2, average_avx2, reduce_avx2, yuv_avx2, unfilter_avx2};
 
 void across_wide(const AcrossJob& job) {
     job.plan->windows.empty() ? across_avx2(job) : across_avx512(job);
 }
 
-constexpr Kernels avx512{across_wide, down_avx512, sum_avx2, average_avx2, reduce_avx512, yuv_avx2};
+constexpr Kernels avx512{across_wide, down_avx512, sum_avx2, average_avx2, reduce_avx512, yuv_avx2, unfilter_avx2};
 
 #endif
 

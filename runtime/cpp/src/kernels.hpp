@@ -20,6 +20,8 @@ struct AcrossJob {
     std::int16_t* out;  // line_values(): (left * w0 + right * w1) >> 4; the fourth of each pixel is nothing
 };
 
+struct FilteredRows;  // png_filter.hpp
+
 struct DownJob {
     const std::int16_t* upper;  // as AcrossJob::out
     const std::int16_t* lower;
@@ -46,6 +48,8 @@ struct Kernels {
     // A row of NV12 or I420 to BGRX. `u_step`: bytes from one U (or V) to the next.
     void (*yuv)(const std::uint8_t* y, const std::uint8_t* u, const std::uint8_t* v, int u_step, int width,
                 std::uint8_t* out);
+    // The rows of a PNG, as png_filter.hpp says.
+    void (*unfilter)(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride);
 };
 
 // For this CPU.

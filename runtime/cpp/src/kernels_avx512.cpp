@@ -1,13 +1,13 @@
 #include "kernels_avx512.hpp"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include "x86.hpp"
+
+#if EDGEDISTILL_X86
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics (bug 105593)
 #endif
 #include <immintrin.h>
-
-#define EDGEDISTILL_AVX512 __attribute__((target("avx512f,avx512bw")))
 
 namespace edgedistill::detail {
 namespace {
@@ -52,18 +52,10 @@ EDGEDISTILL_AVX512 inline __m512i sixteen_pixels(const std::uint8_t* at, __mmask
     return _mm512_permutexvar_epi32(spread, bytes);
 }
 
-// The bytes of the 4 pixels of a lane in pairs of one channel; for k = 2 the pairs of the first block come first.
 template <int K, int C>
 EDGEDISTILL_AVX512 inline __m512i neighbours() {
-    __m128i order;
-    if (K == 2) {
-        order = C == 3 ? _mm_setr_epi8(0, 3, 1, 4, 2, 5, -1, -1, 6, 9, 7, 10, 8, 11, -1, -1)
-                       : _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
-    } else {
-        order = C == 3 ? _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1)
-                       : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    }
-    return _mm512_broadcast_i32x4(order);
+    static constexpr Lane order = neighbour_order(K, C);
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(order.data())));
 }
 
 // Sums of k rows over 16 pixels, as 16-bit pairs.

@@ -10,6 +10,7 @@
 #include <new>
 #include <string>
 
+#include "kernels.hpp"
 #include "png_filter.hpp"
 
 namespace edgedistill::detail {
@@ -150,18 +151,13 @@ void Decoder::read_rows(std::uint8_t* memory, RowSink& sink) {
     if (passes_ > 1) sink.rows(memory, static_cast<std::ptrdiff_t>(bytes), static_cast<int>(rows));
 }
 
-struct Compressed {
-    const std::uint8_t* data = nullptr;
-    std::size_t size = 0;
-};
-
 bool is_critical(const std::uint8_t* kind) {
     return (kind[0] & 0x20) == 0;
 }
 
 // The compressed bytes of a picture whose chunks, checked before, are in order, and of which none changes the pixels;
 // else nothing. `memory` holds them where they come in several chunks.
-Compressed compressed_bytes(Bytes data, Buffer& memory) {
+Bytes compressed_bytes(Bytes data, Buffer& memory) {
     std::size_t pieces = 0;
     std::size_t size = 0;
     std::size_t first = 0;
@@ -245,7 +241,7 @@ bool PngDecoder::Impl::decode_plain(Bytes data, const ImageHeader& header, RowSi
 
 // The rows with their filters, to the byte as many as there must be.
 bool PngDecoder::Impl::decompress(Bytes data, std::size_t size) {
-    const Compressed all = compressed_bytes(data, compressed);
+    const Bytes all = compressed_bytes(data, compressed);
     if (all.size < 2 || all.size < size / max_expansion) return false;
     // zlib refuses what reaches back further than the window that the first byte declares; libdeflate does not look.
     if (size > std::size_t{1} << (8 + (all.data[0] >> 4)) && all.data[0] >> 4 < 7) return false;
@@ -264,7 +260,7 @@ void PngDecoder::Impl::send_unfiltered(std::size_t row_bytes, int pixel_size, st
     const std::uint8_t* rows = filtered.data();
     for (std::int64_t top = 0; top < height; top += most) {
         const int count = static_cast<int>(std::min<std::int64_t>(most, height - top));
-        unfilter({rows, row_bytes, count, pixel_size}, band, static_cast<std::ptrdiff_t>(stride));
+        kernels().unfilter({rows, row_bytes, count, pixel_size}, band, static_cast<std::ptrdiff_t>(stride));
         sink.rows(band, static_cast<std::ptrdiff_t>(stride), count);
         rows += (row_bytes + 1) * most;
     }

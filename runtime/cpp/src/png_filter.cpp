@@ -3,13 +3,10 @@
 #include <array>
 #include <cstdlib>
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define EDGEDISTILL_X86 1
+#include "x86.hpp"
+
+#if EDGEDISTILL_X86
 #include <immintrin.h>
-#define EDGEDISTILL_AVX2 __attribute__((target("avx2")))
-#define EDGEDISTILL_AVX2_INLINE inline __attribute__((always_inline, target("avx2")))
-#else
-#define EDGEDISTILL_X86 0
 #endif
 
 namespace edgedistill::detail {
@@ -48,12 +45,12 @@ struct Square {
     Vector rows[16];
 };
 
-EDGEDISTILL_AVX2_INLINE Vector load(const std::uint8_t* at) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE Vector load(const std::uint8_t* at) {
     return _mm_loadu_si128(reinterpret_cast<const Vector*>(at));
 }
 
 // Row r, column c becomes row c, column r.
-EDGEDISTILL_AVX2_INLINE void transpose(Square& square) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE void transpose(Square& square) {
     for (int stage = 0; stage < 4; ++stage) {
         Square next;
         for (int i = 0; i < 8; ++i) {
@@ -72,11 +69,11 @@ struct Masks {
     Vector paeth;
 };
 
-EDGEDISTILL_AVX2_INLINE Vector distance(Vector a, Vector b) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE Vector distance(Vector a, Vector b) {
     return _mm_or_si128(_mm_subs_epu8(a, b), _mm_subs_epu8(b, a));
 }
 
-EDGEDISTILL_AVX2_INLINE Vector paeth_of(Vector left, Vector above, Vector corner) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE Vector paeth_of(Vector left, Vector above, Vector corner) {
     const Vector to_left = distance(above, corner);
     const Vector to_above = distance(left, corner);
     // |left + above - 2 corner|: the sum of both distances where both lie on one side of the corner, else their
@@ -89,7 +86,7 @@ EDGEDISTILL_AVX2_INLINE Vector paeth_of(Vector left, Vector above, Vector corner
     return _mm_blendv_epi8(other, left, _mm_cmpeq_epi8(_mm_min_epu8(nearer, to_left), to_left));
 }
 
-EDGEDISTILL_AVX2_INLINE Vector foretold(const Masks& masks, Vector left, Vector above, Vector corner) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE Vector foretold(const Masks& masks, Vector left, Vector above, Vector corner) {
     const Vector odd = _mm_and_si128(_mm_xor_si128(left, above), _mm_set1_epi8(1));
     const Vector mean = _mm_sub_epi8(_mm_avg_epu8(left, above), odd);  // PNG rounds down
     const Vector first = _mm_or_si128(_mm_and_si128(masks.sub, left), _mm_and_si128(masks.up, above));
@@ -107,7 +104,8 @@ struct Past {
 // Sixteen steps: vector `step` of the square holds, of row r, the byte `step` - r further on. `above`: the bytes of the
 // row above the first.
 template <int pixel_size>
-EDGEDISTILL_AVX2_INLINE void walk(const Masks& masks, const std::uint8_t* above, Square& square, Past& past) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE void walk(const Masks& masks, const std::uint8_t* above, Square& square,
+                                              Past& past) {
     constexpr int before = 4;
     Vector made[before + 16];
     Vector over[before + 16];
@@ -128,11 +126,11 @@ EDGEDISTILL_AVX2_INLINE void walk(const Masks& masks, const std::uint8_t* above,
     }
 }
 
-EDGEDISTILL_AVX2_INLINE Vector rows_with(Filter filter, Vector filters) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE Vector rows_with(Filter filter, Vector filters) {
     return _mm_cmpeq_epi8(filters, _mm_set1_epi8(static_cast<char>(filter)));
 }
 
-EDGEDISTILL_AVX2_INLINE Masks masks_of(const FilteredRows& rows) {
+EDGEDISTILL_AVX2 EDGEDISTILL_INLINE Masks masks_of(const FilteredRows& rows) {
     alignas(16) std::array<std::uint8_t, 16> filters{};
     for (int row = 0; row < rows.count; ++row) {
         filters[static_cast<std::size_t>(row)] = rows.data[static_cast<std::size_t>(row) * (rows.bytes + 1)];
@@ -142,7 +140,7 @@ EDGEDISTILL_AVX2_INLINE Masks masks_of(const FilteredRows& rows) {
 }
 
 template <int pixel_size>
-EDGEDISTILL_AVX2 void unfilter_avx2(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept {
+EDGEDISTILL_AVX2 void unfilter_pixels(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept {
     const Masks masks = masks_of(rows);
     const auto row_step = static_cast<std::ptrdiff_t>(rows.bytes) + 1;
     const std::uint8_t* above = band + (FilteredRows::most - 1) * stride;
@@ -189,16 +187,12 @@ void unfilter_portable(const FilteredRows& rows, std::uint8_t* band, std::ptrdif
     }
 }
 
-void unfilter(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept {
 #if EDGEDISTILL_X86
-    static const bool has_avx2 = __builtin_cpu_supports("avx2") != 0;
-    if (has_avx2) {
-        if (rows.pixel_size == 1) return unfilter_avx2<1>(rows, band, stride);
-        if (rows.pixel_size == 3) return unfilter_avx2<3>(rows, band, stride);
-        return unfilter_avx2<4>(rows, band, stride);
-    }
-#endif
-    unfilter_portable(rows, band, stride);
+void unfilter_avx2(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept {
+    if (rows.pixel_size == 1) return unfilter_pixels<1>(rows, band, stride);
+    if (rows.pixel_size == 3) return unfilter_pixels<3>(rows, band, stride);
+    return unfilter_pixels<4>(rows, band, stride);
 }
+#endif
 
 }  // namespace edgedistill::detail

@@ -21,9 +21,9 @@ struct FilteredRows {
     int pixel_size;  // bytes of a pixel: 1, 3 or 4
 };
 
-// Writes the rows to `band`, `stride` bytes apart. At first its row `most` - 1 holds the row above them (zeros: none).
-void unfilter(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept;
-// Row by row on any CPU: what the other is compared with.
-void unfilter_portable(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept;
+// Kernels::unfilter. Writes the rows to `band`, `stride` bytes apart. At first its row `most` - 1 holds the row above
+// them (zeros: none).
+void unfilter_portable(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept;  // row by row
+void unfilter_avx2(const FilteredRows& rows, std::uint8_t* band, std::ptrdiff_t stride) noexcept;
 
 }  // namespace edgedistill::detail

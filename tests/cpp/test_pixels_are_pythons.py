@@ -217,8 +217,9 @@ def test_pngs_of_every_depth_and_colour(dump: Dump, interlaced: bool) -> None:
         assert dump.check(png(size, depth, color_type, interlaced, palette, chunk(b"IDAT", zlib.compress(raw))), what)
 
 
-def test_damaged_pngs(dump: Dump) -> None:
-    raw = scanlines((61, 97), 24, True)
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_damaged_pngs(dump: Dump, interlaced: bool) -> None:
+    raw = scanlines((61, 97), 24, interlaced)
     body = zlib.compress(raw)
     variants = {
         "too few pixels": [chunk(b"IDAT", zlib.compress(raw[:-1]))],
@@ -227,18 +228,20 @@ def test_damaged_pngs(dump: Dump) -> None:
         "an unknown filter": [chunk(b"IDAT", zlib.compress(b"\7" + raw[1:]))],
         "no pixels": [],
         "an unknown critical chunk": [chunk(b"ABCD", b"x"), chunk(b"IDAT", body)],
+        "a chunk that no letters name": [chunk(b"eX\xb7\x99", b"x"), chunk(b"IDAT", body)],
         "something between the pixels": [chunk(b"IDAT", body[:7]), chunk(b"tEXt", b"a\0b"), chunk(b"IDAT", body[7:])],
         "a wrong checksum": [chunk(b"IDAT", body)[:-1] + b"x"],
     }
     for what, chunks in variants.items():
-        assert not dump.check(png((61, 97), 8, 2, True, *chunks), what)
+        assert not dump.check(png((61, 97), 8, 2, interlaced, *chunks), what)
     harmless = {
         "too many pixels": [chunk(b"IDAT", zlib.compress(raw + b"abc"))],
+        "more text than libpng keeps": [chunk(b"tEXt", b"a\0" + b"b" * 8_000_000), chunk(b"IDAT", body)],
         "more behind the pixels": [chunk(b"IDAT", body + b"xyz")],
         "pixels in pieces": [chunk(b"IDAT", b""), chunk(b"IDAT", body[:7]), chunk(b"IDAT", body[7:])],
     }
     for what, chunks in harmless.items():
-        assert dump.check(png((61, 97), 8, 2, True, *chunks), what)
+        assert dump.check(png((61, 97), 8, 2, interlaced, *chunks), what)
 
 
 def test_webps(dump: Dump) -> None:

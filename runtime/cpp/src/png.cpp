@@ -151,8 +151,10 @@ void Decoder::read_rows(std::uint8_t* memory, RowSink& sink) {
     if (passes_ > 1) sink.rows(memory, static_cast<std::ptrdiff_t>(bytes), static_cast<int>(rows));
 }
 
-bool is_critical(const std::uint8_t* kind) {
-    return (kind[0] & 0x20) == 0;
+// Whether libpng, too, passes over such a chunk: its name is four letters, the first of them small.
+bool is_harmless(const std::uint8_t* kind) {
+    const auto is_letter = [](std::uint8_t byte) { return (byte | 0x20) >= 'a' && (byte | 0x20) <= 'z'; };
+    return (kind[0] & 0x20) != 0 && std::all_of(kind, kind + 4, is_letter);
 }
 
 // The compressed bytes of a picture whose chunks, checked before, are in order, and of which none changes the pixels;
@@ -170,10 +172,10 @@ Bytes compressed_bytes(Bytes data, Buffer& memory) {
             if (ended) return {};
             if (pieces++ == 0) first = at;
             size += length;
-        } else if (is_critical(kind)) {
-            return {};
-        } else {
+        } else if (is_harmless(kind)) {
             ended = pieces > 0;
+        } else {
+            return {};
         }
         at += length + 12;
     }

@@ -216,6 +216,13 @@ TEST_CASE("damage beneath the checksums of the chunks is libpng's to judge") {
     unknown_chunk.insert(unknown_chunk.end(), sound.begin() + 33, sound.end());
     CHECK_FALSE(refusal(decoder, unknown_chunk).empty());
 
+    for (const char* name : {"eX\xb7\x99", "t\0Xt", "tEX@", "tEX{"}) {
+        Pixels not_letters{sound.begin(), sound.begin() + 33};
+        append_chunk(not_letters, name, {1, 2, 3});
+        not_letters.insert(not_letters.end(), sound.begin() + 33, sound.end());
+        CHECK_FALSE(refusal(decoder, not_letters).empty());
+    }
+
     Pixels with_text{sound.begin(), sound.begin() + 33};
     append_chunk(with_text, "tEXt", {'a', 0, 'b'});
     with_text.insert(with_text.end(), sound.begin() + 33, sound.end());

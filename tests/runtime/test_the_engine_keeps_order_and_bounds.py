@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import gc
-import itertools
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgedistill.errors import ModelError, UsageError
+from edgedistill.errors import ModelError
 from edgedistill.images import ImageU8
 from edgedistill.runtime import Classifier, Engine, Frame
 from edgedistill.runtime import network as network_module
@@ -77,52 +73,6 @@ def test_a_cascade_answers_as_in_the_classifier(make: Any) -> None:
         ]
 
 
-def test_sources_are_read_no_further_ahead_than_the_queue(make: Any) -> None:
-    taken = 0
-
-    def endless() -> Iterator[Frame]:
-        nonlocal taken
-        while True:
-            taken += 1
-            yield numbered(taken % 256)
-
-    with Engine(make.deployable(), streams=2, queue_size=5) as engine:
-        answers = engine.map(endless())
-        assert taken == 0
-        for given in range(1, 60):
-            next(answers)
-            assert taken <= given + 5
-        answers.close()
-        assert next(engine.map([make.picture("red")])).label == "red"
-
-
-def test_a_slow_source_does_not_hold_answers_back(make: Any) -> None:
-    pulled = 0
-
-    def slow() -> Iterator[Frame]:
-        nonlocal pulled
-        for number in range(4):
-            pulled += 1
-            yield numbered(number)
-            time.sleep(0.3)
-
-    with Engine(make.deployable()) as engine:
-        list(engine.map([numbered(0)]))
-        assert next(engine.map(slow())).name == "0"
-        assert pulled <= 2
-
-
-def test_an_error_in_the_source_reaches_the_caller_and_the_engine_lives_on(make: Any) -> None:
-    def failing() -> Iterator[Frame]:
-        yield numbered(1)
-        raise OSError("the camera was unplugged")
-
-    with Engine(make.deployable()) as engine:
-        with pytest.raises(OSError, match="unplugged"):
-            list(engine.map(failing()))
-        assert next(engine.map([make.picture("green")])).label == "green"
-
-
 def test_an_unforeseen_error_in_a_worker_is_raised_at_its_image(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = network_module.prepare
 
@@ -180,63 +130,6 @@ def test_a_forgotten_engine_ends_its_threads(make: Any, wait_for: Wait) -> None:
     wait_for(lambda: len(engine_threads()) == before)
 
 
-SCRIPT = """
-import itertools, signal, sys
-import numpy as np
-from edgedistill.runtime import Engine
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-engine = Engine(sys.argv[1])
-frame = np.zeros((32, 32, 3), np.uint8)
-for number, answer in enumerate(engine.map(itertools.repeat(frame))):
-    if number == 20:
-        print("running", flush=True)
-        if sys.argv[2] == "leave":
-            sys.exit(3)
-"""
-
-
-def test_leaving_python_with_a_running_engine_is_clean(make: Any) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(make.deployable()), "leave"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert (result.returncode, result.stderr) == (3, "")
-
-
-def test_control_c_ends_a_running_engine(make: Any) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(make.deployable()), "stay"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "running\n"
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    assert "KeyboardInterrupt" in errors and process.returncode in (1, 130, -signal.SIGINT)
-
-
-def test_submitted_images_come_out_in_order(make: Any) -> None:
-    with Engine(make.deployable()) as engine:
-        names: list[str] = []
-        consumer = threading.Thread(target=lambda: names.extend(answer.name for answer in engine.results()))
-        consumer.start()
-        for number in range(200):
-            assert engine.submit(numbered(number))
-        engine.finish()
-        consumer.join(20)
-        assert names == [str(number) for number in range(200)] and engine.dropped == 0
-        with pytest.raises(ModelError, match="finish"):
-            engine.submit(numbered(1))
-
-
-def test_a_full_engine_makes_submit_wait(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
-    with Engine(make.deployable(), streams=1, queue_size=3) as engine:
-        assert all(engine.submit(numbered(number), timeout_s=1) for number in range(3))
-        assert not engine.submit(numbered(3), timeout_s=0.05)
-        gate.open.set()
-        results = engine.results()
-        assert next(results).name == "0"
-        assert engine.submit(numbered(4), timeout_s=5)
-        engine.finish()
-        assert [answer.name for answer in results] == ["1", "2", "4"]
-
-
 def test_a_camera_loses_the_oldest_and_keeps_the_newest(
     make: Any, monkeypatch: pytest.MonkeyPatch, wait_for: Wait
 ) -> None:
@@ -279,40 +172,6 @@ def test_a_waiting_reader_survives_the_drop_of_its_image(
         engine.finish()
         consumer.join(10)
         assert names == ["0", "49"]
-
-
-def test_many_maps_at_once_do_not_mix(make: Any) -> None:
-    with Engine(make.deployable(), streams=2) as engine:
-        wrong: list[str] = []
-
-        def ask(colour: str) -> None:
-            frame = make.picture(colour)
-            wrong.extend(a.label for a in engine.map(itertools.repeat(frame, 100)) if a.label != colour)
-
-        threads = [threading.Thread(target=ask, args=(colour,)) for colour in make.labels]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert wrong == [] and not any(thread.is_alive() for thread in threads)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"streams": 0}, {"threads": 0}, {"batch": 0}, {"policy": "newest"}, {"queue_size": 2, "streams": 2}],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(make: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match=next(iter(options))):
-        Engine(make.deployable(), **options)
-
-
-def test_a_single_image_is_no_list(make: Any) -> None:
-    with Engine(make.deployable()) as engine:
-        for source in ("photo.jpg", b"data", make.picture("red"), numbered(1)):
-            with pytest.raises(UsageError, match="many images"):
-                engine.map(source)
-        assert len(list(engine.map(np.zeros((3, 32, 32, 3), np.uint8)))) == 3
 
 
 def test_deploy_json_decides_streams_and_batch(make: Any) -> None:

@@ -38,7 +38,7 @@ from edgedistill.benchmarks.timing import (
     ratios,
 )
 from edgedistill.errors import ArtifactError, ModelError
-from edgedistill.runtime.bundle import precision_name, stage_precisions
+from edgedistill.runtime.bundle import deployed_precision
 
 __all__ = ["BENCH_FORMAT", "BenchResult", "BenchSettings", "bench_fps"]
 
@@ -256,7 +256,7 @@ def _score(settings: BenchSettings, target: Target, rows: Sequence[dict[str, Any
         return None
     config = target.bundle.config
     deployed = {
-        mode: precision_name(stage_precisions(one, len(config.stages)))
+        mode: deployed_precision(one, len(config.stages))
         for mode, one in (("latency", config.latency), ("throughput", config.throughput))
     }
     own = [row for row in rows if row["candidate"] == OWN]

@@ -31,7 +31,7 @@ from edgedistill.benchmarks.machine import machine_record
 from edgedistill.errors import UsageError
 from edgedistill.images import decode_image, read_bytes
 from edgedistill.runtime import Bundle, Classifier, Engine, frames
-from edgedistill.runtime.bundle import precision_name, stage_precisions
+from edgedistill.runtime.bundle import deployed_precision
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def measure(settings: LimitSettings) -> dict[str, Any]:
 
 def _deployed_precision(bundle: Bundle) -> str:
     """Raises UsageError for a cascade whose stages are deployed at unlike precisions."""
-    precision = precision_name(stage_precisions(bundle.config.throughput, len(bundle.config.stages)))
+    precision = deployed_precision(bundle.config.throughput, len(bundle.config.stages))
     if "+" in precision:
         raise UsageError(f"{bundle.source}: runs at {precision}; both sides need one precision, give --precision")
     return precision

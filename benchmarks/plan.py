@@ -25,7 +25,7 @@ from edgedistill.benchmarks.target import CPP, CPP_PROGRAM, MODES, OWN, PEERS, S
 from edgedistill.benchmarks.timing import CandidateError, Runner, Slice, Worker, WorkerCase
 from edgedistill.errors import UsageError
 from edgedistill.images import load_image, normalize
-from edgedistill.runtime.bundle import PRECISIONS, int8_path, precision_name, stage_precisions
+from edgedistill.runtime.bundle import PRECISIONS, deployed_precision, int8_path
 from edgedistill.runtime.cpp_programs import HOW_TO_BUILD, find_cpp_program
 from edgedistill.runtime.network import usable_cores
 from edgedistill.runtime.processor import settings_here
@@ -41,8 +41,9 @@ class BenchSettings:
 
     ``vs``: peers, keys of ``target.PEERS``. ``images``: files or folders, each an input of its own; empty: the run's val
     split, else generated photographs ('synthetic' asks for those). ``precisions``: of our own candidates; empty: all that
-    the deployable has and this CPU computes in, and those of a cascade whose stages are deployed at unlike ones. ``seconds``: per candidate and round. ``fps_target`` with ``accuracy``
-    (0 to 1) adds the score. ``command``: the line that repeats this, kept in the record.
+    the deployable has and this CPU computes in, and those of a cascade whose stages are deployed at unlike ones.
+    ``seconds``: per candidate and round. ``fps_target`` with ``accuracy`` (0 to 1) adds the score. ``command``: the
+    line that repeats this, kept in the record.
     Raises UsageError for a value out of range.
     """
 
@@ -152,8 +153,8 @@ def unlike_precisions(target: Target) -> dict[str, str]:
     latency, throughput = settings_here(target.bundle)
     stages = len(target.bundle.config.stages)
     found = {
-        "latency": precision_name(stage_precisions(latency, stages)),
-        "throughput": precision_name(stage_precisions(throughput, stages)),
+        "latency": deployed_precision(latency, stages),
+        "throughput": deployed_precision(throughput, stages),
     }
     return {mode: name for mode, name in found.items() if name not in PRECISIONS}
 

@@ -44,7 +44,7 @@ from edgedistill.runtime.bundle import (
     LatencySettings,
     Stage,
     ThroughputSettings,
-    precision_name,
+    deployed_precision,
     read_deploy,
     stage_precisions,
     write_deploy,
@@ -235,7 +235,7 @@ def judge(
     judged = []
     for one in contenders:
         config = read_deploy(one.deploy)
-        precision = precision_name(stage_precisions(config.throughput, len(config.stages)))
+        precision = deployed_precision(config.throughput, len(config.stages))
         key = repr((config.stages, precision))
         if key not in seen:
             found, stage = answers(one.deploy, paths)

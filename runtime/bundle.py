@@ -119,6 +119,11 @@ def precision_name(precisions: Sequence[str]) -> str:
     return precisions[0] if len(set(precisions)) == 1 else "+".join(precisions)
 
 
+def deployed_precision(settings: RunSettings, stages: int) -> str:
+    """The `precision_name` of what ``stages`` run at."""
+    return precision_name(stage_precisions(settings, stages))
+
+
 @dataclass(frozen=True)
 class ScoreSettings:
     """What was weighed: w * accuracy + (1 - w) * min(fps / fps_target, 1)."""

@@ -29,8 +29,9 @@ class Classifier:
     """Answers for single images in OpenVINO's latency mode: every core works on the one image.
 
     ``path``: an openvino/ folder, a deploy.json or a model.xml. ``precision``: 'f32', 'bf16' or 'int8'; by default what
-    deploy.json says (given, all stages of a cascade run at it), and so for ``threads`` (None there: all cores) and ``decode``. ``cache_dir``: where compiled
-    models are kept between runs; False keeps none. Raises ArtifactError or ModelError when the model cannot be used.
+    deploy.json says (given, all stages of a cascade run at it), and so for ``threads`` (None there: all cores) and
+    ``decode``. ``cache_dir``: where compiled models are kept between runs; False keeps none. Raises ArtifactError or
+    ModelError when the model cannot be used.
 
     Safe to call from several threads, one of which is answered at a time; for throughput use `Engine`.
     """

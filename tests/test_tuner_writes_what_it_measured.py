@@ -23,7 +23,7 @@ from edgedistill.artifacts import read_json, sha256_file, write_json
 from edgedistill.benchmarks.bench_fps import cascade_notes
 from edgedistill.benchmarks.candidates import cascade_record, preparation_us
 from edgedistill.benchmarks.score import Objective
-from edgedistill.benchmarks.tuned_score import fixed_settings
+from edgedistill.benchmarks.tuned_score import fixed_settings, slow_stage
 from edgedistill.benchmarks.tuner import TuneSettings, tune, valset
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
 from edgedistill.benchmarks.tuner.measure import RealBench
@@ -537,3 +537,24 @@ def test_the_tuner_is_compared_with_settings_that_are_what_they_say(run: Path, t
             assert config.throughput.precision == "f32"
         if "int8" in one.name:
             assert config.throughput.precision == "int8"
+
+
+def test_a_slow_stage_alone_is_served_as_its_cascade_serves_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", students={"fast": 0.4, "slow": 3.0})
+    students = find_students([run])
+    stages = tuple(
+        Stage(one.model, one.sha256, one.spec, one.temperature, threshold, one.int8_sha256)
+        for one, threshold in zip(students, (0.5, None), strict=True)
+    )
+    served = ThroughputSettings("int8", streams=1, threads=1, batch=2, later_batch=4, later_precision="f32")
+    deploy = run / "openvino" / "deploy.json"
+    write_deploy(deploy, DeployConfig(stages, LatencySettings(), served))
+    slow = slow_stage("tuned", deploy, students, tmp_path / "fixed", Host.here())
+    assert slow is not None and slow.kind == "slow-stage"
+    alone = read_deploy(slow.deploy)
+    assert [stage.sha256 for stage in alone.stages] == [students[1].sha256]
+    assert alone.throughput == ThroughputSettings("f32", streams=1, threads=1, batch=2)
+    with pytest.raises(UsageError, match="none of the run's students"):
+        slow_stage("tuned", deploy, students[:1], tmp_path / "fixed", Host.here())
+    write_deploy(deploy, DeployConfig(stages[1:]))
+    assert slow_stage("tuned", deploy, students, tmp_path / "fixed", Host.here()) is None

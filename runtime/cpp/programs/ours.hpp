@@ -45,7 +45,8 @@ private:
 // Scope `model` gives the network pixels of its own size, so that nothing is decoded or resized.
 class Ours {
 public:
-    Ours(std::string model, EngineOptions options) : model_(std::move(model)), options_(std::move(options)) {}
+    Ours(std::string model, EngineOptions options)
+        : model_(std::move(model)), options_(std::move(options)), bundle_(detail::Bundle::load(model_)) {}
 
     Case prepare(const std::string& scope, const std::string& mode, const Photos& encoded) {
         const bool latency = mode == "latency";
@@ -122,16 +123,15 @@ private:
     // A thread for each of the networks that the engine would have.
     Case lanes_case(const Photos& sources) {
         const int streams = engine().streams();
-        const auto bundle = detail::Bundle::load(model_);
         detail::CompileSettings compile;
         compile.precisions = {engine().precision()};  // a single network
         compile.batch = engine().batch();
         compile.threads = std::max(1, options_.threads.value_or(streams) / streams);
-        compile.pinning = bundle->config().throughput.pinning.value_or(false);
+        compile.pinning = bundle_->config().throughput.pinning.value_or(false);
         compile.cache = options_.cache;
         std::vector<std::function<void()>> steps;
         for (int number = 0; number < streams; ++number) {
-            auto lane = std::make_shared<Lane>(bundle, compile, sources->front());
+            auto lane = std::make_shared<Lane>(bundle_, compile, sources->front());
             steps.push_back([lane, sources] { lane->infer(); });
         }
         Case made;
@@ -157,7 +157,7 @@ private:
     }
 
     const char* decode() const {
-        const Decode said = options_.decode ? *options_.decode : detail::Bundle::load(model_)->config().decode;
+        const Decode said = options_.decode.value_or(bundle_->config().decode);
         return said == Decode::full ? "full" : "reduced";
     }
 
@@ -168,7 +168,7 @@ private:
 
     // Of a cascade: what each of its networks runs at.
     void add_stage_precisions(Case& made) const {
-        const std::size_t stages = detail::Bundle::load(model_)->config().stages.size();
+        const std::size_t stages = bundle_->config().stages.size();
         if (stages < 2) {
             return;
         }
@@ -185,6 +185,7 @@ private:
 
     std::string model_;
     EngineOptions options_;
+    std::shared_ptr<const detail::Bundle> bundle_;
     std::unique_ptr<Classifier> classifier_;
     std::unique_ptr<Engine> engine_;
     Prediction answer_;

@@ -13,6 +13,7 @@ Needs numpy, OpenCV and simplejpeg (libjpeg-turbo) only.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -281,9 +282,12 @@ class EncodedImage:
 
 
 def read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
-    """(encoded bytes, name for messages). Raises ImageError when the file is missing, unreadable or empty."""
+    """(encoded bytes, name for messages). Raises ImageError for what is neither, and for a file that is missing, unreadable
+    or empty."""
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), f"<{len(source)} bytes>"
+    elif not isinstance(source, str | os.PathLike):  # open() would take a number for a file that is open already
+        raise ImageError(f"{type(source).__name__}: expected a path, encoded bytes or a uint8 array [h, w, 3] BGR")
     else:
         name = str(source)
         try:

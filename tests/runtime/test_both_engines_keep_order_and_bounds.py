@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -194,6 +195,15 @@ def test_what_is_no_image_is_dropped_like_any_other(engine_class: EngineClass, m
         engine.submit(numbered(1))
         engine.finish()
         assert [answer.name for answer in engine.results()] == ["", "", "1"] and engine.dropped == 18
+
+
+def test_a_number_is_no_image_with_or_without_a_name(engine_class: EngineClass, make: Any) -> None:
+    with engine_class(make.deployable()) as engine, (make.folder / "open").open("wb") as file:
+        for source in (17, file.fileno(), Frame("number", 17), Frame("number", file.fileno())):  # type: ignore[arg-type]
+            (answer,) = engine.map([source])
+            assert answer.name == ("number" if isinstance(source, Frame) else "")
+            assert answer.error is not None and "int: expected a path" in answer.error
+        os.fstat(file.fileno())  # nobody closed it
 
 
 @pytest.mark.parametrize(

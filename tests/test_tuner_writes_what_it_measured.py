@@ -32,7 +32,8 @@ from edgedistill.benchmarks.tuner.space import Deployment, Host, Variant, defaul
 from edgedistill.benchmarks.tuner.students import BEFORE, find_students
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.benchmarks.tuner.valset import open_val, write_val
-from edgedistill.data.manifest import Dataset, hash_files, write_dataset
+from edgedistill.benchmarks.unused_images import write_unused
+from edgedistill.data.manifest import Dataset, hash_files, read_dataset, write_dataset
 from edgedistill.errors import DataError, ModelError, UsageError
 from edgedistill.images import EncodedImage, InputSpec, load_image
 from edgedistill.metrics import fit_temperature, macro_f1
@@ -263,6 +264,21 @@ def test_missing_changed_and_foreign_images_are_named(run: Path, tmp_path: Path)
     shutil.move(run / "data", tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "red" / "002.jpg").write_bytes(content)
     assert len(open_val(students, str(tmp_path / "elsewhere"))) == VAL
+
+
+def test_more_val_images_are_none_that_the_run_knows(run: Path, tmp_path: Path) -> None:
+    known = set(read_dataset(run / "dataset.csv").sha256)
+    for number in range(24):
+        photograph(run / "data" / LABELS[number % 3] / f"new-{number:03d}.jpg", number % 3, 1000 + number)
+    first = run / "data" / LABELS[0] / "000.jpg"
+    for number in range(20):
+        (first.parent / f"copy-{number}.jpg").write_bytes(first.read_bytes())
+    assert write_unused(run, str(run / "data"), 8, tmp_path / "more") == 24
+    val = open_val(find_students([run]), str(tmp_path / "more" / "val.csv"))
+    assert not known & set(hash_files(val.paths))
+    assert np.bincount(val.labels).tolist() == [8, 8, 8]
+    with pytest.raises(DataError, match="fewer than 9 unused"):
+        write_unused(run, str(run / "data"), 9, tmp_path / "again")
 
 
 def test_no_val_images_at_all_is_an_error_with_the_way_out(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""More val images for the tuner: labelled images of a run's data set that the run did not use, evenly by class.
+
+    python -m edgedistill.benchmarks.unused_images RUN --data fashion-mnist --per-class 400 --out more-val
+    edgedistill tune RUN --data more-val/val.csv --images 4000 ...
+
+For runs on a part of a large data set: what 800 val images cannot tell, 4,000 can. Test images are never taken, nor any
+image with the content of one that the run knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from edgedistill import console
+from edgedistill.benchmarks.command import exit_with
+from edgedistill.benchmarks.tuner.valset import write_val
+from edgedistill.data.manifest import hash_files, read_dataset
+from edgedistill.data.sources import open_source
+from edgedistill.errors import DataError, UsageError
+
+
+def write_unused(run: Path, data: str, per_class: int, out: Path, seed: int = 0) -> int:
+    """Copies of the images to OUT/val, listed in OUT/val.csv; returns how many.
+
+    Raises DataError when a class has fewer than ``per_class`` left or one that the run does not know.
+    """
+    dataset = read_dataset(run / "dataset.csv")
+    known = {digest.decode() for digest in dataset.sha256}
+    items = [item for item in open_source(data).items if item.split != "test"]
+    foreign = sorted({item.label for item in items} - set(dataset.class_names))
+    if foreign:
+        raise DataError(f"{data}: labels {foreign[:5]} that {run} does not have; give the data set of that run")
+    rows: list[tuple[str, str, str, str]] = []
+    taken: Counter[str] = Counter()
+    (out / "val").mkdir(parents=True, exist_ok=True)
+    for number in np.random.default_rng(seed).permutation(len(items)):
+        item = items[number]
+        if taken[item.label] == per_class:
+            continue
+        digest = hash_files([item.path])[0].decode()
+        if digest in known:
+            continue
+        known.add(digest)
+        taken[item.label] += 1
+        name = f"{number:06d}{item.path.suffix}"
+        shutil.copyfile(item.path, out / "val" / name)
+        rows.append((item.id, name, item.label, digest))
+    short = [name for name in dataset.class_names if taken[name] < per_class]
+    if short:
+        raise DataError(f"{data}: fewer than {per_class} unused images of {', '.join(short[:5])}; ask for fewer")
+    write_val(out, rows)
+    return len(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="a run, with dataset.csv")
+    parser.add_argument("--data", required=True, help="the whole data set, as `distill --data` takes it")
+    parser.add_argument("--per-class", type=int, default=400)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    if args.per_class < 1:
+        raise UsageError(f"--per-class {args.per_class}, expected 1 or more")
+    count = write_unused(args.run, args.data, args.per_class, args.out)
+    console.note(f"{count} images: {args.out / 'val.csv'}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -57,7 +57,7 @@ def measure(settings: LimitSettings) -> dict[str, Any]:
     for path in paths:
         data, name = read_bytes(path)
         decode_image(data, name=name)
-    precision = settings.precision or _deployed_precision(bundle)
+    precision = settings.precision or _single_precision(bundle)
     cores = sorted(os.sched_getaffinity(0))
     rounds: list[dict[str, float]] = []
     with (
@@ -90,7 +90,7 @@ def measure(settings: LimitSettings) -> dict[str, Any]:
         }
 
 
-def _deployed_precision(bundle: Bundle) -> str:
+def _single_precision(bundle: Bundle) -> str:
     """Raises UsageError for a cascade whose stages are deployed at unlike precisions."""
     precision = deployed_precision(bundle.config.throughput, len(bundle.config.stages))
     if "+" in precision:

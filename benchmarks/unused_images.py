@@ -27,7 +27,8 @@ from edgedistill.errors import DataError, UsageError
 def write_unused(run: Path, data: str, per_class: int, out: Path, seed: int = 0) -> int:
     """Copies of the images to OUT/val, listed in OUT/val.csv; returns how many.
 
-    Raises DataError when a class has fewer than ``per_class`` left or one that the run does not know.
+    Raises DataError when a class has fewer than ``per_class`` left or one that the run does not know;
+    then nothing is written.
     """
     dataset = read_dataset(run / "dataset.csv")
     known = {digest.decode() for digest in dataset.sha256}
@@ -36,8 +37,8 @@ def write_unused(run: Path, data: str, per_class: int, out: Path, seed: int = 0)
     if foreign:
         raise DataError(f"{data}: labels {foreign[:5]} that {run} does not have; give the data set of that run")
     rows: list[tuple[str, str, str, str]] = []
+    sources: list[Path] = []
     taken: Counter[str] = Counter()
-    (out / "val").mkdir(parents=True, exist_ok=True)
     for number in np.random.default_rng(seed).permutation(len(items)):
         item = items[number]
         if taken[item.label] == per_class:
@@ -48,11 +49,14 @@ def write_unused(run: Path, data: str, per_class: int, out: Path, seed: int = 0)
         known.add(digest)
         taken[item.label] += 1
         name = f"{number:06d}{item.path.suffix}"
-        shutil.copyfile(item.path, out / "val" / name)
+        sources.append(item.path)
         rows.append((item.id, name, item.label, digest))
     short = [name for name in dataset.class_names if taken[name] < per_class]
     if short:
         raise DataError(f"{data}: fewer than {per_class} unused images of {', '.join(short[:5])}; ask for fewer")
+    (out / "val").mkdir(parents=True, exist_ok=True)
+    for source, row in zip(sources, rows, strict=True):
+        shutil.copyfile(source, out / "val" / row[1])
     write_val(out, rows)
     return len(rows)
 

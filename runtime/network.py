@@ -19,7 +19,7 @@ import openvino as ov
 
 from edgedistill import console
 from edgedistill.errors import ImageError, ModelError
-from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, ImageU8, InputSpec, prepare
+from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, ImageU8, InputSpec, no_image, prepare
 from edgedistill.runtime.bundle import (
     Bundle,
     ModelMetadata,
@@ -102,7 +102,7 @@ def as_frame(source: Source) -> Frame:
         return Frame(str(source), source)
     if isinstance(source, bytes | bytearray | memoryview | np.ndarray):
         return Frame("", source)  # type: ignore[arg-type]
-    raise ImageError(f"{type(source).__name__}: expected a path, encoded bytes or a uint8 array [h, w, 3] BGR")
+    raise no_image(source)
 
 
 def failed(name: str, error: Exception | str) -> Prediction:

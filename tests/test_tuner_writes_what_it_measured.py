@@ -279,6 +279,7 @@ def test_more_val_images_are_none_that_the_run_knows(run: Path, tmp_path: Path) 
     assert np.bincount(val.labels).tolist() == [8, 8, 8]
     with pytest.raises(DataError, match="fewer than 9 unused"):
         write_unused(run, str(run / "data"), 9, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_no_val_images_at_all_is_an_error_with_the_way_out(tmp_path: Path) -> None:

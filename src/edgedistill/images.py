@@ -281,13 +281,17 @@ class EncodedImage:
         return crop_and_resize(image, spec, out=out)
 
 
+def no_image(source: object) -> ImageError:
+    return ImageError(f"{type(source).__name__}: expected a path, encoded bytes or a uint8 array [h, w, 3] BGR")
+
+
 def read_bytes(source: str | Path | bytes) -> tuple[bytes, str]:
     """(encoded bytes, name for messages). Raises ImageError for what is neither, and for a file that is missing, unreadable
     or empty."""
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), f"<{len(source)} bytes>"
     elif not isinstance(source, str | os.PathLike):  # open() would take a number for a file that is open already
-        raise ImageError(f"{type(source).__name__}: expected a path, encoded bytes or a uint8 array [h, w, 3] BGR")
+        raise no_image(source)
     else:
         name = str(source)
         try:

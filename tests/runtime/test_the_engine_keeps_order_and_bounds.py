@@ -130,6 +130,19 @@ def test_a_forgotten_engine_ends_its_threads(make: Any, wait_for: Wait) -> None:
     wait_for(lambda: len(engine_threads()) == before)
 
 
+def test_an_engine_full_of_unanswered_images_makes_submit_wait(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with Engine(make.deployable(), streams=1, queue_size=3) as engine:
+        assert all(engine.submit(numbered(number), timeout_s=1) for number in range(3))
+        assert not engine.submit(numbered(3), timeout_s=0.05)
+        gate.open.set()
+        results = engine.results()
+        assert next(results).name == "0"
+        assert engine.submit(numbered(4), timeout_s=5)
+        engine.finish()
+        assert [answer.name for answer in results] == ["1", "2", "4"]
+
+
 def test_a_camera_loses_the_oldest_and_keeps_the_newest(
     make: Any, monkeypatch: pytest.MonkeyPatch, wait_for: Wait
 ) -> None:

@@ -60,6 +60,7 @@ KEYS = {
     "arms",
     "peer_teacher",
     "peers",
+    "processes",
 }
 
 
@@ -71,6 +72,7 @@ class Protocol:
     the others, without their labels, in the folder that arms name ``{unlabelled}``. ``teachers_with``: the distilled arm
     whose run trains the teachers. ``reference``: the arm that the others are compared with. ``peer_teacher``:
     options of `distill` for the teacher of the ``peers``, whose own options are those of peer_timm_distillation.
+    ``processes``: how many train an arm together, one thread each, where it is not one alone.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Protocol:
     unlabelled_images: int = 0
     peer_teacher: str = ""
     peers: dict[str, str] = field(default_factory=dict)
+    processes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,11 @@ def read_protocol(path: Path) -> Protocol:
         raise UsageError(f"{path}: teachers_with {protocol.teachers_with!r} distils nothing, so it trains no teachers")
     if protocol.unlabelled_images and not protocol.train_images:
         raise UsageError(f"{path}: unlabelled_images are the training images beyond train_images: give that too")
+    strange = sorted(protocol.processes.keys() - protocol.arms.keys())
+    if strange or not all(isinstance(count, int) and count > 0 for count in protocol.processes.values()):
+        raise UsageError(
+            f"{path}: processes are a number for an arm, such as contest = 2; the arms: {', '.join(protocol.arms)}"
+        )
     if protocol.peers and not protocol.peer_teacher:
         raise UsageError(f"{path}: peers need a peer_teacher, options of distill")
     return protocol
@@ -141,7 +149,7 @@ def pieces(protocol: Protocol, runs: Path, data: str) -> Iterator[Piece]:
             folder = root / (TEACHERS if arm == protocol.teachers_with else arm)
             options = options.replace(UNLABELLED, shlex.quote(str(unlabelled_folder(protocol, runs))))
             command = [*common, *shlex.split(options), "--out", str(folder)]
-            yield Piece(seed, arm, folder, [sys.executable, "-c", DISTILL, *command])
+            yield Piece(seed, arm, folder, [*_launch(protocol.processes.get(arm, 1)), *command])
         if protocol.peers:
             folder = root / "peer-teacher"
             command = [*common, "--no-distillation", *shlex.split(protocol.peer_teacher), "--out", str(folder)]
@@ -151,6 +159,14 @@ def pieces(protocol: Protocol, runs: Path, data: str) -> Iterator[Piece]:
             files = ["--dataset", str(root / TEACHERS / "dataset.csv"), "--seed", str(seed)]
             files += ["--teacher", str(root / "peer-teacher" / "model.pt"), "--out", str(root / arm)]
             yield Piece(seed, arm, root / arm, [*program, *files, *shlex.split(options)])
+
+
+def _launch(processes: int) -> list[str]:
+    """What starts `distill`."""
+    if processes == 1:
+        return [sys.executable, "-c", DISTILL]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, "-m", *torchrun, "-m", "edgedistill", "distill"]
 
 
 def share_manifest(piece: Piece) -> None:
@@ -225,10 +241,17 @@ def rows_of(protocol: Protocol, piece: Piece, out: Path) -> list[dict[str, Any]]
                 "accuracy": round(values["accuracy"], 5),
                 "macro_f1": round(values["macro_f1"], 5),
                 "train_s": round(sum(row["seconds"] for path in logs for row in read_jsonl(path)), 1),
-                "command": shlex.join(["distill", *piece.command[3:]] if model != "teacher" else []),
+                "command": _shown(piece.command) if model != "teacher" else "",
             }
         )
     return rows
+
+
+def _shown(command: list[str]) -> str:
+    """Without this machine's paths."""
+    if DISTILL in command:
+        return shlex.join(["distill", *command[command.index(DISTILL) + 1 :]])
+    return shlex.join(["python", *command[1:]])
 
 
 def append(rows: list[dict[str, Any]], path: Path) -> None:

@@ -54,9 +54,10 @@ def test_each_protocol_parses_into_settings_that_exist(path, tmp_path):
     command = typer.main.get_command(app)
     seen = {}
     for piece in distillation.pieces(protocol, tmp_path, protocol.data):
-        if piece.seed or piece.command[1] != "-c":
+        if piece.seed or piece.arm in protocol.peers:
             continue
-        with command.make_context("distill", piece.command[3:]) as context:
+        start = piece.command.index("--data")
+        with command.make_context("distill", piece.command[start:]) as context:
             seen[piece.arm] = dict(context.params)
     assert set(seen) >= set(protocol.arms)
     budget = (
@@ -94,6 +95,20 @@ def test_pieces_share_one_teaching_per_seed(tmp_path):
     assert "--soft-labels" not in hard + peer_teacher
     assert f"--dataset {root / 'teachers' / 'dataset.csv'}" in peer
     assert f"--teacher {root / 'peer-teacher' / 'model.pt'}" in peer
+
+
+def test_an_arm_of_several_processes_is_launched_by_torchrun_with_the_same_options(tmp_path):
+    path = write_protocol(tmp_path)
+    alone = {piece.arm: piece for piece in distillation.pieces(distillation.read_protocol(path), tmp_path, "photos")}
+    path.write_text(path.read_text() + "\n[processes]\nhard-labels = 2\n")
+    both = {piece.arm: piece for piece in distillation.pieces(distillation.read_protocol(path), tmp_path, "photos")}
+    assert both["contest"].command == alone["contest"].command
+    launched, plain = both["hard-labels"].command, alone["hard-labels"].command
+    start = launched.index("--data")
+    assert launched[start:] == plain[plain.index("--data") :]
+    assert launched[1:start] == shlex.split(
+        "-m torch.distributed.run --standalone --nproc_per_node 2 -m edgedistill distill"
+    )
 
 
 def test_unlabelled_images_are_training_images_that_no_arm_has_labels_of(tmp_path):
@@ -178,6 +193,8 @@ def test_protocols_that_cannot_be_run_are_refused(tmp_path):
         (text.replace("seeds = [0, 1]", "sedes = [0]"), "sedes unknown; expected arms"),
         (text.replace("seeds = [0, 1]\n", ""), "'seeds'; see benchmarks/protocols"),
         (text.replace("peer_teacher", "# peer_teacher"), "peers need a peer_teacher"),
+        (f"{text}\n[processes]\nlive-half = 2", "processes are a number for an arm"),
+        (f"{text}\n[processes]\nlive = 0", "processes are a number for an arm"),
         ("= 3", "not TOML"),
     ):
         path.write_text(wrong)

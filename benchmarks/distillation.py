@@ -327,7 +327,8 @@ def run(protocol: Protocol, args: argparse.Namespace) -> bool:
     results = args.out / f"{protocol.name}.csv"
     done = {(int(row["seed"]), row["arm"]) for row in read_rows(results)}
     for piece in pieces(protocol, args.runs, data_argument(protocol, args.runs)):
-        needed = piece.arm in ("", protocol.teachers_with) or not args.arms or piece.arm in args.arms
+        asked = piece.arm in args.arms or (not piece.arm and not protocol.peers.keys().isdisjoint(args.arms))
+        needed = piece.arm == protocol.teachers_with or not args.arms or asked
         if not needed or (args.seeds and piece.seed not in args.seeds) or (piece.seed, piece.arm) in done:
             continue
         if not piece.arm and (piece.folder / "model.pt").exists():

@@ -184,6 +184,20 @@ def test_a_benchmark_goes_on_where_time_ran_out_and_sums_up(tmp_path, monkeypatc
     assert "hard-labels" in capsys.readouterr().out
 
 
+def test_only_the_arms_that_are_asked_for_are_trained(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(distillation, "run_piece", lambda *args: ran.append(args[0]) or fake_piece(*args))
+    options = [str(write_protocol(tmp_path)), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+
+    def trained(arms):
+        ran.clear()
+        assert distillation.main([*options, "--seeds", "0", "--arms", arms]) == 0
+        return [Path(command[command.index("--out") + 1]).name for command in ran]
+
+    assert trained("live") == ["teachers", "live"]
+    assert trained("timm-kd") == ["peer-teacher", "timm-kd"]
+
+
 def test_protocols_that_cannot_be_run_are_refused(tmp_path):
     path = write_protocol(tmp_path)
     text = path.read_text()

@@ -279,7 +279,8 @@ def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
     """model.pt, what it says of the held-out fold, and fold.json."""
     settings, dataset, folder = shared.member.settings, shared.dataset, job.folder
     network = settings.network(len(dataset.outputs))
-    if settings.averages and settings.test_size is None:  # else training.fixres has measured the statistics
+    stale = settings.averages or settings.mixes_to_the_end
+    if stale and settings.test_size is None:  # else training.fixres has measured the statistics
         seen = dataset.paths[shared.rows[dataset.folds[shared.rows] != fold]]
         reestimate_batch_norm(
             model, seen, shared.spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed

@@ -11,6 +11,7 @@ import torch
 from edgedistill.artifacts import RunDir, read_json, write_array
 from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, DataError, UsageError
+from edgedistill.images import load_image, normalize
 from edgedistill.metrics import accuracy, log_loss
 from edgedistill.teacher import TeacherSettings, train_teachers
 from edgedistill.training.checkpoints import read_model
@@ -248,3 +249,18 @@ def test_wrong_folds_and_settings_are_usage_errors(taught, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match=r"RANK, MASTER_ADDR, MASTER_PORT missing.* a fold of its own with --fold"):
         train_teachers(SETTINGS, dataset, run, resume=False)
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+def test_teachers_that_saw_mixed_images_end_with_the_statistics_of_clean_ones(tiny_dataset, tmp_path, cutmix):
+    """Of the folds that it trained on, never of the one that it labels."""
+    run, others = RunDir(tmp_path), (tiny_dataset.splits == "train") & (tiny_dataset.folds != 0)
+    settings = dataclasses.replace(SETTINGS, batch_size=int(others.sum()), cutmix_probability=cutmix, fold=0)
+    train_teachers(settings, tiny_dataset, run, resume=False)
+    loaded = read_model(run.teacher(0) / "model.pt")
+    pixels = np.stack([load_image(path, loaded.input_spec) for path in tiny_dataset.paths[others]])
+    network = loaded.model
+    with torch.no_grad():
+        first = network.conv_stem(torch.from_numpy(normalize(pixels, loaded.input_spec)))
+    clean = torch.allclose(network.bn1.running_mean, first.mean(dim=(0, 2, 3)), atol=1e-4)
+    assert clean == (cutmix > 0)

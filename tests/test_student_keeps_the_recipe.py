@@ -145,6 +145,22 @@ def test_batch_norm_is_measured_on_clean_images(dataset):
     assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
 
 
+def test_batch_norm_is_measured_in_batches_that_mix_what_a_folder_sorts(tmp_path):
+    paths = []
+    for number in range(64):
+        value = 20 if number < 32 else 235  # the first class dark, the second bright
+        paths.append(str(tmp_path / f"{number:02d}.png"))
+        cv2.imwrite(paths[-1], np.full((32, 32, 3), value, np.uint8))
+    model = create_model("test_efficientnet", class_count=2)
+    spec = InputSpec(height=32, width=32)
+    reestimate_batch_norm(model, np.array(paths), spec, batch_size=8, limit=1000, seed=0)
+    pixels = np.stack([load_image(path, spec) for path in paths])
+    with torch.no_grad():
+        first = model.conv_stem(torch.from_numpy(normalize(pixels, spec)))
+    ratio = model.bn1.running_var / first.var(dim=(0, 2, 3))
+    assert (ratio > 0.7).all() and (ratio < 1.3).all()
+
+
 def test_final_data_with_val_fits_no_temperature(dataset, soft_labels, tmp_path, capsys):
     run = RunDir(tmp_path)
     settings = dataclasses.replace(SETTINGS, epochs=1, extra_epochs=1, final_data="train+val")

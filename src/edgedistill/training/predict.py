@@ -115,13 +115,14 @@ def reestimate_batch_norm(
     """Replace the running statistics of every batch-norm layer by those of clean images at deployment resolution.
 
     Averaged weights have statistics that nothing measured (torch.optim.swa_utils.update_bn does the same, but also
-    switches dropout on). At most ``limit`` images, drawn by ``seed``. Returns how many layers there were.
+    switches dropout on). At most ``limit`` images, in an order drawn by ``seed``: in the order of a folder a batch would
+    hold one class or one series of photographs, and vary less than what training saw (on ELPV, sorted by module, that
+    cost teachers 2 and a distilled student 2 points). Returns how many layers there were.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not layers:
         return 0
-    if len(paths) > limit:
-        paths = paths[np.sort(generator(seed, "batch-norm").choice(len(paths), limit, replace=False))]
+    paths = paths[generator(seed, "batch-norm").permutation(len(paths))[:limit]]
     whole = len(paths) - len(paths) % batch_size if len(paths) > batch_size else len(paths)
     momenta = [layer.momentum for layer in layers]
     model.eval()

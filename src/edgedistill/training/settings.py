@@ -310,6 +310,11 @@ class TrainSettings:
         """Whether the trained weights are an average, for which batch-norm statistics are to be measured anew."""
         return bool(self.extra_epochs or self.swa_start or self.ema_decay)
 
+    @property
+    def mixes_to_the_end(self) -> bool:
+        """Whether the running batch-norm statistics are those of mixed images, which deployment never sees."""
+        return self.cutmix_probability + self.mixup_probability > 0 and self.plain_epochs == 0
+
     def checks(self) -> list[tuple[str, bool, str]]:
         """(field, whether its value is allowed, what is)."""
         return [

@@ -116,8 +116,8 @@ def reestimate_batch_norm(
 
     Averaged weights have statistics that nothing measured (torch.optim.swa_utils.update_bn does the same, but also
     switches dropout on). At most ``limit`` images, in an order drawn by ``seed``: in the order of a folder a batch would
-    hold one class or one series of photographs, and vary less than what training saw (on ELPV, sorted by module, that
-    cost teachers 2 and a distilled student 2 points). Returns how many layers there were.
+    hold one class or one series of photographs, and vary less than what training saw (with Fashion-MNIST's images by
+    class, that cost each of two students 1.6 and 1.9 points). Returns how many layers there were.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not layers:

@@ -4,7 +4,7 @@
     edgedistill tune RUN --data more-val/val.csv --images 4000 ...
 
 For runs on a part of a large data set: what 800 val images cannot tell, 4,000 can. Test images are never taken, nor any
-image with the content of one that the run knows.
+image with the content of one that the run knows, with a label or (--unlabelled) without.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from pathlib import Path
 import numpy as np
 
 from edgedistill import console
+from edgedistill.artifacts import RUN_FORMAT, RunDir, read_json
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.tuner.valset import write_val
 from edgedistill.data.manifest import hash_files, read_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.errors import DataError, UsageError
+from edgedistill.images import IMAGE_SUFFIXES
 
 
 def write_unused(run: Path, data: str, per_class: int, out: Path, seed: int = 0) -> int:
     """Copies of the images to OUT/val, listed in OUT/val.csv; returns how many.
 
-    Raises DataError when a class has fewer than ``per_class`` left or one that the run does not know;
-    then nothing is written.
+    Raises DataError when a class has fewer than ``per_class`` left or one that the run does not know, or when the run's
+    unlabelled images are gone; then nothing is written.
     """
     dataset = read_dataset(run / "dataset.csv")
-    known = {digest.decode() for digest in dataset.sha256}
+    known = {digest.decode() for digest in [*dataset.sha256, *hash_files(unlabelled_images(run))]}
     items = [item for item in open_source(data).items if item.split != "test"]
     foreign = sorted({item.label for item in items} - set(dataset.class_names))
     if foreign:
@@ -59,6 +61,21 @@ def write_unused(run: Path, data: str, per_class: int, out: Path, seed: int = 0)
         shutil.copyfile(source, out / "val" / row[1])
     write_val(out, rows)
     return len(rows)
+
+
+def unlabelled_images(run: Path) -> list[Path]:
+    """What the run's student learnt from without labels (frames of its videos are no images of a data set)."""
+    config = RunDir(run).config
+    if not config.exists():
+        return []
+    name = read_json(config, format=RUN_FORMAT)["settings"].get("student", {}).get("unlabelled")
+    if not name:
+        return []
+    if not Path(name).is_dir():
+        raise DataError(
+            f"{config}: the student learnt from {name}, which is not here: start this where the run was made"
+        )
+    return [path for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from openvino import opset8
 from torch import nn
 from torch.nn.utils import parametrize
 
-from edgedistill.artifacts import RunDir, read_json
+from edgedistill.artifacts import RUN_FORMAT, RunDir, read_json
 from edgedistill.console import note
 from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import EdgedistillError
@@ -114,7 +114,7 @@ def _soft_labels_folder(run: Path) -> Path:
     own = RunDir(run).soft_labels
     if own.is_dir() or not RunDir(run).config.is_file():
         return own
-    given = read_json(RunDir(run).config, format="edgedistill-run").get("settings", {}).get("soft_labels")
+    given = read_json(RunDir(run).config, format=RUN_FORMAT).get("settings", {}).get("soft_labels")
     return Path(given) if isinstance(given, str) else own
 
 

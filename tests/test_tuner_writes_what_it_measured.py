@@ -19,7 +19,7 @@ import pytest
 from openvino import opset13 as ops
 
 from edgedistill import images
-from edgedistill.artifacts import read_json, sha256_file, write_json
+from edgedistill.artifacts import RUN_FORMAT, read_json, sha256_file, write_json
 from edgedistill.benchmarks.bench_fps import cascade_notes
 from edgedistill.benchmarks.candidates import cascade_record, preparation_us
 from edgedistill.benchmarks.score import Objective
@@ -111,7 +111,7 @@ def make_run(root: Path, *, students: dict[str, float], data: Path | None = None
     )
     root.mkdir(parents=True, exist_ok=True)
     write_dataset(dataset, root / "dataset.csv")
-    (root / "config.json").write_text(json.dumps({"settings": {"student": {"final_data": "train"}}}))
+    write_json(root / "config.json", {"settings": {"student": {"final_data": "train"}}}, format=RUN_FORMAT)
     make_bundle(root / "openvino", students, dataset_hash=dataset.hash)
     return root
 
@@ -246,7 +246,7 @@ def test_val_is_val_and_never_anything_else(run: Path) -> None:
 
 
 def test_a_val_that_was_trained_on_is_refused(run: Path) -> None:
-    (run / "config.json").write_text(json.dumps({"settings": {"student": {"final_data": "train+val"}}}))
+    write_json(run / "config.json", {"settings": {"student": {"final_data": "train+val"}}}, format=RUN_FORMAT)
     with pytest.raises(DataError, match=r"train\+val"):
         open_val(find_students([run]), None)
 
@@ -273,6 +273,14 @@ def test_more_val_images_are_none_that_the_run_knows(run: Path, tmp_path: Path) 
     first = run / "data" / LABELS[0] / "000.jpg"
     for number in range(20):
         (first.parent / f"copy-{number}.jpg").write_bytes(first.read_bytes())
+    learnt = tmp_path / "learnt"
+    learnt.mkdir()
+    shutil.copyfile(run / "data" / LABELS[1] / "new-001.jpg", learnt / "frame.jpg")
+    settings = {"student": {"final_data": "train", "unlabelled": str(learnt)}}
+    write_json(run / "config.json", {"settings": settings}, format=RUN_FORMAT)
+    with pytest.raises(DataError, match="fewer than 8 unused"):
+        write_unused(run, str(run / "data"), 8, tmp_path / "more")
+    (learnt / "frame.jpg").rename(learnt / "frame.txt")
     assert write_unused(run, str(run / "data"), 8, tmp_path / "more") == 24
     val = open_val(find_students([run]), str(tmp_path / "more" / "val.csv"))
     assert not known & set(hash_files(val.paths))
@@ -280,6 +288,9 @@ def test_more_val_images_are_none_that_the_run_knows(run: Path, tmp_path: Path) 
     with pytest.raises(DataError, match="fewer than 9 unused"):
         write_unused(run, str(run / "data"), 9, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    shutil.rmtree(learnt)
+    with pytest.raises(DataError, match=r"learnt from .*which is not here"):
+        write_unused(run, str(run / "data"), 8, tmp_path / "again")
 
 
 def test_no_val_images_at_all_is_an_error_with_the_way_out(tmp_path: Path) -> None:

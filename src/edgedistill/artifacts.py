@@ -151,6 +151,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+RUN_FORMAT = "edgedistill-run"  # of config.json
+
+
 @dataclass(frozen=True)
 class RunDir:
     """The names inside runs/NAME; design and README list the same tree."""

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgedistill import __version__, console
-from edgedistill.artifacts import RunDir, atomic_path, read_json, settings_dict, sha256_file, sweep, write_json
+from edgedistill.artifacts import (
+    RUN_FORMAT,
+    RunDir,
+    atomic_path,
+    read_json,
+    settings_dict,
+    sha256_file,
+    sweep,
+    write_json,
+)
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.label_columns import LabelColumns
@@ -51,7 +60,6 @@ __all__ = [
 
 T = TypeVar("T", bound=TrainSettings)
 
-CONFIG_FORMAT = "edgedistill-run"
 LIBRARIES = ("torch", "timm", "albumentations", "numpy", "opencv-python", "openvino", "scikit-learn")
 
 
@@ -249,7 +257,7 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
     """
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     if run.config.exists() and resume:
-        saved = read_json(run.config, format=CONFIG_FORMAT)
+        saved = read_json(run.config, format=RUN_FORMAT)
         if saved["dataset_hash"] != dataset.hash:
             raise ArtifactError(f"{run.config}: made from another data set; choose another --out")
         command = saved["command"]
@@ -259,7 +267,7 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
         "dataset_hash": dataset.hash,
         "command": command,
     }
-    write_json(run.config, values, format=CONFIG_FORMAT)
+    write_json(run.config, values, format=RUN_FORMAT)
 
 
 def _frozen(

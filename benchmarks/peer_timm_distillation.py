@@ -103,7 +103,9 @@ def train(args: argparse.Namespace, dataset: Dataset) -> Any:
         verbose=False,
     )
     batches = loader(Images(dataset, "train"), args, model, training=True)
-    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes)
+    mixup = Mixup(
+        args.mixup, args.cutmix, prob=args.mixup_prob, label_smoothing=args.smoothing, num_classes=classes
+    )
     optimizer = create_optimizer_v2(model, opt="radam", lr=args.lr, weight_decay=1e-4)
     steps = len(batches)
     scheduler = CosineLRScheduler(optimizer, t_initial=steps * args.epochs, lr_min=args.lr * 0.01, t_in_epochs=False)
@@ -160,6 +162,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoothing", type=float, default=0.1)
     parser.add_argument("--mixup", type=float, default=0.0)
     parser.add_argument("--cutmix", type=float, default=1.0)
+    parser.add_argument("--mixup-prob", type=float, default=1.0, help="share of the batches that are mixed")
     parser.add_argument("--scale", type=float, default=0.6, help="smallest share of the area that a crop keeps")
     parser.add_argument("--color-jitter", type=float, default=0.0)
     parser.add_argument("--aa", help="timm's --aa, such as rand-m9-mstd0.5")

@@ -126,6 +126,15 @@ class StudentSettings(TrainSettings):
             (bool(self.unlabelled), "--unlabelled"),
         ]
 
+    def doubts(self) -> list[str]:
+        found = super().doubts()
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        set_apart = [name for name in usual if name.startswith("unlabelled_") and getattr(self, name) != usual[name]]
+        if self.distillation and set_apart and not self.unlabelled:
+            flags = ", ".join("--" + name.replace("_", "-") for name in set_apart)
+            found.append(f"{flags} change nothing without photographs: give --unlabelled FOLDER")
+        return found
+
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
             *super().checks(),

@@ -35,7 +35,7 @@ def settings_of(monkeypatch):
 
 
 def test_every_system_of_the_table_has_a_recipe():
-    assert set(recipe_names()) >= SYSTEMS | {"fast-start", "best"}
+    assert set(recipe_names()) >= SYSTEMS | {"fast-start", "few-labels", "best"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -68,6 +68,13 @@ def test_flags_override_a_recipe_and_it_overrides_the_defaults(settings_of):
     assert recipe.student.balanced_sampling and not own.student.balanced_sampling
     assert not settings_of("--recipe", "fast-start").student.balanced_sampling
     assert settings_of("--recipe", "fast-start", "--balanced").student.balanced_sampling
+
+
+def test_a_recipe_for_photographs_without_labels_says_when_there_are_none(settings_of):
+    (doubt,) = settings_of("--recipe", "few-labels").student.doubts()
+    assert doubt.startswith("--unlabelled-share, --unlabelled-min-confidence change nothing without")
+    assert settings_of("--recipe", "few-labels", "--unlabelled", "photos").student.doubts() == []
+    assert settings_of("--recipe", "few-labels", "--no-distillation").student.doubts() == []
 
 
 def test_without_a_recipe_the_defaults_are_the_settings_own(settings_of):

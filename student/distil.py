@@ -38,7 +38,7 @@ from edgedistill.student.unlabelled import (
     without_known,
 )
 from edgedistill.student.views import open_views
-from edgedistill.training.checkpoints import read_model, write_model
+from edgedistill.training.checkpoints import read_input_spec, read_model, write_model
 from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, Views, open_store, prepared_spec
@@ -178,12 +178,13 @@ def train_student(
     folder = folder or (run.student if settings.distillation else run.hard_label_student)
     on_main(lambda: _refuse_existing_work(out, resume=resume))
     lesson = _lesson(settings, dataset, soft_labels, device=device, cache=run.root)
-    wanted = _identity(settings, dataset, lesson)
+    spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
+    loaded = _loaded(settings, spec, lesson)
+    wanted = _identity(settings, dataset, lesson, loaded if loaded != spec else None)
     if on_main(lambda: _is_done(out, wanted)):
         return out
-    spec = input_spec_for(settings.name, settings.image_size, resize=settings.resize)
     deployed_spec(settings, spec)  # refused before images are read where the network cannot change its size
-    job = _job(settings, dataset, spec, lesson, folder=folder, wanted=wanted)
+    job = _job(settings, dataset, spec, lesson, loaded=loaded, folder=folder, wanted=wanted)
     if settings.distillation and settings.live_teachers:
         job = dataclasses.replace(job, judge=_judge(settings, dataset, lesson, device))
     if settings.distillation and settings.views:
@@ -346,7 +347,7 @@ def _views(
         "images": ids_hash(dataset.ids[_final_rows(settings, dataset, lesson)]) + unlabelled,
         "dataset_hash": dataset.hash,
         "augmentation": settings_dict(settings.augment_settings()),
-        "input_spec": job.spec.to_dict(),
+        "input_spec": (job.loaded or job.spec).to_dict(),
         "teachers": [[t.sha256, t.weight, (lesson.temperatures or {}).get(t.sha256, 1.0)] for t in lesson.teachers],
     }
     seed = derive(settings.seed, "student")
@@ -362,7 +363,16 @@ def _views(
     )
 
 
-def _identity(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> dict[str, Any]:
+def _loaded(settings: StudentSettings, spec: InputSpec, lesson: _Lesson) -> InputSpec:
+    """The pixels that the loader makes: no less detailed than any teacher that judges them expects."""
+    if not (settings.distillation and (settings.live_teachers or settings.views)):
+        return spec
+    return spec.covering(read_input_spec(teacher.path) for teacher in lesson.teachers)
+
+
+def _identity(
+    settings: StudentSettings, dataset: Dataset, lesson: _Lesson, larger_views: InputSpec | None
+) -> dict[str, Any]:
     """What the student's weights depend on beyond its settings."""
     labels = "" if lesson.soft is None else hashlib.sha256(lesson.soft.tobytes()).hexdigest()
     more: dict[str, Any] = {"soft_labels": labels}
@@ -370,6 +380,8 @@ def _identity(settings: StudentSettings, dataset: Dataset, lesson: _Lesson) -> d
         more["teachers"] = [teacher.sha256 for teacher in lesson.teachers]
         if lesson.temperatures is not None:
             more["teacher_temperatures"] = [lesson.temperatures[teacher.sha256] for teacher in lesson.teachers]
+    if larger_views is not None:
+        more["view_size"] = [larger_views.height, larger_views.width]
     if len(lesson.dropped):
         more["dropped"] = len(lesson.dropped)
     if lesson.unlabelled is not None:
@@ -396,6 +408,7 @@ def _job(
     spec: InputSpec,
     lesson: _Lesson,
     *,
+    loaded: InputSpec,
     folder: Path,
     wanted: dict[str, Any],
 ) -> Job:
@@ -411,7 +424,7 @@ def _job(
         folder=folder,
         settings=settings,
         identity=wanted,
-        store=open_store(paths, prepared_spec(spec), cache_gib=settings.cache_gib),
+        store=open_store(paths, prepared_spec(loaded), cache_gib=settings.cache_gib),
         targets=targets,
         phases=_phases(settings, dataset, rows, unlabelled=np.arange(len(rows), len(paths))),
         loss=LossSettings(
@@ -421,7 +434,8 @@ def _job(
             _hard_loss(settings, dataset, _train_rows(dataset, lesson)),
         ),
         spec=spec,
-        augment=settings.augmentation(spec),
+        augment=settings.augmentation(loaded),
+        loaded=loaded,
         validation=open_validation(dataset, spec, seed=settings.seed),
         task=dataset.task,
     )

@@ -12,7 +12,7 @@ import torch
 
 from edgedistill.artifacts import RunDir, read_json, sha256_file, write_json
 from edgedistill.errors import ArtifactError, UsageError
-from edgedistill.images import InputSpec
+from edgedistill.images import InputSpec, prepare
 from edgedistill.student import LIVE_DEFAULTS, StudentSettings, train_student
 from edgedistill.student.live_teachers import (
     LiveTeachers,
@@ -22,10 +22,11 @@ from edgedistill.student.live_teachers import (
     open_teachers,
     teacher_view,
 )
+from edgedistill.training import loop
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.losses import Targets
 from edgedistill.training.mixing import Mixing, draw_partners, mix
-from edgedistill.training.predict import network_input
+from edgedistill.training.predict import at_size, network_input
 from edgedistill.training.seeds import generator
 from edgedistill.training.soft_labels import ids_hash
 
@@ -98,6 +99,40 @@ def test_teachers_see_the_students_pixels_at_their_own_size_and_scale():
     larger = teacher_view(flat, spec.resized(24))
     assert larger.shape == (2, 3, 24, 24)
     assert torch.allclose(larger, teacher_view(flat, spec)[:, :, :1, :1].expand_as(larger), atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(40, 40, 32), (300, 300, 96), (101, 67, 32), (24, 24, 40)])
+def test_pixels_of_another_size_are_reduced_as_deployed(height, width, size):
+    pixels = generator(1).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    spec = InputSpec(height=size, width=size, resize="center-crop", crop_fraction=0.9)
+    whole = InputSpec(height=size, width=size)
+    deployed = np.stack([prepare(image, whole) for image in pixels])
+    ours = at_size(torch.from_numpy(pixels), spec).numpy()
+    assert ours.shape == deployed.shape
+    assert np.abs(ours - deployed).max() <= 1.01  # 8-bit steps of two roundings, and of OpenCV's fixed-point weights
+
+
+def test_teachers_see_the_detail_that_they_were_trained_with(tiny_dataset, taught_run, tmp_path, monkeypatch):
+    seen, learnt = set(), set()
+    real_judge, real_forward = LiveTeachers.__call__, loop.network_input
+
+    def judged(self, images, rows):
+        seen.add((images.dtype, *images.shape[1:3]))
+        return real_judge(self, images, rows)
+
+    def forwarded(images, spec):
+        learnt.add(images.shape[1:3])
+        return real_forward(images, spec)
+
+    monkeypatch.setattr(LiveTeachers, "__call__", judged)
+    monkeypatch.setattr(loop, "network_input", forwarded)
+    run = RunDir(tmp_path)
+    settings = dataclasses.replace(SETTINGS, epochs=1, test_size=36, fixres_epochs=1)
+    train_student(settings, tiny_dataset, run, soft_labels=taught_run.soft_labels, out=run.model, resume=False)
+    assert seen == {(torch.uint8, 40, 40)}  # the teachers' own pixels, before and during FixRes
+    assert learnt == {(32, 32), (36, 36)}
+    saved = read_model(run.model)
+    assert (saved.input_spec.height, saved.settings["view_size"]) == (36, [40, 40])
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +109,11 @@ class InputSpec:
     def resized(self, height: int, width: int | None = None) -> InputSpec:
         """The same spec at another resolution."""
         return dataclasses.replace(self, height=height, width=width or height)
+
+    def covering(self, others: Iterable[InputSpec]) -> InputSpec:
+        """The same spec at a resolution that has no less detail than any of ``others``."""
+        sizes = [(spec.height, spec.width) for spec in (self, *others)]
+        return self.resized(*(max(side) for side in zip(*sizes, strict=True)))
 
     def same_pixels(self, other: InputSpec) -> bool:
         """Whether both see an image as the same uint8 [H, W, 3]: colour order, mean and std are the network's affair."""

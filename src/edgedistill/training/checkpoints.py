@@ -172,6 +172,11 @@ def read_model(path: Path) -> LoadedModel:
     )
 
 
+def read_input_spec(path: Path) -> InputSpec:
+    """Of a model.pt, without building its network. Raises ArtifactError."""
+    return InputSpec.from_dict(load_tensors(path, format=MODEL_FORMAT).get("input_spec", {}))
+
+
 def _build(path: Path, architecture: Any, kwargs: Any) -> Any:
     """timm also takes names and options that download or read other files: a model.pt may not use them."""
     timm = all_networks()

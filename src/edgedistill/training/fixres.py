@@ -66,16 +66,18 @@ def adapt(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
     if not settings.fixres_epochs:
         return model
     rate = settings.lr * RATE
+    loaded = spec if job.loaded is None else spec.covering([job.loaded])
     tuning = dataclasses.replace(
         job,
         title=f"{job.title} at {settings.test_size} px",
         folder=job.folder / "fixres",
         settings=dataclasses.replace(settings, cutmix_probability=0.0, mixup_probability=0.0, ema_decay=0.0),
-        store=open_store(job.store.paths, spec, cache_gib=settings.cache_gib),
+        store=open_store(job.store.paths, loaded, cache_gib=settings.cache_gib),
         phases=(Phase("fixres", settings.fixres_epochs, draw, rate, rate * settings.final_lr),),
         loss=dataclasses.replace(job.loss, hard=dataclasses.replace(job.loss.hard, deferred=0.0)),
         spec=spec,
-        augment=Augment(AugmentSettings(strength="none"), spec.height, spec.width),
+        augment=Augment(AugmentSettings(strength="none"), loaded.height, loaded.width),
+        loaded=loaded,
         validation=None,
         views=None,  # they are augmented; whole pictures have the stored labels
     )

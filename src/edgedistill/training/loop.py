@@ -37,7 +37,7 @@ from edgedistill.training.losses import LossSettings, Targets, loss_of, to_devic
 from edgedistill.training.mixing import mix
 from edgedistill.training.models import to_channels_last
 from edgedistill.training.optimizers import Phase, learning_rate, make_optimizer, set_learning_rate, update_average
-from edgedistill.training.predict import device_of, load_pixels, network_input, predict_pixels
+from edgedistill.training.predict import at_size, device_of, load_pixels, network_input, predict_pixels
 from edgedistill.training.processes import Part, check_batch, data_parallel, mean_over_all, on_main, part
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
@@ -88,7 +88,8 @@ class Job:
 
     ``folder`` gets checkpoint.pt, metrics.jsonl and tensorboard/. ``targets`` follow the rows of ``store``; with a
     ``judge`` the soft ones are its answers instead, with ``views`` what is stored of each view. ``task``: of a network
-    with several heads.
+    with several heads. ``loaded``: the pixels that the loader makes, if not ``spec``'s: larger ones for a judge that
+    sees more than the network does.
     """
 
     title: str
@@ -105,6 +106,7 @@ class Job:
     judge: Judge | None = None
     task: Task | None = None
     views: Views | None = None
+    loaded: InputSpec | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -168,7 +170,7 @@ def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
         job.store,
         schedule,
         job.augment,
-        spec=job.spec,
+        spec=job.loaded or job.spec,
         seed=settings.seed,
         workers=workers,
         part=this,
@@ -239,7 +241,7 @@ def train_step(
         targets = Targets(targets.hard, job.judge(images, batch.rows))
     half = trains_in_half(settings, device)
     with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-        logits = forward(network_input(images, job.spec))
+        logits = forward(network_input(at_size(images, job.spec), job.spec))
     task, settled = job.task, job.loss.at(state.epoch / len(job.epochs))
     loss = loss_of(logits, targets, settled) if task is None else task_loss(logits, targets, settled, task)
     loss = loss * weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from edgedistill import console
-from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
+from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image, reduction
 from edgedistill.training.loader import core_count
 from edgedistill.training.seeds import generator
 
@@ -26,6 +28,20 @@ def network_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """uint8 [N, H, W, 3] RGB on any device -> float32 [N, 3, H, W] in channels_last layout, (x - mean) / std."""
     mean, std = _mean_and_std(spec, images.device)
     return images.permute(0, 3, 1, 2).to(torch.float32).sub_(mean).div_(std)
+
+
+def at_size(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """[N, h, w, 3], uint8 or float -> [N, spec.height, spec.width, 3] by the deployable transform (see images.py): the
+    average of k x k pixels, then bilinear. Not rounded to whole grey values; float32 unless it was that size before."""
+    height, width = images.shape[1:3]
+    if (height, width) == (spec.height, spec.width):
+        return images
+    k = reduction(height, width, dataclasses.replace(spec, resize="squash", crop_fraction=1.0))
+    pixels = images.permute(0, 3, 1, 2).float()
+    if k > 1:
+        pixels = F.avg_pool2d(F.pad(pixels, (0, -width % k, 0, -height % k), mode="replicate"), k)
+    pixels = F.interpolate(pixels, (spec.height, spec.width), mode="bilinear", align_corners=False)
+    return pixels.permute(0, 2, 3, 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -274,34 +274,39 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def summarise(protocol: Protocol, out: Path) -> dict[str, Any]:
-    """Each arm over the seeds that it shares with the reference arm; written to NAME.json."""
+def summarise(protocol: Protocol, out: Path, reference: str = "") -> dict[str, Any]:
+    """Each arm over the seeds that it shares with the reference arm; written to NAME.json, or NAME-minus-REFERENCE.json
+    where ``reference`` is another one than the protocol's."""
+    reference = reference or protocol.reference
     rows = read_rows(out / f"{protocol.name}.csv")
     answers = {(int(row["seed"]), row["arm"]): row for row in rows}
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     result: dict[str, Any] = {}
     for arm in arms:
         seeds = [seed for seed, name in answers if name == arm]
-        shared = [seed for seed in seeds if (seed, protocol.reference) in answers]
+        shared = [seed for seed in seeds if (seed, reference) in answers]
         values: dict[str, Any] = {"seeds": seeds}
         for metric in METRICS:
             numbers = [float(answers[seed, arm][metric]) for seed in seeds]
             values[metric] = {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=len(numbers) > 1))}
-            if arm != protocol.reference and shared:
-                values[metric] |= _difference(protocol, metric, arm, shared, out)
+            if arm != reference and shared:
+                values[metric] |= _difference(protocol, metric, (arm, reference), shared, out)
         values["train_s"] = float(np.median([float(answers[seed, arm]["train_s"]) for seed in seeds]))
         result[arm] = values
-    record = {"reference": protocol.reference, "arms": result, "machine": machine_record()}
-    write_json(out / f"{protocol.name}.json", record, format="edgedistill-distillation-benchmark")
+    name = protocol.name if reference == protocol.reference else f"{protocol.name}-minus-{reference}"
+    record = {"reference": reference, "arms": result, "machine": machine_record()}
+    write_json(out / f"{name}.json", record, format="edgedistill-distillation-benchmark")
     return record
 
 
-def _difference(protocol: Protocol, metric: MetricName, arm: str, seeds: list[int], out: Path) -> dict[str, Any]:
+def _difference(
+    protocol: Protocol, metric: MetricName, arms: tuple[str, str], seeds: list[int], out: Path
+) -> dict[str, Any]:
     def kept(name: str) -> list[npt.NDArray[np.int64]]:
         folder = out / protocol.name
         return [read_array(folder / f"seed-{seed}" / f"{name}.npy").astype(np.int64) for seed in seeds]
 
-    paired = hierarchical_difference(metric, kept(arm), kept(protocol.reference), kept("test_labels"))
+    paired = hierarchical_difference(metric, kept(arms[0]), kept(arms[1]), kept("test_labels"))
     return {"minus_reference": paired.difference, "ci95": list(paired.ci95), "paired_seeds": len(seeds)}
 
 
@@ -352,19 +357,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/distillation"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--summary", action="store_true", help="train nothing; sum up what is there")
+    parser.add_argument(
+        "--reference", default="", help="with --summary: the arm to compare with, if not the protocol's"
+    )
     parser.add_argument("--list", action="store_true", help="train nothing; print the commands")
     args = parser.parse_args(argv)
     protocol = read_protocol(args.protocol)
-    unknown = sorted(set(args.arms) - protocol.arms.keys() - protocol.peers.keys())
+    if args.reference and not args.summary:
+        raise UsageError("--reference is of --summary")
+    unknown = sorted({*args.arms, *filter(None, [args.reference])} - protocol.arms.keys() - protocol.peers.keys())
     if unknown:
-        raise UsageError(f"--arms {','.join(unknown)}: not in {args.protocol}: {', '.join(protocol.arms)}")
+        raise UsageError(f"{','.join(unknown)}: not in {args.protocol}: {', '.join(protocol.arms)}")
     if args.list:
         for piece in pieces(protocol, args.runs, data_argument(protocol, args.runs)):
             console.out.print(shlex.join(piece.command), markup=False)
         return 0
     finished = args.summary or run(protocol, args)
     if read_rows(args.out / f"{protocol.name}.csv"):
-        console.out.print(table(summarise(protocol, args.out), protocol.name))
+        console.out.print(table(summarise(protocol, args.out, args.reference), protocol.name))
     return 0 if finished else TIMES_UP
 
 

@@ -182,6 +182,12 @@ def test_a_benchmark_goes_on_where_time_ran_out_and_sums_up(tmp_path, monkeypatc
     assert read_array(tmp_path / "out" / "tiny" / "seed-0" / "live.npy").shape == (400,)
     assert distillation.main([*options, "--summary"]) == 0
     assert "hard-labels" in capsys.readouterr().out
+    assert distillation.main([*options, "--summary", "--reference", "live"]) == 0
+    turned = read_json(tmp_path / "out" / "tiny-minus-live.json", format="edgedistill-distillation-benchmark")["arms"]
+    assert turned["hard-labels"]["accuracy"]["minus_reference"] == pytest.approx(-live["minus_reference"])
+    assert "minus_reference" not in turned["live"]["accuracy"]
+    with pytest.raises(UsageError, match="of --summary"):
+        distillation.main([*options, "--reference", "live"])
 
 
 def test_only_the_arms_that_are_asked_for_are_trained(tmp_path, monkeypatch):

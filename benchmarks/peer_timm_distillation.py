@@ -85,7 +85,7 @@ def train(args: argparse.Namespace, dataset: Dataset) -> Any:
     import timm
     import torch
     from timm.data import Mixup
-    from timm.loss import SoftTargetCrossEntropy
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from timm.task import LogitDistillationTask
@@ -93,19 +93,19 @@ def train(args: argparse.Namespace, dataset: Dataset) -> Any:
     classes = len(dataset.class_names)
     model = timm.create_model(args.model, num_classes=classes, pretrained=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mixing = args.mixup > 0 or args.cutmix > 0  # as train.py: Mixup smooths the labels itself where it is used
     task = LogitDistillationTask(
         student_model=model.to(device),
         teacher_model=open_teacher(args.teacher).to(device),
-        criterion=SoftTargetCrossEntropy(),
+        criterion=SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(args.smoothing),
         task_loss_weight=args.task_loss_weight,
         temperature=args.temperature,
         device=device,
         verbose=False,
     )
     batches = loader(Images(dataset, "train"), args, model, training=True)
-    mixup = Mixup(
-        args.mixup, args.cutmix, prob=args.mixup_prob, label_smoothing=args.smoothing, num_classes=classes
-    )
+    shares = {"prob": args.mixup_prob, "label_smoothing": args.smoothing, "num_classes": classes}
+    mixup = Mixup(args.mixup, args.cutmix, **shares) if mixing else None
     optimizer = create_optimizer_v2(model, opt="radam", lr=args.lr, weight_decay=1e-4)
     steps = len(batches)
     scheduler = CosineLRScheduler(optimizer, t_initial=steps * args.epochs, lr_min=args.lr * 0.01, t_in_epochs=False)
@@ -113,7 +113,9 @@ def train(args: argparse.Namespace, dataset: Dataset) -> Any:
         task.train()
         start, total = time.perf_counter(), 0.0
         for step, (images, labels) in enumerate(batches):
-            images, targets = mixup(images.to(device), labels.to(device))
+            images, targets = images.to(device), labels.to(device)
+            if mixup is not None:
+                images, targets = mixup(images, targets)
             loss = task(images, targets)["loss"]
             loss.backward()
             optimizer.step()

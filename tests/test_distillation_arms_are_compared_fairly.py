@@ -273,7 +273,8 @@ def test_a_tiny_protocol_runs_with_its_peer(tmp_path, monkeypatch):
     assert all(0 <= values["accuracy"]["mean"] <= 1 for values in record["arms"].values())
 
 
-def test_the_peer_writes_what_an_evaluation_holds(tmp_path, dataset_of):
+@pytest.mark.parametrize("mixing", [["--cutmix", 0], ["--cutmix", 1, "--mixup-prob", 0.5]])
+def test_the_peer_writes_what_an_evaluation_holds(mixing, tmp_path, dataset_of):
     """timm's task in this process, on a manifest and a teacher of ours."""
     from edgedistill.benchmarks import peer_timm_distillation
     from edgedistill.data.manifest import write_dataset
@@ -303,7 +304,7 @@ def test_the_peer_writes_what_an_evaluation_holds(tmp_path, dataset_of):
         settings={},
     )
     files = ["--dataset", tmp_path / "dataset.csv", "--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "peer"]
-    sizes = ["--model", "test_efficientnet", "--size", 32, "--epochs", 2, "--batch-size", 8, "--workers", 0]
+    sizes = ["--model", "test_efficientnet", "--size", 32, "--epochs", 2, "--batch-size", 8, "--workers", 0, *mixing]
     assert peer_timm_distillation.main([str(part) for part in [*files, *sizes]]) == 0
     folder = tmp_path / "peer"
     evaluation = read_json(folder / "evaluation" / "evaluation.json", format="edgedistill-evaluation")

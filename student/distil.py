@@ -347,7 +347,7 @@ def _views(
         "images": ids_hash(dataset.ids[_final_rows(settings, dataset, lesson)]) + unlabelled,
         "dataset_hash": dataset.hash,
         "augmentation": settings_dict(settings.augment_settings()),
-        "input_spec": (job.loaded or job.spec).to_dict(),
+        "input_spec": job.pixels.to_dict(),
         "teachers": [[t.sha256, t.weight, (lesson.temperatures or {}).get(t.sha256, 1.0)] for t in lesson.teachers],
     }
     seed = derive(settings.seed, "student")

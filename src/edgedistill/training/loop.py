@@ -109,6 +109,11 @@ class Job:
     loaded: InputSpec | None = None
 
     @property
+    def pixels(self) -> InputSpec:
+        """What the loader makes and a judge sees."""
+        return self.loaded or self.spec
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
@@ -170,7 +175,7 @@ def train(job: Job, model: nn.Module, *, resume: bool) -> nn.Module:
         job.store,
         schedule,
         job.augment,
-        spec=job.loaded or job.spec,
+        spec=job.pixels,
         seed=settings.seed,
         workers=workers,
         part=this,

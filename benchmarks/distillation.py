@@ -37,6 +37,7 @@ from edgedistill.artifacts import atomic_path, read_array, read_json, read_jsonl
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.reference_runs import run_piece, write_subset
+from edgedistill.data.folds import SplitSettings
 from edgedistill.data.sources import open_source
 from edgedistill.errors import UsageError
 from edgedistill.metrics import MetricName, hierarchical_difference
@@ -51,6 +52,7 @@ KEYS = {
     "data",
     "train_images",
     "unlabelled_images",
+    "test_fraction",
     "seeds",
     "data_options",
     "teacher_options",
@@ -69,7 +71,8 @@ class Protocol:
     """``data_options``, ``teacher_options``, ``student_options`` and each arm: options of `distill`.
 
     ``train_images``: so many of the data's training images, evenly by class (0: all). ``unlabelled_images``: so many of
-    the others, without their labels, in the folder that arms name ``{unlabelled}``. ``teachers_with``: the distilled arm
+    the others, without their labels, in the folder that arms name ``{unlabelled}``. ``test_fraction``: where the data have
+    no test split of their own and train_images are given, each seed cuts one first. ``teachers_with``: the distilled arm
     whose run trains the teachers. ``reference``: the arm that the others are compared with. ``peer_teacher``:
     options of `distill` for the teacher of the ``peers``, whose own options are those of peer_timm_distillation.
     ``processes``: how many train an arm together, one thread each, where it is not one alone.
@@ -86,6 +89,7 @@ class Protocol:
     arms: dict[str, str]
     train_images: int = 0
     unlabelled_images: int = 0
+    test_fraction: float = 0.0
     peer_teacher: str = ""
     peers: dict[str, str] = field(default_factory=dict)
     processes: dict[str, int] = field(default_factory=dict)
@@ -123,6 +127,10 @@ def read_protocol(path: Path) -> Protocol:
         raise UsageError(f"{path}: teachers_with {protocol.teachers_with!r} distils nothing, so it trains no teachers")
     if protocol.unlabelled_images and not protocol.train_images:
         raise UsageError(f"{path}: unlabelled_images are the training images beyond train_images: give that too")
+    if protocol.test_fraction and not protocol.train_images:
+        raise UsageError(
+            f"{path}: test_fraction goes with train_images; without them say --test-fraction in data_options"
+        )
     strange = sorted(protocol.processes.keys() - protocol.arms.keys())
     if strange or not all(isinstance(count, int) and count > 0 for count in protocol.processes.values()):
         raise UsageError(
@@ -133,11 +141,11 @@ def read_protocol(path: Path) -> Protocol:
     return protocol
 
 
-def pieces(protocol: Protocol, runs: Path, data: str) -> Iterator[Piece]:
-    """In the order in which they run: a seed's teachers come first."""
+def pieces(protocol: Protocol, runs: Path) -> Iterator[Piece]:
+    """In the order in which they run: a seed's teachers come first. ``prepare_data`` makes what they read."""
     for seed in protocol.seeds:
         root = runs / protocol.name / f"seed-{seed}"
-        common = ["--data", data, "--seed", str(seed), "--no-baseline", "--resume"]
+        common = ["--data", data_argument(protocol, runs, seed), "--seed", str(seed), "--no-baseline", "--resume"]
         common += shlex.split(protocol.data_options)
         others = [arm for arm in protocol.arms if arm != protocol.teachers_with]
         for arm in (protocol.teachers_with, *others):
@@ -147,7 +155,7 @@ def pieces(protocol: Protocol, runs: Path, data: str) -> Iterator[Piece]:
             elif "--no-distillation" not in options:
                 options += f" --soft-labels {shlex.quote(str(root / TEACHERS / 'soft_labels'))}"
             folder = root / (TEACHERS if arm == protocol.teachers_with else arm)
-            options = options.replace(UNLABELLED, shlex.quote(str(unlabelled_folder(protocol, runs))))
+            options = options.replace(UNLABELLED, shlex.quote(str(unlabelled_folder(protocol, runs, seed))))
             command = [*common, *shlex.split(options), "--out", str(folder)]
             yield Piece(seed, arm, folder, [*_launch(protocol.processes.get(arm, 1)), *command])
         if protocol.peers:
@@ -180,32 +188,38 @@ def share_manifest(piece: Piece) -> None:
                 shutil.copyfile(source / name, temporary)
 
 
-def data_argument(protocol: Protocol, runs: Path) -> str:
+def data_argument(protocol: Protocol, runs: Path, seed: int) -> str:
     """What --data is given: the protocol's data, or a CSV that names fewer training images of it."""
+    return str(subset_path(protocol, runs, seed)) if protocol.train_images else protocol.data
+
+
+def subset_path(protocol: Protocol, runs: Path, seed: int) -> Path:
+    name = f"{protocol.data.replace(':', '-').replace('/', '_')}-{protocol.train_images}"
+    return runs / (f"{name}-seed-{seed}.csv" if protocol.test_fraction else f"{name}.csv")
+
+
+def unlabelled_folder(protocol: Protocol, runs: Path, seed: int) -> Path:
+    return subset_path(protocol, runs, seed).with_suffix("") / f"unlabelled-{protocol.unlabelled_images}"
+
+
+def prepare_data(protocol: Protocol, runs: Path, seed: int) -> None:
+    """Writes the CSV and links the unlabelled images, where the protocol asks for them. Another driver may do the same
+    beside this one: both write the same."""
     if not protocol.train_images:
-        return protocol.data
-    path = subset_path(protocol, runs)
+        return
+    path = subset_path(protocol, runs, seed)
     if not path.exists():
-        write_subset(protocol.data, protocol.train_images, path)
+        cut = SplitSettings(test_fraction=protocol.test_fraction, seed=seed) if protocol.test_fraction else None
+        write_subset(protocol.data, protocol.train_images, path, cut=cut)
     if protocol.unlabelled_images:
-        link_unlabelled(protocol, path, unlabelled_folder(protocol, runs))
-    return str(path)
-
-
-def subset_path(protocol: Protocol, runs: Path) -> Path:
-    return runs / f"{protocol.data.replace(':', '-').replace('/', '_')}-{protocol.train_images}.csv"
-
-
-def unlabelled_folder(protocol: Protocol, runs: Path) -> Path:
-    return subset_path(protocol, runs).with_suffix("") / f"unlabelled-{protocol.unlabelled_images}"
+        link_unlabelled(protocol, path, unlabelled_folder(protocol, runs, seed))
 
 
 def link_unlabelled(protocol: Protocol, subset: Path, folder: Path) -> None:
     """Links to the first images of a seeded shuffle of the training images that the subset leaves out."""
     with subset.open(newline="", encoding="utf-8") as file:
-        labelled = {row["path"] for row in csv.DictReader(file)}
-    others = [item.path for item in open_source(protocol.data).items if item.split != "test"]
-    left = [path for path in others if str(path) not in labelled]
+        taken = {row["path"] for row in csv.DictReader(file)}  # labelled ones and the test split
+    left = [item.path for item in open_source(protocol.data).items if str(item.path) not in taken]
     if len(left) < protocol.unlabelled_images:
         raise UsageError(f"{protocol.name}: {len(left)} training images are left, not {protocol.unlabelled_images}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -331,13 +345,14 @@ def run(protocol: Protocol, args: argparse.Namespace) -> bool:
     deadline = time.monotonic() + 60 * args.minutes
     results = args.out / f"{protocol.name}.csv"
     done = {(int(row["seed"]), row["arm"]) for row in read_rows(results)}
-    for piece in pieces(protocol, args.runs, data_argument(protocol, args.runs)):
+    for piece in pieces(protocol, args.runs):
         asked = piece.arm in args.arms or (not piece.arm and not protocol.peers.keys().isdisjoint(args.arms))
         needed = piece.arm == protocol.teachers_with or not args.arms or asked
         if not needed or (args.seeds and piece.seed not in args.seeds) or (piece.seed, piece.arm) in done:
             continue
         if not piece.arm and (piece.folder / "model.pt").exists():
             continue
+        prepare_data(protocol, args.runs, piece.seed)
         share_manifest(piece)
         console.note(f"{protocol.name}, seed {piece.seed}: {piece.arm or 'the peers teacher'}")
         if not run_piece(piece.command, deadline - time.monotonic()):
@@ -369,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         raise UsageError(f"{','.join(unknown)}: not in {args.protocol}: {', '.join(protocol.arms)}")
     if args.list:
-        for piece in pieces(protocol, args.runs, data_argument(protocol, args.runs)):
+        for piece in pieces(protocol, args.runs):
             console.out.print(shlex.join(piece.command), markup=False)
         return 0
     finished = args.summary or run(protocol, args)

@@ -30,8 +30,9 @@ from edgedistill import console
 from edgedistill.artifacts import RunDir, atomic_path, read_json
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.machine import machine_record
+from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.sources import open_source
-from edgedistill.errors import EdgedistillError
+from edgedistill.errors import EdgedistillError, UsageError
 
 RESULTS = Path("benchmarks/results/reference.csv")
 KEPT = ("config.json", "evaluation/evaluation.json", "teacher/oof.json", "soft_labels/meta.json")
@@ -107,19 +108,26 @@ def data_argument(protocol: Protocol, folder: Path) -> str:
     return str(path)
 
 
-def write_subset(data: str, count: int, path: Path) -> None:
-    """The test split whole, and the first images of a seeded shuffle of each class for training."""
+def write_subset(data: str, count: int, path: Path, *, cut: SplitSettings | None = None) -> None:
+    """A CSV of the test split whole and ``count`` other images for training: the first ones of a seeded shuffle, of each
+    class as many as its share. ``cut``: the test split is cut first, groups kept together, where the data bring none."""
     source = open_source(data)
-    train = [item for item in source.items if item.split != "test"]
-    labels = np.array([item.label for item in train])
-    order = np.random.default_rng(0).permutation(len(train))
-    per_class = count // len(source.class_names)
-    chosen = [train[row] for name in source.class_names for row in order[labels[order] == name][:per_class]]
+    splits = [item.split for item in source.items]
+    if cut is not None:
+        if "test" in splits:
+            raise UsageError(f"{data}: has a test split of its own, so none is to be cut")
+        splits = ["test" if split == "test" else "" for split in freeze_dataset(source, cut).splits]
+    train = np.flatnonzero(np.array(splits) != "test")
+    labels = np.array([item.label for item in source.items])
+    order = np.random.default_rng(0 if cut is None else cut.seed).permutation(train)
+    of_class = [order[labels[order] == name] for name in source.class_names]
+    bounds = np.cumsum([len(rows) for rows in of_class]) * count // len(train)
+    chosen = np.concatenate([rows[:n] for rows, n in zip(of_class, np.diff(bounds, prepend=0), strict=True)])
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])
-        for item in [*chosen, *(item for item in source.items if item.split == "test")]:
-            writer.writerow([item.path, item.label, item.split or "train"])
+        for row in [*chosen, *np.flatnonzero(np.array(splits) == "test")]:
+            writer.writerow([source.items[row].path, source.items[row].label, splits[row] or "train"])
 
 
 def record(name: str, protocol_name: str, command: list[str], run: RunDir) -> dict[str, Any]:

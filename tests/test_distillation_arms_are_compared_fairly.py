@@ -1,5 +1,6 @@
 """benchmarks/distillation.py: one teaching per seed, equal budgets, and intervals over seeds and images."""
 
+import csv
 import json
 import shlex
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
-from edgedistill.benchmarks import distillation
+from edgedistill.benchmarks import distillation, reference_runs
+from edgedistill.data.folds import SplitSettings
 from edgedistill.errors import DataError, UsageError
 from edgedistill.metrics import hierarchical_difference
 from edgedistill.training.seeds import generator
@@ -53,7 +55,7 @@ def test_each_protocol_parses_into_settings_that_exist(path, tmp_path):
     app.command()(cli.distill)
     command = typer.main.get_command(app)
     seen = {}
-    for piece in distillation.pieces(protocol, tmp_path, protocol.data):
+    for piece in distillation.pieces(protocol, tmp_path):
         if piece.seed or piece.arm in protocol.peers:
             continue
         start = piece.command.index("--data")
@@ -80,7 +82,7 @@ def test_each_protocol_parses_into_settings_that_exist(path, tmp_path):
 
 def test_pieces_share_one_teaching_per_seed(tmp_path):
     protocol = distillation.read_protocol(write_protocol(tmp_path))
-    pieces = list(distillation.pieces(protocol, tmp_path / "runs", "photos"))
+    pieces = list(distillation.pieces(protocol, tmp_path / "runs"))
     assert [(piece.seed, piece.arm) for piece in pieces[:5]] == [
         (0, "contest"),
         (0, "hard-labels"),
@@ -99,9 +101,9 @@ def test_pieces_share_one_teaching_per_seed(tmp_path):
 
 def test_an_arm_of_several_processes_is_launched_by_torchrun_with_the_same_options(tmp_path):
     path = write_protocol(tmp_path)
-    alone = {piece.arm: piece for piece in distillation.pieces(distillation.read_protocol(path), tmp_path, "photos")}
+    alone = {piece.arm: piece for piece in distillation.pieces(distillation.read_protocol(path), tmp_path)}
     path.write_text(path.read_text() + "\n[processes]\nhard-labels = 2\n")
-    both = {piece.arm: piece for piece in distillation.pieces(distillation.read_protocol(path), tmp_path, "photos")}
+    both = {piece.arm: piece for piece in distillation.pieces(distillation.read_protocol(path), tmp_path)}
     assert both["contest"].command == alone["contest"].command
     launched, plain = both["hard-labels"].command, alone["hard-labels"].command
     start = launched.index("--data")
@@ -120,16 +122,51 @@ def test_unlabelled_images_are_training_images_that_no_arm_has_labels_of(tmp_pat
         distillation.read_protocol(path)
     path.write_text("train_images = 40\nunlabelled_images = 15\n" + text)
     protocol = distillation.read_protocol(path)
-    data = distillation.data_argument(protocol, tmp_path / "runs")
-    folder = distillation.unlabelled_folder(protocol, tmp_path / "runs")
+    distillation.prepare_data(protocol, tmp_path / "runs", 0)
+    data = distillation.data_argument(protocol, tmp_path / "runs", 0)
+    folder = distillation.unlabelled_folder(protocol, tmp_path / "runs", 0)
     linked = {link.resolve() for link in folder.iterdir()}
     labelled = {Path(line.split(",")[0]).resolve() for line in Path(data).read_text().splitlines()[1:]}
     assert (len(linked), len(labelled)) == (15, 40) and not linked & labelled
-    live = next(piece for piece in distillation.pieces(protocol, tmp_path / "runs", data) if piece.arm == "live")
+    live = next(piece for piece in distillation.pieces(protocol, tmp_path / "runs") if piece.arm == "live")
     assert live.command[live.command.index("--unlabelled") + 1] == str(folder)
     path.write_text("train_images = 40\nunlabelled_images = 21\n" + text)
     with pytest.raises(UsageError, match="20 training images are left, not 21"):
-        distillation.data_argument(distillation.read_protocol(path), tmp_path / "runs")
+        distillation.prepare_data(distillation.read_protocol(path), tmp_path / "runs", 0)
+
+
+def test_each_seed_cuts_its_own_test_split_before_labels_and_unlabelled_images_are_chosen(tmp_path):
+    make_photos(tmp_path / "photos")
+    path = write_protocol(tmp_path, data=str(tmp_path / "photos"))
+    text = path.read_text().replace('"--live-teachers"', '"--live-teachers --unlabelled {unlabelled}"')
+    path.write_text("test_fraction = 0.25\n" + text)
+    with pytest.raises(UsageError, match="test_fraction goes with train_images"):
+        distillation.read_protocol(path)
+    path.write_text("test_fraction = 0.25\ntrain_images = 30\nunlabelled_images = 12\n" + text)
+    protocol = distillation.read_protocol(path)
+    tests = []
+    for seed in (0, 1):
+        distillation.prepare_data(protocol, tmp_path / "runs", seed)
+        with Path(distillation.data_argument(protocol, tmp_path / "runs", seed)).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        of_split = {name: {row["path"] for row in rows if row["split"] == name} for name in ("train", "test")}
+        linked = {
+            str(link.resolve()) for link in distillation.unlabelled_folder(protocol, tmp_path / "runs", seed).iterdir()
+        }
+        assert (len(of_split["train"]), len(of_split["test"]), len(linked)) == (
+            30,
+            16,
+            12,
+        )  # a quarter of 60, groups and classes kept whole
+        assert not linked & (of_split["train"] | of_split["test"])
+        labels = [row["label"] for row in rows if row["split"] == "train"]
+        assert {labels.count(name) for name in set(labels)} == {30 // len(set(labels))}
+        tests.append(of_split["test"])
+    assert tests[0] != tests[1]
+    with pytest.raises(UsageError, match="has a test split of its own"):
+        reference_runs.write_subset(
+            distillation.data_argument(protocol, tmp_path / "runs", 0), 10, tmp_path / "x.csv", cut=SplitSettings()
+        )
 
 
 def fake_piece(command, seconds):

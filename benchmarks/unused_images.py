@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from edgedistill import console
-from edgedistill.artifacts import RUN_FORMAT, RunDir, read_json
+from edgedistill.artifacts import RunDir
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.tuner.valset import write_val
 from edgedistill.data.manifest import hash_files, read_dataset
@@ -65,15 +65,12 @@ def write_unused(run: Path, data: str, per_class: int, out: Path, seed: int = 0)
 
 def unlabelled_images(run: Path) -> list[Path]:
     """What the run's student learnt from without labels (frames of its videos are no images of a data set)."""
-    config = RunDir(run).config
-    if not config.exists():
-        return []
-    name = read_json(config, format=RUN_FORMAT)["settings"].get("student", {}).get("unlabelled")
+    name = RunDir(run).settings().get("student", {}).get("unlabelled")
     if not name:
         return []
     if not Path(name).is_dir():
         raise DataError(
-            f"{config}: the student learnt from {name}, which is not here: start this where the run was made"
+            f"{RunDir(run).config}: the student learnt from {name}, which is not here: start this where the run was made"
         )
     return [path for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
 

@@ -27,7 +27,7 @@ from openvino import opset8
 from torch import nn
 from torch.nn.utils import parametrize
 
-from edgedistill.artifacts import RUN_FORMAT, RunDir, read_json
+from edgedistill.artifacts import RunDir
 from edgedistill.console import note
 from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import EdgedistillError
@@ -112,9 +112,7 @@ def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
 def _soft_labels_folder(run: Path) -> Path:
     """The run's own, or the one that it was given with --soft-labels."""
     own = RunDir(run).soft_labels
-    if own.is_dir() or not RunDir(run).config.is_file():
-        return own
-    given = read_json(RunDir(run).config, format=RUN_FORMAT).get("settings", {}).get("soft_labels")
+    given = None if own.is_dir() else RunDir(run).settings().get("soft_labels")
     return Path(given) if isinstance(given, str) else own
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedistill.artifacts import read_json
+from edgedistill.artifacts import RunDir, read_json
 from edgedistill.benchmarks.tuner.space import Student
-from edgedistill.errors import ArtifactError, DataError, ModelError, UsageError
+from edgedistill.errors import ArtifactError, DataError, EdgedistillError, ModelError, UsageError
 from edgedistill.runtime.bundle import (
     DEPLOY_FORMAT,
     Bundle,
@@ -169,12 +168,10 @@ def trained_on_val(student: Student) -> Path | None:
     if marked.is_file() and read_json(marked, format=CANDIDATES_FORMAT).get("final_data") == "train+val":
         return marked
     run = run_of(student)
-    config = run / "config.json" if run else None
-    if config is None or not config.is_file():
+    if run is None:
         return None
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-        final_data = values["settings"]["student"]["final_data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        final_data = RunDir(run).settings().get("student", {}).get("final_data")
+    except EdgedistillError:  # of some other program
         return None
-    return config if final_data == "train+val" else None
+    return RunDir(run).config if final_data == "train+val" else None

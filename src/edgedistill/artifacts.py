@@ -164,6 +164,15 @@ class RunDir:
     def config(self) -> Path:
         return self.root / "config.json"
 
+    def settings(self) -> dict[str, Any]:
+        """What `distill` was asked for, as config.json has it; empty without the file. Raises ArtifactError."""
+        if not self.config.is_file():
+            return {}
+        values = read_json(self.config, format=RUN_FORMAT).get("settings", {})
+        if not isinstance(values, dict) or not isinstance(values.get("student", {}), dict):
+            raise ArtifactError(f"{self.config}: 'settings' is no table of settings; the file is damaged")
+        return values
+
     @property
     def dataset(self) -> Path:
         return self.root / "dataset.csv"

@@ -8,10 +8,16 @@ them: that is proven by content (sha256) before anything is labelled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,16 +27,17 @@ import torch
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_array, read_json, sha256_file, write_array, write_json
 from edgedistill.data.manifest import Dataset, hash_files
-from edgedistill.errors import DataError, UsageError
-from edgedistill.images import IMAGE_SUFFIXES
+from edgedistill.errors import DataError, ImageError, UsageError
+from edgedistill.images import IMAGE_SUFFIXES, ImageU8, InputSpec, load_image
 from edgedistill.student.live_teachers import Teacher, TeacherFile, open_teachers
-from edgedistill.training.loader import Draw, cycled
+from edgedistill.training.loader import Draw, core_count, cycled
 from edgedistill.training.losses import Targets
-from edgedistill.training.predict import decoded_batches, network_input
+from edgedistill.training.predict import network_input
 from edgedistill.training.seeds import generator
 
 FORMAT = "edgedistill-unlabelled"
 LABELLING_BATCH = 64
+PART_IMAGES = 4 * LABELLING_BATCH  # labelled between two writes: what a kill can cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,36 +133,110 @@ def label_images(
     half: bool,
     temperatures: Mapping[str, float] | None,
 ) -> Unlabelled:
-    """The teachers' probabilities, a mean by their weights; kept in ``cache``, so that a resumed run does not ask again."""
+    """The teachers' probabilities, a mean by their weights, of the images that can be read; others are warned about.
+
+    Kept in ``cache``, so that a resumed run does not ask again, and written in parts, so that a kill costs one of them.
+    Raises DataError when no image can be read.
+    """
     wanted = {
         "images": hashlib.sha256(digests.tobytes()).hexdigest(),
         "teachers": [
             [file.sha256, file.weight, 1.0 if temperatures is None else temperatures[file.sha256]] for file in files
         ],
     }
-    if (cache / "meta.json").exists():
-        meta = read_json(cache / "meta.json", format=FORMAT)
-        if {key: meta.get(key) for key in wanted} == wanted:
-            return Unlabelled(paths, digests, read_array(cache / "log_probs.npy"))
-    teachers = open_teachers(files, dataset, device=device, half=half, temperatures=temperatures)
-    judges = [teacher for teacher in teachers if teacher.weight > 0]
-    answers = [_probabilities(judge, paths, device) for judge in judges]
-    mean = np.average(answers, axis=0, weights=[judge.weight for judge in judges])
-    log_probs = np.log(np.clip(mean, 1e-12, None)).astype(np.float32)
-    write_array(cache / "log_probs.npy", log_probs)
-    write_json(cache / "meta.json", wanted, format=FORMAT)
-    return Unlabelled(paths, digests, log_probs)
+    if not _is_labelled(cache, wanted):
+
+        def judges() -> list[Teacher]:
+            teachers = open_teachers(files, dataset, device=device, half=half, temperatures=temperatures)
+            return [teacher for teacher in teachers if teacher.weight > 0]
+
+        key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+        parts = _label_parts(paths, judges, len(dataset.class_names), cache / f"parts-{key[:16]}", device)
+        write_array(cache / "log_probs.npy", np.concatenate([read_array(part) for part in parts]))
+        write_json(cache / "meta.json", wanted, format=FORMAT)
+        shutil.rmtree(parts[0].parent)
+    found = Unlabelled(paths, digests, read_array(cache / "log_probs.npy"))
+    unreadable = np.isnan(found.log_probs[:, 0])
+    if unreadable.all():
+        raise DataError(f"--unlabelled: none of the {len(paths)} images can be read, first {paths[0]}")
+    if unreadable.any():
+        console.warn(
+            f"--unlabelled: {int(unreadable.sum())} images cannot be read and are left out, first {paths[unreadable][0]}"
+        )
+    return found.take(np.flatnonzero(~unreadable))
 
 
-def _probabilities(teacher: Teacher, paths: npt.NDArray[np.str_], device: torch.device) -> npt.NDArray[np.float64]:
-    """float64 [M, C] through the deployable transform."""
+def _is_labelled(cache: Path, wanted: dict[str, Any]) -> bool:
+    if not (cache / "meta.json").exists():
+        return False
+    meta = read_json(cache / "meta.json", format=FORMAT)
+    return {key: meta.get(key) for key in wanted} == wanted
+
+
+def _label_parts(
+    paths: npt.NDArray[np.str_],
+    open_judges: Callable[[], list[Teacher]],
+    width: int,
+    folder: Path,
+    device: torch.device,
+) -> list[Path]:
+    """Files of float32 [<= PART_IMAGES, width] in the order of ``paths``; those that lie there already are kept."""
+    starts = range(0, len(paths), PART_IMAGES)
+    files = [folder / f"{start:010d}.npy" for start in starts]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    if not missing:
+        return files
+    judges = open_judges()
+    specs = list(dict.fromkeys(judge.spec for judge in judges))
+
+    with ThreadPoolExecutor(core_count()) as pool, console.progress("labelling unlabelled images", len(paths)) as bar:
+
+        def start(number: int) -> list[Iterator[ImageU8 | None]]:
+            some = paths[number * PART_IMAGES : (number + 1) * PART_IMAGES]
+            return [pool.map(functools.partial(_read, spec=spec), some) for spec in specs]
+
+        ahead = start(missing[0])
+        for number, following in itertools.zip_longest(missing, missing[1:]):
+            images = dict(zip(specs, map(list, ahead), strict=True))
+            ahead = start(following) if following is not None else []
+            write_array(files[number], _log_mean(judges, [images[judge.spec] for judge in judges], width, device))
+            bar.update(bar.task_ids[0], completed=min((number + 1) * PART_IMAGES, len(paths)))
+    return files
+
+
+def _read(path: np.str_, spec: InputSpec) -> ImageU8 | None:
+    """None: the image is damaged."""
+    try:
+        return load_image(str(path), spec)
+    except ImageError:
+        return None
+
+
+def _log_mean(
+    judges: Sequence[Teacher], pixels: Sequence[Sequence[ImageU8 | None]], width: int, device: torch.device
+) -> npt.NDArray[np.float32]:
+    """float32 [N, width], NaN where an image is damaged. ``pixels``: the N images as each of the judges expects them."""
+    readable = [
+        row for row, images in enumerate(zip(*pixels, strict=True)) if all(image is not None for image in images)
+    ]
+    log_probs = np.full((len(pixels[0]), width), np.nan, np.float32)
+    if readable:
+        answers = [
+            _probabilities(judge, [images[row] for row in readable], device)
+            for judge, images in zip(judges, pixels, strict=True)
+        ]
+        mean = np.average(answers, axis=0, weights=[judge.weight for judge in judges])
+        log_probs[readable] = np.log(np.clip(mean, 1e-12, None))
+    return log_probs
+
+
+def _probabilities(judge: Teacher, pixels: Sequence[Any], device: torch.device) -> npt.NDArray[np.float64]:
+    """float64 [N, C] for N images uint8 [H, W, 3] BGR."""
     parts = []
-    with console.progress("labelling unlabelled images", len(paths)) as bar:
-        for pixels in decoded_batches(paths, teacher.spec, batch_size=LABELLING_BATCH):
-            images = torch.from_numpy(pixels).to(device).flip(-1)
-            logits = teacher.network(network_input(images, teacher.spec)) / teacher.temperature
-            parts.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
-            bar.update(bar.task_ids[0], advance=len(pixels))
+    for start in range(0, len(pixels), LABELLING_BATCH):
+        images = torch.from_numpy(np.stack(pixels[start : start + LABELLING_BATCH])).to(device).flip(-1)
+        logits = judge.network(network_input(images, judge.spec)) / judge.temperature
+        parts.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
     return np.concatenate(parts)
 
 

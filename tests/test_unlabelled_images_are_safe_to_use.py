@@ -123,6 +123,52 @@ def test_all_teachers_label_together_and_are_asked_once(tiny_dataset, taught_run
     assert label_images(paths, digests, files, tiny_dataset, **options).hash == found.hash
 
 
+def test_a_kill_while_labelling_costs_one_part_at_most(tiny_dataset, taught_run, folder, tmp_path, monkeypatch):
+    from edgedistill.student import unlabelled
+
+    files = find_teachers(taught_run.soft_labels, tiny_dataset)
+    paths, digests = without_known(find_images(folder, frames=tmp_path, frame_step=10), tiny_dataset)
+    options = {"device": CPU, "half": False, "temperatures": None}
+    whole = label_images(paths, digests, files, tiny_dataset, cache=tmp_path / "whole", **options)
+    monkeypatch.setattr(unlabelled, "PART_IMAGES", 4)
+    judged, judge = [], unlabelled._probabilities
+
+    def until_killed(teacher, pixels, device):
+        judged.append(len(pixels))
+        if judged[:-1] == [4, 4, 4]:  # two teachers: the first part is whole, the second has one answer
+            raise KeyboardInterrupt
+        return judge(teacher, pixels, device)
+
+    monkeypatch.setattr(unlabelled, "_probabilities", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        label_images(paths, digests, files, tiny_dataset, cache=tmp_path / "killed", **options)
+    judged[:] = [0]
+    resumed = label_images(paths, digests, files, tiny_dataset, cache=tmp_path / "killed", **options)
+    assert judged == [0, 4, 4, 4, 4, 1, 1] and len(paths) == 13
+    assert np.allclose(resumed.log_probs, whole.log_probs, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["log_probs.npy", "meta.json"]
+
+
+def test_damaged_photographs_are_left_out_with_a_warning(tiny_dataset, taught_run, folder, tmp_path, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(folder / "deep", own)
+    (own / "new2.png").write_bytes((own / "new2.png").read_bytes()[:-400])
+    (own / "empty.jpg").write_bytes(b"")
+    files = find_teachers(taught_run.soft_labels, tiny_dataset)
+    options = {"cache": tmp_path / "cache", "device": CPU, "half": False, "temperatures": None}
+    paths, digests = without_known(find_images(own, frames=tmp_path, frame_step=10), tiny_dataset)
+    for _ in ("labelled now", "labelled before"):
+        found = label_images(paths, digests, files, tiny_dataset, **options)
+        assert len(paths) == 11 and {Path(path).name for path in found.paths} == {
+            f"new{number}.png" for number in range(10) if number != 2
+        }
+        assert np.isfinite(found.log_probs).all() and len(found.sha256) == len(found.log_probs) == 9
+        assert "2 images cannot be read and are left out, first" in " ".join(capsys.readouterr().err.split())
+    bad = np.array([path for path in paths if path.endswith(("new2.png", "empty.jpg"))])
+    with pytest.raises(DataError, match="none of the 2 images can be read"):
+        label_images(bad, digests[:2], files, tiny_dataset, **options)
+
+
 def made_up(answers, confidence=0.9):
     probabilities = np.full((len(answers), 3), (1 - confidence) / 2)
     probabilities[np.arange(len(answers)), answers] = confidence

@@ -14,6 +14,9 @@ from pathlib import Path
 from edgedistill.errors import ArtifactError, UsageError
 
 OWN_NAMES = frozenset({"stages", "deploy.json", "labels.txt"})
+TUNED_NAMES = frozenset(
+    {"deploy.before-tune.json", "tune.json", "pareto.png"}
+)  # what a tuner wrote about the old networks
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -63,14 +66,15 @@ def _locked(lock: int, temporary: Path, out: Path) -> Iterator[Path]:
 def put_in_place(temporary: Path, out: Path) -> None:
     """``temporary`` becomes ``out``; a folder that was there is exchanged in one step where the system can, then deleted.
 
-    Files in the old folder that no export writes (a tuner's, a user's) are copied into the new one first.
+    Files in the old folder that no export writes (val.csv, a user's) are copied into the new one first; what a tuner said
+    of the old networks goes with them.
     """
     if not out.exists():
         _sync(temporary)
         temporary.rename(out)
         return
     for entry in out.iterdir():
-        if entry.name in OWN_NAMES or (temporary / entry.name).exists():
+        if entry.name in OWN_NAMES | TUNED_NAMES or (temporary / entry.name).exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, temporary / entry.name, symlinks=True)

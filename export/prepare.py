@@ -4,7 +4,7 @@ OUT/stages/NAME/     FP32 IR, INT8 where accuracy allows, certificate of each ca
 OUT/deploy.json      the first candidate in FP32: the folder works before it is tuned
 OUT/candidates.json  their names and hashes, what they were trained on
 OUT/val.csv          id, path, label, sha256 of the val images; val-images.txt: their paths, for rsync --files-from
-OUT/val/             the images themselves, with ``with_images``
+OUT/val/             the images themselves, with ``with_images`` or where they are members of shards
 """
 
 from __future__ import annotations
@@ -60,16 +60,18 @@ def prepare_candidates(settings: PrepareSettings) -> Path:
     with building(out) as folder, tempfile.TemporaryDirectory(prefix="edgedistill-prepare-", dir=out.parent) as scratch:
         bundles = [_export(settings, model, Path(scratch)) for model in models]
         val = _val(settings, bundles)
+        with_images = settings.with_images or val.in_shards  # else there are no files to copy
+        val = val.unpacked(Path(scratch) / "val")
         _gather(bundles, folder)
         root = _write_val(val, folder)
-        if settings.with_images:
+        if with_images:
             _copy_images(val, root, folder / "val")
         put_in_place(folder, out)
     console.note(
         f"copy {out} to the target"
-        + ("" if settings.with_images else f", the images of val-images.txt from {root} too")
+        + ("" if with_images else f", the images of val-images.txt from {root} too")
         + f"; there: edgedistill tune {out.name}"
-        + ("" if settings.with_images else " --data IMAGES")
+        + ("" if with_images else " --data IMAGES")
         + " --fps-target N"
     )
     return out

@@ -41,6 +41,8 @@ def test_new_replaces_old_and_keeps_what_others_put_there(
         if text == "old":
             (out / "stages" / "stale.xml").write_text("stale")
             (out / "val.csv").write_text("the tuner's")
+            for name in ("tune.json", "pareto.png", "deploy.before-tune.json"):
+                (out / name).write_text("about networks that are gone")
             (out / "notes").mkdir()
             (out / "notes" / "a.txt").write_text("the user's")
     expected = {"stages/model.xml": "new", "deploy.json": "new", "val.csv": "the tuner's", "notes/a.txt": "the user's"}

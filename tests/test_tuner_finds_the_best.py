@@ -299,6 +299,56 @@ def test_a_killed_tuning_goes_on_where_it_was(tmp_path: Path, die_after: int) ->
     assert all(isinstance(row, dict) for row in read_jsonl(journal))
 
 
+@pytest.mark.parametrize("minutes", [1.5, 3.0])
+def test_more_minutes_on_resume_are_spent(tmp_path: Path, minutes: float) -> None:
+    short = search(tmp_path, SimulatedBench(), minutes=minutes)
+    short.run()
+    long = search(tmp_path, SimulatedBench(), minutes=10.0, resume=True)
+    long.run()
+    assert len(long.measured()) > len(short.measured()) and long.journal.elapsed_s <= 660
+    again = SimulatedBench()
+    replayed = search(tmp_path, again, minutes=10.0, resume=True)
+    assert replayed.run().chosen == long.run().chosen and again.slices == 0
+
+
+def test_the_closing_measurements_change_nothing_about_the_choice(tmp_path: Path) -> None:
+    """Under --min-fps the chosen one lies near the limit, and three short rounds more could tip it over."""
+    bench = SimulatedBench(noise=0.05, drift=0.2, seed=1)
+    found = search(tmp_path, bench, objective=Objective(min_fps=900.0))
+    outcome = found.run()
+    before = found.value(outcome.chosen), found.speed(outcome.chosen), list(found.levels)
+    record = finish(found, outcome, bench, found.journal)
+    assert (found.value(outcome.chosen), found.speed(outcome.chosen), list(found.levels)) == before
+    assert record["reached"] and record["scopes"].keys() >= {"frames", "files"}
+
+
+def test_threads_that_break_the_p99_are_not_deployed(tmp_path: Path) -> None:
+    class Tail(SimulatedRunner):
+        """All cores: faster at the median, with a tail."""
+
+        def run(self, seconds: float) -> Slice:
+            found = super().run(seconds)
+            if self.case.mode != "latency" or self.case.threads != HOST.cores:
+                return found
+            times = [us * (4.5 if number % 8 == 0 else 0.5) for number, us in enumerate(found.latency_us)]
+            return dataclasses.replace(found, latency_us=tuple(times))
+
+    class Bench(SimulatedBench):
+        @contextmanager
+        def prepared(self, cases: Any) -> Any:
+            self.spend(self.start_s + self.prepare_s * len(cases))
+            yield [Tail(self, case) for case in cases]
+
+    threads = {}
+    for limit_ms in (2.0, None):
+        bench = Bench()
+        objective = Objective(max_p99_ms=limit_ms) if limit_ms else TARGET
+        found = search(tmp_path / str(limit_ms), bench, objective=objective)
+        outcome = found.run()
+        threads[limit_ms] = finish(found, outcome, bench, found.journal)["chosen"]["latency_threads"]
+    assert threads[None] == HOST.cores and threads[2.0] != HOST.cores
+
+
 def slices_of(found: Search) -> int:
     bench = found.bench
     assert isinstance(bench, SimulatedBench)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.benchmarks.tuner.valset import open_val, write_val
 from edgedistill.benchmarks.unused_images import write_unused
 from edgedistill.data.manifest import Dataset, hash_files, read_dataset, write_dataset
-from edgedistill.errors import DataError, ModelError, UsageError
+from edgedistill.errors import ArtifactError, DataError, ModelError, UsageError
 from edgedistill.images import EncodedImage, InputSpec, load_image
 from edgedistill.metrics import fit_temperature, macro_f1
 from edgedistill.runtime import Bundle, Classifier, Engine
@@ -264,6 +266,68 @@ def test_missing_changed_and_foreign_images_are_named(run: Path, tmp_path: Path)
     shutil.move(run / "data", tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "red" / "002.jpg").write_bytes(content)
     assert len(open_val(students, str(tmp_path / "elsewhere"))) == VAL
+
+
+def test_images_of_ones_own_are_used_and_train_images_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    students, own = find_students([run]), tmp_path / "own"
+    with pytest.raises((DataError, UsageError), match="nowhere"):
+        open_val(students, str(tmp_path / "nowhere"))
+    for number in range(24):
+        photograph(own / LABELS[number % 3] / f"mine-{number:03d}.jpg", number % 3, 5000 + number)
+    val = open_val(students, str(own))
+    assert len(val) == 24 and all(path.is_relative_to(own) for path in val.paths)
+    assert "no list says which of these images were kept out of training" in " ".join(capsys.readouterr().err.split())
+    moved = tmp_path / "moved" / "deeper"
+    shutil.copytree(run / "data", moved / "blue" / "all")  # other ids, the same content
+    for path in (moved / "blue" / "all").rglob("*.jpg"):
+        target = moved / path.parent.name / f"x-{path.name}"
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    shutil.rmtree(moved / "blue" / "all")
+    again = open_val(students, str(moved))
+    assert again.hash == open_val(students, None).hash and all(path.is_relative_to(moved) for path in again.paths)
+    dataset = read_dataset(run / "dataset.csv")
+    for path in moved.rglob("*.jpg"):
+        if hash_files([path])[0] in dataset.sha256[dataset.rows("val")]:
+            path.unlink()
+    with pytest.raises(DataError, match="9 of its images are in the train or test split"):
+        open_val(students, str(moved))
+
+
+def test_val_images_inside_shards_are_found_and_unpacked(run: Path, tmp_path: Path) -> None:
+    dataset, shard = read_dataset(run / "dataset.csv"), tmp_path / "photos.tar"
+    paths = []
+    with tarfile.open(shard, "w") as tar:
+        for number, path in enumerate(dataset.paths):
+            info = tarfile.TarInfo(f"{number:04d}.jpg")
+            content = Path(path).read_bytes()
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            paths.append(f"{shard}!{tar.offset - -(-len(content) // 512) * 512}+{len(content)}/{info.name}")
+    write_dataset(dataclasses.replace(dataset, paths=np.array(paths)), run / "dataset.csv")
+    shutil.rmtree(run / "data")
+    val = open_val(find_students([run]), None)
+    assert val.in_shards and len(val) == VAL
+    files = val.unpacked(tmp_path / "unpacked")
+    assert not files.in_shards and files.hash == val.hash
+    assert hash_files(files.paths).tolist() == dataset.sha256[dataset.rows("val")].tolist()
+    shard.unlink()
+    with pytest.raises(DataError, match="30 of 30 val images are not on this machine"):
+        open_val(find_students([run]), None)
+
+
+def test_another_export_copied_over_a_tuned_folder_can_be_tuned(run: Path, tmp_path: Path) -> None:
+    openvino = run / "openvino"
+    shutil.copyfile(openvino / "deploy.json", openvino / BEFORE)  # what a tuning leaves
+    old = find_students([run])[0].sha256
+    make_bundle(openvino, {"sharp": 3.5}, dataset_hash=read_dataset(run / "dataset.csv").hash)
+    assert find_students([run])[0].sha256 != old
+    weights = openvino / "stages" / "sharp" / "model.bin"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(ArtifactError, match="sha256"):
+        find_students([run])
 
 
 def test_more_val_images_are_none_that_the_run_knows(run: Path, tmp_path: Path) -> None:

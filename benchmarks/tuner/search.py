@@ -719,7 +719,8 @@ class Search:
         """Measures as many of ``wanted`` (the most promising first) as fit before ``until`` (share of the time), in heats.
 
         Returns those with a speed. ``always``: at least the first few, whatever the time. A rung that an earlier call
-        finished is read from the journal, a half-finished one is gone on with.
+        finished is read from the journal, a half-finished one is gone on with; with more --minutes than it had, what it
+        had no time for is measured in a rung of its own.
         """
         by_key = {deployment.key: deployment for deployment in wanted}
         plan = self.journal.find("rung", name=name)
@@ -733,7 +734,13 @@ class Search:
             keys = [deployment.key for deployment in wanted[:count]]
             number = sum(row["kind"] == "rung" for row in self.journal.rows)
             plan = self.journal.add(
-                "rung", name=name, number=number, keys=keys, rounds=rounds, seconds=round(seconds, 3)
+                "rung",
+                name=name,
+                number=number,
+                keys=keys,
+                rounds=rounds,
+                seconds=round(seconds, 3),
+                minutes=self.minutes,
             )
         chosen = [by_key[key] for key in plan["keys"]]
         heats = [chosen[start : start + HEAT] for start in range(0, len(chosen), HEAT)] or [[]]
@@ -747,7 +754,11 @@ class Search:
                 rounds=plan["rounds"],
                 seconds=plan["seconds"],
             )
-        return [deployment for deployment in chosen if self.speed(deployment) is not None]
+        measured = [deployment for deployment in chosen if self.speed(deployment) is not None]
+        left = [deployment for deployment in wanted if deployment not in chosen]
+        if left and plan.get("minutes", self.minutes) < self.minutes:
+            measured += self.rung(f"{name}+", level, left, rounds=rounds, until=until, most_s=most_s)
+        return measured
 
     def _cases(self, deployments: Sequence[Deployment]) -> list[Case]:
         """The reference's in front."""
@@ -799,7 +810,20 @@ class Search:
             rows.append(row)
         if len(rows) < rounds:
             rows += self._measured_rounds(cases, name, rounds=rounds, seconds=seconds, first=len(rows))
-        self._settle(rows, cases, level)
+        looks = self._settle(rows, cases, level)
+        for label, look in looks.items():
+            self.looks.setdefault(label, []).append(look)
+        self.levels += [row["results"][self._base][0] for row in rows]
+
+    def closing_heat(self, cases: Sequence[Case], *, name: str, seconds: float, rounds: int = 3) -> dict[str, Look]:
+        """Looks by label that come after the choice and change nothing about it; none when the time is up."""
+        rows = [self.journal.find("round", heat=name, round=number) for number in range(rounds)]
+        known = [row for row in rows if row is not None]
+        if len(known) < rounds:
+            if self.time_is_up:
+                return {}
+            known += self._measured_rounds(cases, name, rounds=rounds, seconds=seconds, first=len(known))
+        return self._settle(known, cases, level=-1)
 
     def _measured_rounds(
         self, cases: Sequence[Case], name: str, *, rounds: int, seconds: float, first: int
@@ -837,11 +861,16 @@ class Search:
             )
         return rows
 
-    def _settle(self, rows: Sequence[dict[str, Any]], cases: Sequence[Case], level: int) -> None:
-        """The rounds of one heat into looks. Raises ModelError when the reference could not be measured."""
+    @property
+    def _base(self) -> str:
+        """The label of what everything is compared with."""
+        return _label(self.reference, "throughput", self.objective.scope)
+
+    def _settle(self, rows: Sequence[dict[str, Any]], cases: Sequence[Case], level: int) -> dict[str, Look]:
+        """The rounds of one heat as looks by label. Raises ModelError when the reference could not be measured."""
         by_label = {case.label: case for case in cases}
         errors = {label: reason for row in rows for label, reason in row["errors"].items()}
-        base = _label(self.reference, "throughput", self.objective.scope)
+        base = self._base
         if base in errors:
             raise ModelError(f"{self.reference.key}: cannot be measured ({errors[base]}), so nothing can be compared")
         for row in rows:
@@ -850,9 +879,10 @@ class Search:
         labels = [label for label in by_label if all(label in row["results"] for row in rows)]
         rates = np.log([[row["results"][label][0] for row in rows] for label in labels])
         places, errors_of = polish(rates)
+        looks = {}
         for number, label in enumerate(labels):
             percentiles = [row["results"][label][1:] for row in rows if len(row["results"][label]) > 1]
-            look = Look(
+            looks[label] = Look(
                 level,
                 float(np.exp(np.median(rates[number]))),
                 float(places[number] - places[labels.index(base)]),
@@ -860,9 +890,8 @@ class Search:
                 len(rows),
                 tuple(statistics.median(column) for column in zip(*percentiles, strict=True)),
             )
-            self.looks.setdefault(label, []).append(look)
             self.deployments[by_label[label].deployment.key] = by_label[label].deployment
-        self.levels += [row["results"][base][0] for row in rows]
+        return looks
 
     def best_so_far(self) -> str:
         ranked = self.measured()

@@ -103,9 +103,10 @@ def _exported_first(folder: Path) -> list[str]:
 
 
 def _known_hashes(folder: Path) -> dict[str, str]:
-    """sha256 by path inside the folder, as candidates.json and the deploy.json of before say."""
+    """sha256 by path inside the folder, as candidates.json, deploy.json and the deploy.json of before say, in this order:
+    where another export was copied over a tuned folder, the last one speaks of networks that are gone."""
     entries: list[Any] = []
-    for name, format in ((CANDIDATES, CANDIDATES_FORMAT), (BEFORE, DEPLOY_FORMAT)):
+    for name, format in ((CANDIDATES, CANDIDATES_FORMAT), ("deploy.json", DEPLOY_FORMAT), (BEFORE, DEPLOY_FORMAT)):
         if (folder / name).is_file():
             values = read_json(folder / name, format=format)
             listed = values.get("students" if name == CANDIDATES else "stages")

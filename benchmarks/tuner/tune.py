@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import shutil
 import sys
@@ -88,7 +89,9 @@ def tune(settings: TuneSettings) -> TuneResult:
         console.note(f"going on after {journal.elapsed_s:.0f} s of measurements in {journal.folder}")
     with (
         tempfile.TemporaryDirectory(prefix="edgedistill-tune-") as scratch,
-        RealBench(students, val, settings.objective, host, scratch=Path(scratch)) as bench,
+        RealBench(
+            students, val.unpacked(Path(scratch) / "val"), settings.objective, host, scratch=Path(scratch)
+        ) as bench,
         _progress(settings.minutes, journal) as say,
     ):
         search = Search(
@@ -219,7 +222,7 @@ def finish(search: Search, outcome: Outcome, bench: Bench, journal: Journal) -> 
     chosen = outcome.chosen
     case = dataclasses.replace(search.case(chosen, "latency"), threads=_latency_threads(search, chosen))
     verified = _verified(search, case, bench)
-    _measure_scopes(search, chosen)
+    scopes = _scopes(search, chosen)
     rival = closest_rival(search, chosen)
     too_good = optimism(search, _distinct(search.measured()), seed=search.seed)
     objective = search.objective
@@ -244,7 +247,7 @@ def finish(search: Search, outcome: Outcome, bench: Bench, journal: Journal) -> 
         "left_out": search.left_out,
         "reference": search.reference.key,
         "cascade": _cascade(search, chosen),
-        "scopes": _scopes(search, chosen),
+        "scopes": scopes,
     }
 
 
@@ -318,18 +321,21 @@ def _verified(search: Search, case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def _latency_threads(search: Search, chosen: Deployment) -> int | None:
-    """Threads for one image at a time: None (the runtime's choice), one, or all, by the median latency."""
-    if search.host.cores == 1 or search.time_is_up:
+    """Threads for one image at a time: None (the runtime's choice), one, or all, by the median latency, among those that
+    keep the p99 that was asked for (None has kept it: it is what the search measured)."""
+    if search.host.cores == 1:
         return None
     options: list[int | None] = [None, 1, search.host.cores]
     cases = [search.case(search.reference, "throughput")]
     cases += [search.case(chosen, "latency", threads=threads) for threads in options]
-    search.heat(cases, name=f"latency of {chosen.key}", level=3, rounds=3, seconds=0.3)
+    looks = search.closing_heat(cases, name=f"latency of {chosen.key}", seconds=0.3)
+    limit_ms = search.objective.max_p99_ms or math.inf
     found = []
     for threads, case in zip(options, cases[1:], strict=True):
-        looks = [look.percentiles[0] for look in search.looks.get(case.label, ()) if look.percentiles]
-        if looks:
-            found.append((looks[-1], threads))
+        if case.label in looks and looks[case.label].percentiles:
+            p50, _, p99 = looks[case.label].percentiles
+            if threads is None or p99 <= limit_ms:
+                found.append((p50, threads))
     if not found:
         return None
     best = min(found, key=lambda pair: pair[0])
@@ -337,32 +343,23 @@ def _latency_threads(search: Search, chosen: Deployment) -> int | None:
     return None if unasked is not None and unasked <= 1.03 * best[0] else best[1]
 
 
-def _measure_scopes(search: Search, chosen: Deployment) -> None:
-    """The chosen one in every scope, in the same rounds: where the time goes. Not when the time is up."""
-    if search.time_is_up:
-        return
+def _scopes(search: Search, chosen: Deployment) -> dict[str, Any]:
+    """Scope -> {'fps', 'ms': per image of all cores' time, and what was read back}: the chosen one in every scope, in the
+    same rounds, which says where the time goes. Only the objective's when the time is up."""
     scopes = [scope for scope in ("model", "frames", "files") if scope != search.objective.scope]
     if len(chosen.stages) > 1 and "model" in scopes:
         scopes.remove("model")
     cases = [search.case(search.reference, "throughput"), search.case(chosen, "throughput")]
     cases += [search.case(chosen, "throughput", scope=scope) for scope in scopes]
     unique = list({case.label: case for case in cases}.values())
-    search.heat(unique, name=f"scopes of {chosen.key}", level=3, rounds=3, seconds=0.4)
-
-
-def _scopes(search: Search, chosen: Deployment) -> dict[str, Any]:
-    """Scope -> {'fps', 'ms': per image of all cores' time, and what was read back}."""
+    looks = search.closing_heat(unique, name=f"scopes of {chosen.key}", seconds=0.4)
     found: dict[str, Any] = {}
     for scope in ("model", "frames", "files"):
-        case = search.case(chosen, "throughput", scope=scope)
-        looks = search.looks.get(case.label)
-        if looks:
-            fps = looks[-1].fps
-            found[scope] = {
-                "fps": round(fps, 2),
-                "ms": round(1e3 / fps, 4),
-                "settings": search.ran_with.get(case.label),
-            }
+        label = search.case(chosen, "throughput", scope=scope).label
+        known = [looks[label]] if label in looks else search.looks.get(label)
+        if known:
+            fps = known[-1].fps
+            found[scope] = {"fps": round(fps, 2), "ms": round(1e3 / fps, 4), "settings": search.ran_with.get(label)}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill import console
+from edgedistill import console, shard_members
 from edgedistill.artifacts import atomic_path
 from edgedistill.benchmarks.tuner.space import Student
 from edgedistill.benchmarks.tuner.students import PREPARE_HINT, run_of, trained_on_val
-from edgedistill.data.manifest import hash_files, read_dataset
+from edgedistill.data.manifest import Dataset, hash_files, read_dataset
 from edgedistill.data.sources import Source, open_source
 from edgedistill.errors import ArtifactError, DataError
 
@@ -50,6 +51,20 @@ class ValSet:
         source = f"{count} of {self.source}"
         return ValSet(tuple(self.ids[r] for r in rows), tuple(self.paths[r] for r in rows), self.labels[rows], source)
 
+    @property
+    def in_shards(self) -> bool:
+        return any(shard_members.member_of(path) for path in self.paths)
+
+    def unpacked(self, folder: Path) -> ValSet:
+        """Members of shards as files in ``folder``: what is measured reads files."""
+        paths = list(self.paths)
+        for number, path in enumerate(paths):
+            if shard_members.member_of(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                paths[number] = folder / f"{number:06d}{path.suffix}"
+                paths[number].write_bytes(shard_members.read_file(path))
+        return dataclasses.replace(self, paths=tuple(paths))
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -65,7 +80,7 @@ def open_val(students: Sequence[Student], data: str | None) -> ValSet:
     """The val images of the first student's bundle or run, or those of ``data``.
 
     val.csv of the bundle comes first (its images under ``data``, else in val/ beside it), then the run's dataset.csv
-    (its images where they were, else under ``data``), then ``data`` alone.
+    (its images under ``data``, else where they were), then ``data`` alone: images that dataset.csv does not know.
     Raises DataError when val was trained on, when labels are not the students', when images are missing or changed;
     each names the file and the remedy.
     """
@@ -146,7 +161,7 @@ def _from_val_csv(listed: Path, data: str | None) -> list[_Row]:
 
 
 def _from_manifest(manifest: Path, students: Sequence[Student], data: str | None) -> list[_Row] | None:
-    """The val split; None when its images are nowhere and ``data`` is another data set."""
+    """The val split; None when ``data`` is another data set. Raises DataError or UsageError where it cannot be opened."""
     dataset = read_dataset(manifest)
     for student in students:
         if student.dataset_hash and student.dataset_hash != dataset.hash:
@@ -158,15 +173,35 @@ def _from_manifest(manifest: Path, students: Sequence[Student], data: str | None
     rows = []
     for row in dataset.rows("val").tolist():
         id, path = str(dataset.ids[row]), Path(str(dataset.paths[row]))
-        if not path.is_file() and data is not None and Path(data).is_dir():
-            path = Path(data) / id
         rows.append(_Row(id, path, dataset.class_names[int(dataset.labels[row])], dataset.sha256[row].decode()))
-    if data is not None and rows and not any(row.path.is_file() for row in rows):
-        by_id = {item.id: item.path for item in open_source(data).items}
-        if not any(row.id in by_id for row in rows):
-            return None
-        rows = [_Row(row.id, by_id.get(row.id, row.path), row.label, row.sha256) for row in rows]
-    return rows
+    if data is None:
+        return rows
+    given = _images_of(data, rows, dataset, manifest)
+    return [dataclasses.replace(row, path=given.get(row.id, row.path)) for row in rows] if given else None
+
+
+def _images_of(data: str, rows: Sequence[_Row], dataset: Dataset, manifest: Path) -> dict[str, Path]:
+    """Where ``data`` has the images of the rows, by id: found by their ids, else by their content; empty where it holds
+    none of them. Raises DataError when it holds none and images of another split."""
+    root = Path(data)
+    found = {row.id: root / row.id for row in rows if (root / row.id).is_file()} if root.is_dir() else {}
+    if found:
+        return found
+    items = open_source(data).items
+    ids = {row.id for row in rows}
+    found = {item.id: item.path for item in items if item.id in ids}
+    if found:
+        return found
+    paths = [item.path for item in items]
+    of_content = dict(zip(hash_files(paths).tolist(), paths, strict=True))
+    other = sum(digest in of_content for digest in dataset.sha256[dataset.splits != "val"].tolist())
+    found = {row.id: of_content[row.sha256.encode()] for row in rows if row.sha256.encode() in of_content}
+    if other and not found:
+        raise DataError(
+            f"{data}: {other} of its images are in the train or test split of {manifest} and none in val; give images that "
+            "the run does not know, or leave --data away"
+        )
+    return found
 
 
 def _check_same_split(student: Student, manifest: Path, val_ids: set[str]) -> None:
@@ -204,7 +239,7 @@ def _from_source(source: Source) -> list[_Row]:
 
 
 def _check_files(rows: Sequence[_Row], source: str, data: str | None) -> None:
-    missing = [row for row in rows if not row.path.is_file()]
+    missing = [row for row in rows if not shard_members.exists(row.path)]
     if missing:
         where = f"under --data {data}" if data is not None else "on this machine"
         raise DataError(

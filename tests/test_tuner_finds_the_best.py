@@ -20,7 +20,7 @@ from edgedistill.artifacts import read_jsonl
 from edgedistill.benchmarks.score import Objective, score
 from edgedistill.benchmarks.timing import CandidateError, Slice
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
-from edgedistill.benchmarks.tuner.chance import closest_rival
+from edgedistill.benchmarks.tuner.chance import closest_rival, metric_margin
 from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case
@@ -475,6 +475,20 @@ def test_a_rival_that_is_clearly_worse_goes_unsaid(tmp_path: Path) -> None:
     assert "do not tell the chosen one" not in text
     fastest = dataclasses.replace(found, objective=Objective(max_drop=0.01))
     assert closest_rival(fastest, outcome.chosen) is None, "how fast one is does not depend on the images"
+
+
+def test_the_margin_is_the_metrics_own(tmp_path: Path) -> None:
+    """The binomial formula is right for accuracy; macro-F1 hangs on the rarest class."""
+    rare = np.where(np.arange(IMAGES) % 50 == 0, 1, 0).astype(np.int32)
+    margins = {}
+    for metric in ("accuracy", "macro-f1"):
+        objective = dataclasses.replace(TARGET, metric=metric)
+        found = search(tmp_path / metric, SimulatedBench(), objective=objective, labels=rare, minutes=3.0)
+        outcome = found.run()
+        found.expected_answers = lambda _: (np.where(np.arange(IMAGES) % 25 == 0, 1, 0), np.zeros(IMAGES, np.int64))  # type: ignore[method-assign, assignment]
+        margins[metric] = metric_margin(found, outcome.chosen)
+    assert margins["accuracy"] == pytest.approx(1.96 * np.sqrt(0.98 * 0.02 / IMAGES), rel=0.15)
+    assert margins["macro-f1"] > 2 * margins["accuracy"]
 
 
 def test_the_pareto_front_is_not_beaten(tmp_path: Path) -> None:

@@ -28,11 +28,12 @@ from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.tuned_score import fixed_settings, slow_stage
 from edgedistill.benchmarks.tuner import TuneSettings, tune, valset
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
+from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import RealBench
 from edgedistill.benchmarks.tuner.picture import draw_pareto
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Variant, default_serving
 from edgedistill.benchmarks.tuner.students import BEFORE, find_students
-from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
+from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT, _in_place, _reject_below
 from edgedistill.benchmarks.tuner.valset import open_val, write_val
 from edgedistill.benchmarks.unused_images import write_unused
 from edgedistill.data.manifest import Dataset, hash_files, read_dataset, write_dataset
@@ -316,6 +317,23 @@ def test_val_images_inside_shards_are_found_and_unpacked(run: Path, tmp_path: Pa
     shard.unlink()
     with pytest.raises(DataError, match="30 of 30 val images are not on this machine"):
         open_val(find_students([run]), None)
+
+
+def test_a_student_that_got_int8_after_it_was_copied_is_seen_with_it(run: Path) -> None:
+    dull = make_bundle(run / "openvino-dull", {"dull": 0.4}, dataset_hash=read_dataset(run / "dataset.csv").hash)
+    int8 = [dull / "stages" / "dull" / name for name in ("model-int8.xml", "model-int8.bin")]
+    copied = run / "openvino" / "stages" / "dull"
+    shutil.copytree(dull / "stages" / "dull", copied)
+    for path in int8:
+        (copied / path.name).unlink()
+    found = {student.name: student for student in find_students([run])}
+    assert set(found) == {"sharp", "dull"} and found["dull"].int8_sha256 and found["dull"].root == dull
+
+
+def test_a_tuning_written_elsewhere_starts_from_the_bundle_it_was_given(run: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "tune", {}, resume=False)
+    kept = _in_place(run / "openvino", tmp_path / "elsewhere", journal)
+    assert _reject_below(kept) == 0.05 and read_deploy(kept) == read_deploy(run / "openvino" / "deploy.json")
 
 
 def test_another_export_copied_over_a_tuned_folder_can_be_tuned(run: Path, tmp_path: Path) -> None:

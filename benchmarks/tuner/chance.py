@@ -55,6 +55,16 @@ def closest_rival(search: Search, chosen: Deployment) -> Rival | None:
     return Rival(found, search.value(chosen) - search.value(found), low, high)
 
 
+def metric_margin(search: Search, chosen: Deployment) -> float:
+    """Half the 95% interval of the chosen one's metric, over val images drawn anew."""
+    answers, classes, count = search.expected_answers(chosen)[0], len(search.students[0].labels), len(search.labels)
+    rng = np.random.default_rng(search.seed)
+    drawn = (rng.integers(0, count, count) for _ in range(RESAMPLES))
+    found = [metric_of(answers[rows], search.labels[rows], classes, search.objective.metric) for rows in drawn]
+    low, high = np.quantile(found, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return float(high - low) / 2
+
+
 def _interval(search: Search, chosen: Deployment, other: Deployment) -> tuple[float, float]:
     """Of the difference of their values at the speeds that were measured."""
     pair = (chosen, other)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from edgedistill.benchmarks.tuner.chance import Rival
+from edgedistill.benchmarks.tuner.chance import Rival, metric_margin
 from edgedistill.benchmarks.tuner.search import TIE_SCORE, Outcome, Search
 from edgedistill.benchmarks.tuner.space import Deployment, Variant, default_serving
 
@@ -94,7 +93,7 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float, rival: Riv
         )
     if rival is not None and not rival.told_apart:
         sentences.append(_by_chance(search, rival))
-    margin = 1.96 * math.sqrt(max(metric * (1 - metric), 0.0) / count)
+    margin = metric_margin(search, chosen)
     sentences.append(
         f"{count} val images carry +-{100 * margin:.1f} points; having been chosen on them makes the figure about "
         f"{100 * optimism:.1f} points too good, so expect {metric - optimism:.3f} on new images."

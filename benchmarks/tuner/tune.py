@@ -104,7 +104,7 @@ def tune(settings: TuneSettings) -> TuneResult:
             minutes=settings.minutes,
             seed=settings.seed,
             sizes=settings.sizes,
-            incumbent=incumbent(_in_place(folder, journal), students, host),
+            incumbent=incumbent(_in_place(bundle_folder(settings.targets[0]), folder, journal), students, host),
             say=say,
         )
         outcome = search.run()
@@ -178,9 +178,11 @@ def _fingerprint(settings: TuneSettings, students: Sequence[Student], val: ValSe
     }
 
 
-def _in_place(folder: Path, journal: Journal) -> Path:
-    """A copy of the deploy.json that was there when the tuning began: a resumed one has to see the same."""
+def _in_place(bundle: Path, folder: Path, journal: Journal) -> Path:
+    """A copy of the deploy.json that was in ``folder``, else in the bundle, when the tuning began: a resumed one has to
+    see the same."""
     current, kept = folder / "deploy.json", journal.folder / "incumbent.json"
+    current = current if current.is_file() else bundle / "deploy.json"
     if not journal.resumed:
         kept.unlink(missing_ok=True)
         if current.is_file():
@@ -425,7 +427,9 @@ def _written(folder: Path, record: dict[str, Any], search: Search, outcome: Outc
     stages = []
     for variant, stage in zip(chosen.stages, config.stages, strict=True):
         stages.append(dataclasses.replace(stage, model=_in_folder(students[variant.student], folder)))
-    config = dataclasses.replace(config, stages=tuple(stages), reject_below=_reject_below(folder))
+    config = dataclasses.replace(
+        config, stages=tuple(stages), reject_below=_reject_below(search.journal.folder / "incumbent.json")
+    )
     _keep_old(folder)
     if not (folder / "labels.txt").is_file():
         labels = "".join(f"{' '.join(name.split())}\n" for name in search.students[0].labels)
@@ -463,10 +467,10 @@ def _is_copy(student: Student, folder: Path) -> bool:
     return (folder / "model.bin").is_file() and model_sha256(folder / "model.xml") == student.sha256
 
 
-def _reject_below(folder: Path) -> float | None:
+def _reject_below(deploy: Path) -> float | None:
     """Whoever set it meant it: the tuner does not touch it."""
     try:
-        return read_deploy(folder / "deploy.json").reject_below
+        return read_deploy(deploy).reject_below
     except ArtifactError:
         return None
 

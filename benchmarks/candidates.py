@@ -76,12 +76,14 @@ class Ours:
         return Case(None, self._stream(sources), network.precision, settings, answer)
 
     def _stream(self, sources: Sequence[Any]) -> Callable[[float], int]:
-        """Feeds the engine until the time is up and waits for its last answer. Raises ModelError for a failed image."""
-        engine = self.engine
+        """Feeds the engine until the time is up and waits for its last answer; the next slice goes on with the images that
+        follow. Were it to begin anew, a slow board would see the same few in every slice, and what a cascade passes on of
+        them would be its share. Raises ModelError for a failed image."""
+        engine, endless = self.engine, itertools.cycle(sources)
 
         def run(seconds: float) -> int:
             count = 0
-            for prediction in engine.map(until(time.perf_counter() + seconds, sources)):
+            for prediction in engine.map(until(time.perf_counter() + seconds, endless)):
                 if prediction.error is not None:
                     raise ModelError(prediction.error)
                 count += 1
@@ -186,9 +188,9 @@ def _answers(worker: Worker, sources: Sequence[Any]) -> Iterator[Prediction]:
         yield from worker.answer([as_frame(source) for source in sources[start : start + batch]])
 
 
-def until(deadline: float, sources: Sequence[Any]) -> Iterator[Any]:
-    """The sources over and over until ``time.perf_counter()`` reaches the deadline, at least one."""
-    for source in itertools.cycle(sources):
+def until(deadline: float, endless: Iterator[Any]) -> Iterator[Any]:
+    """The next ones of an endless iterator until ``time.perf_counter()`` reaches the deadline, at least one."""
+    for source in endless:
         yield source
         if time.perf_counter() >= deadline:
             return

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -17,6 +19,7 @@ import pytest
 from openvino import opset13 as ops
 
 from edgedistill.artifacts import read_json
+from edgedistill.benchmarks import candidates
 from edgedistill.benchmarks.bench_fps import BENCH_FORMAT, BenchSettings, bench_fps
 from edgedistill.benchmarks.inputs import input_sets, synthetic_photo
 from edgedistill.benchmarks.peers import plain_tensor
@@ -377,3 +380,20 @@ def test_the_runtimes_figures_need_two_photographs(tmp_path: Path, photo: Path) 
     sets, origin = photographs([], tmp_path)
     sizes = [cv2.imread(str(one.paths[0])).shape[1::-1] for one in sets]
     assert sizes == [(640, 427), (1920, 1281)], origin
+
+
+def test_a_slice_goes_on_with_the_images_that_follow_the_last_one() -> None:
+    """Else a slow machine sees the same few in every slice, and a cascade is judged by what it passes on of those."""
+    seen: list[int] = []
+
+    class Answers:
+        def map(self, sources: Iterator[int]) -> Iterator[SimpleNamespace]:
+            for source in sources:
+                seen.append(source)
+                yield SimpleNamespace(error=None)
+
+    ours = candidates.Ours({"deployable": "", "precision": None})
+    ours.__dict__["engine"] = Answers()
+    run = ours._stream([0, 1, 2])
+    assert [run(0.0) for _ in range(5)] == [1] * 5
+    assert seen == [0, 1, 2, 0, 1]

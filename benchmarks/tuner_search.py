@@ -180,6 +180,7 @@ def read_table(folders: Sequence[Path]) -> Table:
     goal = {key: objective[key] for key in ("w", "fps_target", "metric", "scope")}
     heats = [heat for journal in journals for heat in recorded_heats(journal.rows)]
     fps, gains = speeds_of(heats, students, host, list(logits))
+    logits = {variant: logits[variant] for variant in fps}  # what no tuning had the time to measure cannot be replayed
     return Table(students, host, val.labels, Objective(**goal), logits, fps, gains, noise_of(heats), costs_of(journals))
 
 

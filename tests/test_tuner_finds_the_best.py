@@ -20,7 +20,7 @@ from edgedistill.artifacts import read_jsonl
 from edgedistill.benchmarks.score import Objective, score
 from edgedistill.benchmarks.timing import CandidateError, Slice
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
-from edgedistill.benchmarks.tuner.chance import closest_rival, metric_margin
+from edgedistill.benchmarks.tuner.chance import Rival, closest_rival, metric_margin
 from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case
@@ -463,6 +463,15 @@ def test_a_rival_that_val_does_not_tell_apart_is_named(tmp_path: Path) -> None:
     (said,) = [one for one in record["explanation"] if "do not tell the chosen one from" in one]
     assert words(rival.deployment) in said and f"{rival.low:+.4f} and {rival.high:+.4f}" in said
     assert record["rival"]["key"] == rival.deployment.key and record["rival"]["told_apart"] is False
+
+
+def test_a_rival_passed_over_as_an_equal_is_not_called_chance(tmp_path: Path) -> None:
+    found = search(tmp_path, SimulatedBench())
+    outcome = found.run()
+    rival = Rival(outcome.finalists[-1], -0.0049, -0.0071, -0.0027)
+    text = " ".join(explanation(found, outcome, optimism=0.0, rival=rival))
+    assert "is 0.0049 higher" in text and "between 0.0027 and 0.0071 higher" in text
+    assert "counted as an equal" in text and "is chance" not in text
 
 
 def test_a_rival_that_is_clearly_worse_goes_unsaid(tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float, rival: Riv
 def _by_chance(search: Search, rival: Rival) -> str:
     what = "score" if search.objective.goal == "score" else search.objective.metric
     by = f"{abs(rival.behind):.4f} {'lower' if rival.behind >= 0 else 'higher'}"
+    if rival.high < 0:  # it was passed over as an equal
+        return (
+            f"The {what} of {words(rival.deployment)} is {by}, and over val images drawn anew, the same for both, between "
+            f"{-rival.high:.4f} and {-rival.low:.4f} higher in 95 of 100: so little that it counted as an equal, and the "
+            "chosen one has fewer networks or is plainer."
+        )
     return (
         f"{len(search.labels)} val images do not tell the chosen one from {words(rival.deployment)}, whose {what} is "
         f"{by}: over images drawn anew, the same for both, the difference lies between {rival.low:+.4f} and "

@@ -124,6 +124,10 @@ class Table:
         metric = metric_of(answers, self.labels, len(self.students[0].labels), self.objective.metric)
         return self.objective.value(metric, self.true_fps(deployment))
 
+    def at(self, level: float) -> Table:
+        """The same on a machine so many times as fast. A target in FPS is an absolute one: what is best depends on it."""
+        return dataclasses.replace(self, fps={variant: level * fps for variant, fps in self.fps.items()})
+
     @cached_property
     def best(self) -> float:
         """The largest true score of all single networks and all cascades, at 32 thresholds each, however served."""
@@ -290,7 +294,7 @@ class ReplayBench:
         self.start_s, self.prepare_s = table.costs.start_s, table.costs.prepare_s
         self.now = 0.0
         self._held: set[str] = set()
-        self._level = self.rng.normal(0, table.noise.apart)
+        self._level = self.rng.normal(0, table.noise.apart)  # log of how fast the machine is during this tuning
         self._swing, self._swung = self.rng.normal(0, table.noise.swing), 0.0
 
     @property
@@ -322,6 +326,11 @@ class ReplayBench:
 
     def decoding_differs(self, variant: Variant) -> bool:
         return False
+
+    @property
+    def level(self) -> float:
+        """How fast the machine is during this tuning; 1: as it was recorded."""
+        return math.exp(self._level)
 
     def speed_now(self) -> float:
         """What this moment multiplies every FPS by."""
@@ -488,13 +497,16 @@ class Regrets:
 
 
 def replayed(table: Table, names: Sequence[str], *, replays: int, minutes: float) -> dict[str, Regrets]:
-    """Every search on the same replays: seed k has the same noise for all."""
+    """Every search on the same replays: seed k has the same noise for all. A choice is judged on the machine as fast as it
+    was for that replay, which is what the search was asked about."""
     found: dict[str, list[float]] = {name: [] for name in names}
     with console.progress("replaying", replays * len(names)) as bar:
-        for seed, name in itertools.product(range(replays), names):
-            chosen = searched(table, name, minutes=minutes, seed=seed)
-            found[name].append(table.best - table.true_value(chosen))
-            bar.update(bar.task_ids[0], advance=1)
+        for seed in range(replays):
+            judge = table.at(ReplayBench(table, seed).level)
+            for name in names:
+                chosen = searched(table, name, minutes=minutes, seed=seed)
+                found[name].append(judge.best - judge.true_value(chosen))
+                bar.update(bar.task_ids[0], advance=1)
     return {name: Regrets(tuple(values)) for name, values in found.items()}
 
 

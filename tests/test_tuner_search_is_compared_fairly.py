@@ -264,3 +264,24 @@ def test_a_quieter_machine_is_told_apart_better() -> None:
     quiet = dataclasses.replace(made_table(), noise=Noise(0.0, 0.0, (0.0,)))
     chosen = {searched(quiet, "tuner", minutes=MINUTES, seed=seed).key for seed in range(2)}
     assert len(chosen) == 1
+
+
+def test_a_choice_is_judged_on_the_machine_as_fast_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target in FPS is absolute: what is right on a machine that is faster that day is wrong on the usual one."""
+    table = dataclasses.replace(made_table(), noise=Noise(0.5, 0.0, (0.0,)))
+    levels = [ReplayBench(table, seed).level for seed in range(8)]
+    assert max(levels) > 1.3 and min(levels) < 0.8
+
+    def best_single(asked: Table, name: str, *, minutes: float, seed: int) -> Deployment:
+        judge = asked.at(levels[seed])
+        singles = [Deployment((variant,), way) for variant in judge.fps for way in servings(judge.host)]
+        return max(singles, key=judge.true_value)
+
+    monkeypatch.setattr(tuner_search, "searched", best_single)
+    found = tuner_search.replayed(table, ["tuner"], replays=len(levels), minutes=4.0)["tuner"]
+    for seed, (level, regret) in enumerate(zip(levels, found.values, strict=True)):
+        judge = table.at(level)
+        chosen = best_single(table, "tuner", minutes=4.0, seed=seed)
+        assert judge.true_fps(chosen) == pytest.approx(level * table.true_fps(chosen))
+        assert regret == pytest.approx(judge.best - judge.true_value(chosen)) and regret >= -1e-9
+    assert len({best_single(table, "", minutes=4.0, seed=seed).key for seed in range(len(levels))}) > 1

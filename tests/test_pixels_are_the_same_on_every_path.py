@@ -75,6 +75,29 @@ def test_grey_cmyk_and_rgb_jpegs_decode_to_opencvs_pixels(mode: str) -> None:
         assert (pixels == pixels[:, :, :1]).all()
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("spec", [InputSpec(32, 48), InputSpec(31, 31, resize="center-crop", crop_fraction=0.875)])
+def test_grey_files_are_prepared_in_one_channel_to_the_pixels_of_three(
+    spec: InputSpec, format: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    for size in ((131, 209), (70, 64), (15, 9)):
+        data = pillow(Image.fromarray(picture(*size)).convert("L"), format, exif=exif.tobytes())
+        assert images.read_header(data, "").grey
+        whole = decode_image(data)
+        k = images.reduction(*whole.shape[:2], spec)
+        expected = images.crop_and_resize(reduce_area(whole, k), spec)
+        np.testing.assert_array_equal(load_image(data, spec, decode="full"), expected)
+        np.testing.assert_array_equal(prepare(whole[:, :, 0], spec), expected)
+        if format == "JPEG":
+            expected = images.crop_and_resize(decode_image(data, k=k), spec)
+        out = np.zeros((spec.height, spec.width, 3), np.uint8)
+        assert load_image(data, spec, out=out, buffer=DecodeBuffer()) is out
+        np.testing.assert_array_equal(out, expected)
+
+
 def uncommon_subsampling() -> bytes:
     """A grey-valued colour JPEG whose first chroma plane is finer than its luma: legal, and unknown to TurboJPEG."""
     data = bytearray(pillow(Image.new("RGB", (32, 32), (128, 128, 128)), "JPEG", subsampling=2))

@@ -34,7 +34,7 @@ class ImageHeader:
     """``height`` and ``width`` are as stored in the file, before ``orientation`` (EXIF, 1 to 8) is applied.
 
     ``plain_jpeg``: grey, or an everyday chroma subsampling (4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1): what the strict decoder
-    reads. ``jpeg_components``: 1 grey, 3 colour, 4 CMYK.
+    reads. ``jpeg_components``: 1 grey, 3 colour, 4 CMYK. ``grey``: a JPEG or an 8-bit PNG of one channel.
     """
 
     kind: ImageKind
@@ -43,6 +43,7 @@ class ImageHeader:
     orientation: int = 1
     jpeg_components: int = 0
     plain_jpeg: bool = False
+    grey: bool = False
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -93,7 +94,7 @@ def _read_jpeg(data: bytes) -> ImageHeader:
         and factors[1:3] == [0x11, 0x11]
         and factors[3:] in ([], factors[:1])
     )
-    return ImageHeader("jpeg", height, width, orientation or 1, components, plain)
+    return ImageHeader("jpeg", height, width, orientation or 1, components, plain, grey=components == 1)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -120,7 +121,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _read_png(data: bytes) -> ImageHeader:
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
         raise ValueError("not a PNG signature")
-    width, height = struct.unpack_from(">II", data, 16)
+    width, height, depth, color_type = struct.unpack_from(">IIBB", data, 16)
     orientation, at = 1, 33
     for _ in range(MAX_CHUNKS):
         if at + 12 > len(data):
@@ -129,7 +130,7 @@ def _read_png(data: bytes) -> ImageHeader:
         if data[at + 4 : at + 8] == b"eXIf":
             orientation = exif_orientation(data[at + 8 : at + 8 + min(length, 1 << 16)])
         at += 12 + length
-    return ImageHeader("png", height, width, orientation)
+    return ImageHeader("png", height, width, orientation, grey=(depth, color_type) == (8, 0))
 
 
 def check_png(data: bytes, name: str) -> bytes:

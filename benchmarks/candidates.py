@@ -25,7 +25,7 @@ from edgedistill.benchmarks.peers import Naive, OnnxRuntime, Torch, side_by_side
 from edgedistill.benchmarks.serve import Case, serve
 from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.errors import ModelError
-from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, InputSpec, decode_image, load_image
+from edgedistill.images import DecodeBuffer, DecodeMode, EncodedImage, ImageU8, InputSpec, decode_image, load_image
 from edgedistill.runtime import Classifier, Engine
 from edgedistill.runtime.network import Network, Prediction, Worker, as_frame
 
@@ -63,10 +63,9 @@ class Ours:
             return self._model_case(networks, images, spec, settings)
         if len(network.precisions) > 1:
             settings["stage_precisions"] = list(network.precisions)
-        encoded = [path.read_bytes() for path in images]
-        sources: list[Any] = encoded if request["scope"] == "files" else [decode_image(data) for data in encoded]
+        sources: list[Any] = [(_encoded if request["scope"] == "files" else _decoded)(path) for path in images]
         if request["scope"] == "files":
-            settings |= preparation_us(encoded, network.spec, network.decode)
+            settings |= preparation_us(sources, network.spec, network.decode)
         if request.get("stage_costs") and len(network.stages) > 1:
             settings["cascade"] = cascade_record(network, sources)
         answer = self.classifier.classify(sources[0]).probabilities.tolist() if latency else []
@@ -108,6 +107,17 @@ class Ours:
             return Case(steps[0], None, networks[0].precisions[-1], settings, answer)
         rounds, batch = side_by_side(steps), stages[0].batch
         return Case(None, lambda seconds: rounds(seconds) * batch, networks[0].precisions[-1], settings, answer)
+
+
+@functools.cache
+def _encoded(path: Path) -> bytes:
+    """Read once for all cases of this process: a heat of the tuner holds twenty that are fed the same photographs."""
+    return path.read_bytes()
+
+
+@functools.cache
+def _decoded(path: Path) -> ImageU8:
+    return decode_image(path.read_bytes(), name=str(path))
 
 
 def preparation_us(encoded: Sequence[bytes], spec: InputSpec, decode: DecodeMode) -> dict[str, float]:

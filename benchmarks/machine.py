@@ -53,7 +53,7 @@ def machine_record() -> dict[str, Any]:
         "logical_cpus": os.cpu_count(),
         "cpu_quota": _cpu_quota(),
         "frequency_governor": _first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        "memory_gib": _memory_gib(),
+        "memory_gib": memory_gib(),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -86,7 +86,8 @@ def _cpu_quota() -> float | None:
     return round(int(quota) / int(period), 2) if quota.isdigit() and period.isdigit() else None
 
 
-def _memory_gib() -> float | None:
+def memory_gib() -> float | None:
+    """Of the machine; None where it does not say."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError):

@@ -34,6 +34,7 @@ from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.score import score
 from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.benchmarks.timing import CandidateError, Spread, Worker, WorkerCase, interleave
+from edgedistill.benchmarks.tuner.cascade import metric_of
 from edgedistill.benchmarks.tuner.space import PRECISIONS, Host, Student
 from edgedistill.benchmarks.tuner.students import find_students
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
@@ -59,6 +60,7 @@ NAIVE, NAIVE_TIMES = "naive program", 4
 CASCADE_SPEED, CASCADE_DROP = 1.5, 0.003
 FED_IMAGES = 256
 Z = 1.96
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -199,11 +201,13 @@ def speeds(
 
 @dataclass(frozen=True)
 class Judged:
-    """A contender with its test accuracy, share of images per stage, FPS and score."""
+    """A contender with its metric on test, half of the metric's 95% interval there, share of images per stage, FPS and
+    score."""
 
     contender: Contender
     precision: str
-    accuracy: float
+    metric: float
+    margin: float
     shares: list[float]
     fps: Spread
     score: float
@@ -214,7 +218,7 @@ class Judged:
             "kind": self.contender.kind,
             "precision": self.precision,
             "stages": len(self.shares),
-            "test_accuracy": round(self.accuracy, 5),
+            "test_metric": round(self.metric, 5),
             "shares": [round(share, 4) for share in self.shares],
             "fps": self.fps.to_dict(),
             "score": round(self.score, 5),
@@ -226,14 +230,15 @@ def judge(
     rates: dict[str, list[float]],
     dataset: Dataset,
     *,
+    metric: str,
     w: float,
     fps_target: float,
 ) -> list[Judged]:
-    """Every contender on every test image. ONNX Runtime and the naive program get the accuracy of the FP32 IR that they
-    run, which the export's certificate holds equal to it."""
+    """Every contender on every test image. ONNX Runtime and the naive program get the answers of the FP32 IR that they
+    run, which the export's certificate holds equal to it. ``metric``: 'accuracy' or 'macro-f1'."""
     rows = dataset.rows("test")
     paths, labels = [str(path) for path in dataset.paths[rows]], dataset.labels[rows]
-    seen: dict[str, tuple[float, list[float]]] = {}
+    seen: dict[str, tuple[float, float, list[float]]] = {}
     judged = []
     for one in contenders:
         config = read_deploy(one.deploy)
@@ -242,11 +247,24 @@ def judge(
         if key not in seen:
             found, stage = answers(one.deploy, paths)
             shares = [float(np.mean(stage == number)) for number in range(len(config.stages))]
-            seen[key] = float(np.mean(found == labels)), shares
-        accuracy, shares = seen[key]
+            seen[key] = (*measured(found, labels, len(dataset.class_names), metric), shares)
+        value, margin, shares = seen[key]
         fps = Spread.of(rates[one.name])
-        judged.append(Judged(one, precision, accuracy, shares, fps, score(accuracy, fps.median, fps_target, w)))
+        judged.append(Judged(one, precision, value, margin, shares, fps, score(value, fps.median, fps_target, w)))
     return judged
+
+
+def measured(
+    found: npt.NDArray[np.int64], labels: npt.NDArray[np.integer[Any]], classes: int, metric: str
+) -> tuple[float, float]:
+    """(metric, half of its 95% interval over images) of answers int [N]."""
+    labels = labels.astype(np.int64)
+    value = metric_of(found, labels, classes, metric)
+    if metric == "accuracy":
+        return value, Z * math.sqrt(value * (1 - value) / len(labels))
+    rng = np.random.default_rng(0)
+    drawn = (rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES))
+    return value, Z * float(np.std([metric_of(found[rows], labels[rows], classes, metric) for rows in drawn]))
 
 
 def figures(judged: Sequence[Judged], records: dict[str, dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -265,26 +283,42 @@ def figures(judged: Sequence[Judged], records: dict[str, dict[str, Any]], count:
     if len(scored) > 1:
         found.append(_figure("spread of the tuned scores", max(scores) - min(scores), STABLE, most=True))
     for one in tuned:
-        val = records[one.contender.name]["chosen"]["metric"]
-        images = records[one.contender.name]["val"]["images"]
-        interval = Z * math.sqrt(val * (1 - val) * (1 / images + 1 / count))
-        lost = val - one.accuracy - interval
+        record = records[one.contender.name]
+        val, images, metric = record["chosen"]["metric"], record["val"]["images"], record["objective"]["metric"]
+        interval = one.margin * math.sqrt(1 + count / images)  # of the difference: val has an interval too
+        lost = val - one.metric - interval
         found.append(
-            _figure(f"{one.contender.name}: val minus test accuracy, beyond the interval", lost, LOSS, most=True)
-            | {"val_accuracy": round(val, 5), "test_accuracy": round(one.accuracy, 5), "interval": round(interval, 5)}
+            _figure(f"{one.contender.name}: val minus test {metric}, beyond the interval", lost, LOSS, most=True)
+            | {"val_metric": round(val, 5), "test_metric": round(one.metric, 5), "interval": round(interval, 5)}
         )
     for one in judged:
         slow = next((o for o in judged if o.contender.name == f"{one.contender.name}: its slow stage alone"), None)
         if slow is not None:
-            name, gain, drop = one.contender.name, one.fps.median / slow.fps.median, slow.accuracy - one.accuracy
+            name, gain, drop = one.contender.name, one.fps.median / slow.fps.median, slow.metric - one.metric
             found.append(_figure(f"{name}: FPS over its slow stage's", gain, CASCADE_SPEED))
-            found.append(_figure(f"{name}: accuracy below its slow stage's", drop, CASCADE_DROP, most=True))
+            found.append(_figure(f"{name}: metric below its slow stage's", drop, CASCADE_DROP, most=True))
     return found
 
 
 def _figure(name: str, value: float, target: float, *, most: bool = False) -> dict[str, Any]:
     kept = value <= target if most else value >= target
     return {"name": name, "value": round(value, 5), "target": f"{'<=' if most else '>='} {target:g}", "reached": kept}
+
+
+def tunings(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """tune.json by the contender's name. Raises UsageError where the folders weigh unlike things."""
+    names = [folder.name for folder in folders]
+    shown = [folder.name if names.count(folder.name) == 1 else str(folder) for folder in folders]
+    found = {
+        f"tuned ({name})": read_json(folder / "tune.json", format=TUNE_FORMAT)
+        for name, folder in zip(shown, folders, strict=True)
+    }
+    if len(found) < len(folders):
+        raise UsageError(f"--tuned names a folder twice: {', '.join(map(str, folders))}")
+    weighed = {(one["objective"]["metric"], one["objective"]["w"]) for one in found.values()}
+    if len(weighed) > 1:
+        raise UsageError(f"--tuned: {', '.join(map(str, folders))} weigh unlike things; judge them one by one")
+    return found
 
 
 def main() -> int:
@@ -299,9 +333,7 @@ def main() -> int:
     machine, host = machine_record(), Host.here()
     dataset = read_dataset(options.run / "dataset.csv")
     students = find_students([options.run, *options.students])
-    records = {
-        f"tuned ({folder.name})": read_json(folder / "tune.json", format=TUNE_FORMAT) for folder in options.tuned
-    }
+    records = tunings(options.tuned)
     objective = next(iter(records.values()))["objective"]
     with tempfile.TemporaryDirectory(prefix="edgedistill-score-") as scratch:
         folder = Path(scratch)
@@ -317,7 +349,7 @@ def main() -> int:
         fed = [test[row] for row in np.random.default_rng(0).permutation(len(test))[:FED_IMAGES]]
         rates = speeds(contenders, fed, rounds=options.rounds, seconds=options.seconds, threads=host.cores)
         fps_target = objective["fps_target"] or NAIVE_TIMES * Spread.of(rates[NAIVE]).median
-        judged = judge(contenders, rates, dataset, w=objective["w"], fps_target=fps_target)
+        judged = judge(contenders, rates, dataset, metric=objective["metric"], w=objective["w"], fps_target=fps_target)
     promised = figures(judged, records, len(test))
     record = {
         "machine": machine,
@@ -333,10 +365,10 @@ def main() -> int:
     }
     write_json(options.out, record, format=FORMAT)
     rows = [
-        (one["name"], f"{one['test_accuracy']:.4f}", f"{one['fps']['median']:.0f}", f"{one['score']:.4f}")
+        (one["name"], f"{one['test_metric']:.4f}", f"{one['fps']['median']:.0f}", f"{one['score']:.4f}")
         for one in record["results"]
     ]
-    console.out.print(console.table(objective["words"], ("", "test accuracy", "FPS", "score"), rows))
+    console.out.print(console.table(objective["words"], ("", f"test {objective['metric']}", "FPS", "score"), rows))
     rows = [(one["name"], f"{one['value']:.4f}", one["target"], "yes" if one["reached"] else "NO") for one in promised]
     console.out.print(console.table("promises", ("", "", "target", "reached"), rows))
     return 0 if all(one["reached"] for one in promised) else 1

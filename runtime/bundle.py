@@ -145,7 +145,8 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class DeployConfig:
-    """deploy.json. ``reject_below``: a final confidence below it answers 'unknown'."""
+    """deploy.json. ``reject_below``: a final confidence below it answers 'unknown'. ``cpu``, ``cores``: that the settings
+    were measured on, as far as they say."""
 
     stages: tuple[Stage, ...]
     latency: LatencySettings = field(default_factory=LatencySettings)
@@ -154,6 +155,7 @@ class DeployConfig:
     reject_below: float | None = None
     score: ScoreSettings = field(default_factory=ScoreSettings)
     cpu: str = ""
+    cores: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -166,6 +168,7 @@ class DeployConfig:
         if self.decode not in ("full", "reduced"):
             raise ArtifactError(f"deploy: decode {self.decode!r}, expected 'full' or 'reduced'")
         _check_share("deploy: reject_below", self.reject_below)
+        _check_count("deploy: cores", self.cores)
         for name, settings in (("latency", self.latency), ("throughput", self.throughput)):
             if settings.later_precision is not None and len(self.stages) == 1:
                 raise ArtifactError(

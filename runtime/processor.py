@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from edgedistill import console
 from edgedistill.runtime.bundle import Bundle, LatencySettings, ThroughputSettings
+from edgedistill.runtime.network import usable_cores
 
 
 @cache
@@ -30,8 +32,9 @@ def settings_here(bundle: Bundle) -> tuple[LatencySettings, ThroughputSettings]:
     """deploy.json's settings on the CPU that they were measured on; elsewhere safe ones, with a warning.
 
     Safe is f32 (the form that the certificate proves, and the one that every CPU computes alike), one stream per core,
-    one image per inference. Stages and thresholds stay: they are about accuracy. Another release of OpenVINO keeps the
-    settings and is warned about. A deploy.json that names no CPU is taken at its word.
+    one image per inference. Stages and thresholds stay: they are about accuracy. Another number of cores keeps precision
+    and batch and has one stream per core; it is warned about, and so is another release of OpenVINO, which keeps
+    everything. A deploy.json that names no CPU is taken at its word.
     """
     config = bundle.config
     tuned = (config.latency, config.throughput)
@@ -52,6 +55,14 @@ def settings_here(bundle: Bundle) -> tuple[LatencySettings, ThroughputSettings]:
             f"{bundle.source}: its settings were measured with OpenVINO {then}, this is {now}; "
             "'edgedistill tune' measures again"
         )
+    cores = usable_cores()
+    if config.cores and config.cores != cores and any((tuned[0].threads, tuned[1].streams, tuned[1].threads)):
+        console.warn(
+            f"{bundle.source}: its settings were measured on {config.cores} cores, here {cores} are usable: running with "
+            "one stream per core; 'edgedistill tune' measures again"
+        )
+        latency, throughput = tuned
+        return replace(latency, threads=None), replace(throughput, streams=None, threads=None)
     return tuned
 
 

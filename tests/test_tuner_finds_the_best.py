@@ -18,7 +18,7 @@ import pytest
 
 from edgedistill.artifacts import read_jsonl
 from edgedistill.benchmarks.score import Objective, score
-from edgedistill.benchmarks.timing import CandidateError, Slice
+from edgedistill.benchmarks.timing import CandidateError, Slice, percentiles_ms
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
 from edgedistill.benchmarks.tuner.chance import Rival, closest_rival, metric_margin
 from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
@@ -320,6 +320,35 @@ def test_the_closing_measurements_change_nothing_about_the_choice(tmp_path: Path
     record = finish(found, outcome, bench, found.journal)
     assert (found.value(outcome.chosen), found.speed(outcome.chosen), list(found.levels)) == before
     assert record["reached"] and record["scopes"].keys() >= {"frames", "files"}
+
+
+@pytest.mark.parametrize("counts", [(40, 38, 41, 39, 40), (7, 7, 7), (400, 390, 30, 410, 380), (1,)])
+def test_p99_is_that_of_all_rounds_together(tmp_path: Path, counts: tuple[int, ...]) -> None:
+    """Rounds of 40 images have one latency beyond their p97: its median over rounds would be a maximum."""
+
+    class Late(SimulatedRunner):
+        def run(self, seconds: float) -> Slice:
+            self.bench.spend(seconds)
+            if self.case.mode != "latency":
+                return Slice(100, seconds)
+            number = len(taken)
+            us = np.random.default_rng(number).lognormal(7, 0.5, counts[number])  # 30 of 400: a busy machine
+            taken.append(Slice(len(us), seconds, tuple(us * seconds * 1e6 / us.sum())))
+            return taken[-1]
+
+    class Bench(SimulatedBench):
+        @contextmanager
+        def prepared(self, cases: Any) -> Any:
+            yield [Late(self, case) for case in cases]
+
+    taken: list[Slice] = []
+    found = search(tmp_path, Bench(), objective=Objective(max_p99_ms=1.0))
+    found._judge()
+    cases = [found.case(found.reference, mode) for mode in ("throughput", "latency")]
+    found.heat(cases, name="late", level=0, rounds=len(counts), seconds=0.5)
+    speed, truth = found.speed(found.reference, "latency"), percentiles_ms(taken)
+    assert speed is not None and truth is not None
+    assert speed.p99_ms == pytest.approx(truth["p99"], rel=1e-3)
 
 
 def test_threads_that_break_the_p99_are_not_deployed(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from edgedistill.artifacts import RUN_FORMAT, read_json, sha256_file, write_json
 from edgedistill.benchmarks.bench_fps import cascade_notes
 from edgedistill.benchmarks.candidates import cascade_record, preparation_us
 from edgedistill.benchmarks.score import Objective
-from edgedistill.benchmarks.tuned_score import fixed_settings, slow_stage
-from edgedistill.benchmarks.tuner import TuneSettings, tune, valset
+from edgedistill.benchmarks.tuned_score import fixed_settings, measured, slow_stage, tunings
+from edgedistill.benchmarks.tuner import TuneSettings, measure, tune, valset
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import RealBench
@@ -50,6 +50,7 @@ from edgedistill.runtime.bundle import (
     read_deploy,
     write_deploy,
 )
+from edgedistill.runtime.processor import settings_here
 
 LABELS = ("blue", "green", "red")
 SPEC = InputSpec(height=64, width=64)
@@ -493,6 +494,23 @@ def cascade_bundle(folder: Path, *, threshold: float, slow_px: int = 64) -> Path
     return folder
 
 
+def test_what_a_case_is_fed_fits_into_memory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    val, host, seen = open_val(find_students([run]), None), Host.here(), {}
+    rows = tuple(reversed(range(len(val))))
+    first = Deployment((Variant("any", "f32", (64, 64)),), default_serving(host))
+    bench = RealBench([], val, Objective(fps_target=1.0), host, scratch=tmp_path / "scratch")
+    sizes = {path: (path.stat().st_size, load_image(path, SPEC).nbytes) for path in val.paths}
+    largest = max(encoded for encoded, _ in sizes.values())
+    monkeypatch.setattr(measure, "IMAGE_BYTES", (5 * largest, 5 * largest))
+    for scope in ("files", "frames"):
+        seen[scope] = bench._fed(measure.Case(first, (1.0,), rows, scope))
+        assert seen[scope] == [val.paths[row] for row in rows[: len(seen[scope])]]
+    assert 5 <= len(seen["files"]) < len(val) and len(seen["frames"]) < len(seen["files"])
+    monkeypatch.undo()
+    gib = {memory: measure.held_bytes(memory) >> 20 for memory in (None, 1.0, 8.0, 512.0)}
+    assert gib == {None: 32, 1.0: 32, 8.0: 128, 512.0: 256}
+
+
 def test_the_runtime_and_the_stored_logits_agree_on_a_cascade(run: Path, tmp_path: Path) -> None:
     make_bundle(tmp_path / "b", {"dull": 0.4, "sharp": 3.0})
     students, host = find_students([tmp_path / "b"]), Host.here()
@@ -601,6 +619,34 @@ def test_settings_from_another_cpu_are_left_aside_with_a_warning(run: Path, caps
     assert "OpenVINO 2021.4" in capsys.readouterr().err
 
 
+def test_settings_from_fewer_cores_leave_none_idle(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """The same processor with twice the cores: virtual machines and containers of one kind come in several sizes."""
+    deploy, host = run / "openvino" / "deploy.json", Host.here()
+    config = dataclasses.replace(
+        read_deploy(deploy),
+        latency=LatencySettings("int8", 1),
+        throughput=ThroughputSettings("int8", 1, 1, 4),
+        cpu=host.cpu,
+        cores=host.cores + 1,
+    )
+    write_deploy(deploy, config)
+    latency, throughput = settings_here(Bundle.load(run / "openvino"))
+    assert latency == LatencySettings("int8") and throughput == ThroughputSettings("int8", batch=4)
+    assert f"{host.cores + 1} cores, here {host.cores}" in capsys.readouterr().err
+    for same in (host.cores, None):
+        write_deploy(deploy, dataclasses.replace(config, cores=same))
+        assert settings_here(Bundle.load(run / "openvino")) == (config.latency, config.throughput)
+    assert capsys.readouterr().err == ""
+    write_deploy(
+        deploy, dataclasses.replace(config, latency=LatencySettings("int8"), throughput=ThroughputSettings("int8"))
+    )
+    assert settings_here(Bundle.load(run / "openvino"))[0].precision == "int8"
+    assert capsys.readouterr().err == "", "nothing of it depends on the cores"
+    deploy.write_text(json.dumps(json.loads(deploy.read_text()) | {"cores": 0}))
+    with pytest.raises(ArtifactError, match="cores 0"):
+        Bundle.load(run / "openvino")
+
+
 def test_a_deployable_that_was_never_tuned_warns_nobody(run: Path, capsys: pytest.CaptureFixture) -> None:
     stage: Stage = read_deploy(run / "openvino" / "deploy.json").stages[0]
     write_deploy(run / "openvino" / "deploy.json", DeployConfig(stages=(stage,), cpu="Another CPU"))
@@ -668,3 +714,19 @@ def test_a_slow_stage_alone_is_served_as_its_cascade_serves_it(tmp_path: Path) -
         slow_stage("tuned", deploy, students[:1], tmp_path / "fixed", Host.here())
     write_deploy(deploy, DeployConfig(stages[1:]))
     assert slow_stage("tuned", deploy, students, tmp_path / "fixed", Host.here()) is None
+
+
+def test_tunings_are_judged_by_the_metric_that_they_were_tuned_for(tmp_path: Path) -> None:
+    for name, metric in (("a/tuned", "accuracy"), ("b/tuned", "accuracy"), ("c/tuned", "macro-f1")):
+        write_json(tmp_path / name / "tune.json", {"objective": {"metric": metric, "w": 0.7}}, format=TUNE_FORMAT)
+    a, b, c = (tmp_path / name / "tuned" for name in "abc")
+    assert list(tunings([a])) == ["tuned (tuned)"] and list(tunings([a, b])) == [f"tuned ({a})", f"tuned ({b})"]
+    with pytest.raises(UsageError, match="twice"):
+        tunings([a, a])
+    with pytest.raises(UsageError, match="unlike things"):
+        tunings([a, c])
+    labels, answers = np.array([0] * 90 + [1] * 10), np.zeros(100, np.int64)
+    accuracy, margin = measured(answers, labels, 2, "accuracy")
+    assert (accuracy, margin) == (0.9, pytest.approx(0.0588))
+    f1, margin = measured(answers, labels, 2, "macro-f1")
+    assert f1 == pytest.approx(macro_f1(np.eye(2)[answers], labels)) and 0.005 < margin < 0.03

@@ -16,14 +16,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.benchmarks.machine import package_versions
+from edgedistill.benchmarks.machine import memory_gib, package_versions
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.target import OWN
 from edgedistill.benchmarks.timing import CandidateError, Slice, Worker, WorkerCase
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Student, Variant, default_serving
 from edgedistill.benchmarks.tuner.valset import ValSet
 from edgedistill.errors import ArtifactError, ModelError
-from edgedistill.images import DecodeMode, EncodedImage
+from edgedistill.images import DecodeMode, EncodedImage, image_size, read_bytes
 from edgedistill.runtime import Engine
 from edgedistill.runtime.bundle import (
     Bundle,
@@ -37,9 +37,12 @@ from edgedistill.runtime.bundle import (
 )
 
 Mode = Literal["throughput", "latency"]
-# One worker holds a heat in memory at once; a board with a gigabyte has to bear it.
+# What a case is fed is held in memory, shared by the cases of a heat as far as it is the same: at most so many images,
+# and so large a part of the machine's memory. A board with a gigabyte has to bear it; on a larger machine seven
+# photographs of 5 MB would be too few to tell what a cascade passes on.
 IMAGES = 256
-IMAGE_BYTES = 32 << 20
+IMAGE_BYTES = (32 << 20, 256 << 20)
+MEMORY_PART = 1 / 64
 FRAMES = 32
 HEADERS = 64
 # Cases that one process keeps ready, so that a heat need not compile again what an earlier one had.
@@ -127,8 +130,21 @@ def deploy_config(case: Case, students: dict[str, Student], objective: Objective
         decode=deployment.decode,
         score=ScoreSettings(objective.w, objective.metric, objective.scope, objective.fps_target),
         cpu=host.cpu,
+        cores=host.cores,
         versions=package_versions(),
     )
+
+
+def held_bytes(memory_gib: float | None) -> int:
+    """The most that the images of one case may take."""
+    least, most = IMAGE_BYTES
+    return least if memory_gib is None else int(min(max(MEMORY_PART * memory_gib * 2**30, least), most))
+
+
+def _decoded_bytes(path: Path) -> int:
+    data, name = read_bytes(path)
+    height, width, _ = image_size(data, name=name)
+    return 3 * height * width
 
 
 def copy_student(student: Student, folder: Path) -> None:
@@ -266,13 +282,13 @@ class RealBench:
             return error
 
     def _fed(self, case: Case) -> list[Path]:
-        """The first of the case's rows that fit into memory."""
+        """The first of the case's rows that fit into memory, decoded where that is what is held."""
         paths: list[Path] = []
-        size = 0
+        size, most = 0, held_bytes(memory_gib())
         for row in case.rows[: FRAMES if case.scope == "frames" else IMAGES]:
             path = self._val.paths[row]
-            size += path.stat().st_size
-            if paths and size > IMAGE_BYTES:
+            size += _decoded_bytes(path) if case.scope == "frames" else path.stat().st_size
+            if paths and size > most:
                 break
             paths.append(path)
         return paths

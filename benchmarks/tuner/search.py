@@ -78,6 +78,8 @@ FASTER_SHARE = 0.05
 # Thresholds that pass on nearly the same share are one.
 SAME_SHARE = 0.01
 SLOW_PER_PRECISION, FAST_PER_PRECISION = 8, 10
+# The longest latencies of a slice that the journal keeps: enough for p99 over the ten rounds of a heat or fewer.
+KEPT_LATEST, KEPT_LATEST_SHARE = 20, 0.1
 RESAMPLES = 200
 
 
@@ -122,7 +124,8 @@ class Proposal:
 @dataclass(frozen=True)
 class Look:
     """One case in one heat. ``log_ratio``: of its FPS to the reference's, ``error`` its standard error; ``fps``: the median
-    as it was read; ``percentiles``: p50, p90, p99 in ms, medians over rounds, of the latency mode."""
+    as it was read; ``percentiles``: of the latency mode, in ms: p50 and p90, medians over rounds, and p99 over the images of
+    all rounds (a slice of fewer than 100 images has no p99 of its own)."""
 
     level: int
     fps: float
@@ -847,7 +850,7 @@ class Search:
                     if isinstance(result, CandidateError):
                         errors[case.label] = str(result)
                     else:
-                        found[case.label] = [round(result.fps, 4), *_percentiles(result)]
+                        found[case.label] = [round(result.fps, 4), *_latencies(result)]
                 values = {"results": found, "errors": errors, "settings": settings if number == first else {}}
                 rows.append(self.journal.add("round", heat=name, round=number, **values))
 
@@ -881,14 +884,13 @@ class Search:
         places, errors_of = polish(rates)
         looks = {}
         for number, label in enumerate(labels):
-            percentiles = [row["results"][label][1:] for row in rows if len(row["results"][label]) > 1]
             looks[label] = Look(
                 level,
                 float(np.exp(np.median(rates[number]))),
                 float(places[number] - places[labels.index(base)]),
                 float(errors_of[number]),
                 len(rows),
-                tuple(statistics.median(column) for column in zip(*percentiles, strict=True)),
+                _percentiles([row["results"][label][1:] for row in rows]),
             )
             self.deployments[by_label[label].deployment.key] = by_label[label].deployment
         return looks
@@ -923,9 +925,26 @@ def _label(deployment: Deployment, mode: Mode, scope: str) -> str:
     return Case(deployment, (), (), scope, mode).label
 
 
-def _percentiles(result: Slice) -> list[float]:
+def _latencies(result: Slice) -> list[Any]:
+    """What the journal keeps of a slice's latencies: p50 and p90 in ms, how many there were, and the longest ones, of which
+    p99 over all rounds is made; nothing in throughput mode."""
     found = percentiles_ms([result])
-    return [] if found is None else [found["p50"], found["p90"], found["p99"]]
+    if found is None:
+        return []
+    count = len(result.latency_us)
+    longest = sorted(result.latency_us, reverse=True)[: max(KEPT_LATEST, math.ceil(KEPT_LATEST_SHARE * count))]
+    return [found["p50"], found["p90"], count, [round(value / 1e3, 4) for value in longest]]
+
+
+def _percentiles(rounds: Sequence[Sequence[Any]]) -> tuple[float, ...]:
+    """p50, p90 and p99 in ms of what `_latencies` kept of each round; () where nothing was timed alone."""
+    if not rounds or not all(rounds):
+        return ()
+    p50, p90, counts, longest = zip(*rounds, strict=True)
+    total = sum(counts)
+    latest = sorted(itertools.chain(*longest), reverse=True)
+    p99 = latest[total - math.ceil(0.99 * total)]
+    return statistics.median(p50), statistics.median(p90), p99
 
 
 def _diverse(cascades: Sequence[Proposal]) -> list[Proposal]:

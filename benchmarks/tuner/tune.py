@@ -214,7 +214,7 @@ def incumbent(deploy: Path, students: Sequence[Student], host: Host) -> Deployme
     streams = min(tuned.streams or host.cores, host.cores)
     threads = max(streams, min(tuned.threads or 0, host.cores))
     serving = Serving(streams, threads, tuned.batch, bool(tuned.pinning))
-    if config.cpu and config.cpu != host.cpu:
+    if (config.cpu and config.cpu != host.cpu) or (config.cores and config.cores != host.cores):
         serving = usual
     return Deployment(stages, serving, config.decode, config.stages[0].exit_threshold if len(stages) == 2 else None)
 

@@ -241,7 +241,8 @@ void read_origin(const json& values, DeployConfig& config) {
 DeployConfig config_from(const json& values) {
     check_fields(
         values, "deploy",
-        {"format", "version", "stages", "latency", "throughput", "decode", "reject_below", "score", "cpu", "versions"});
+        {"format", "version", "stages", "latency", "throughput", "decode", "reject_below", "score", "cpu", "cores",
+         "versions"});
     DeployConfig config;
     config.stages = stages_from(values);
     if (values.contains("latency")) config.latency = latency_from(values["latency"]);
@@ -252,6 +253,7 @@ DeployConfig config_from(const json& values) {
     check_one_of(values, "deploy: ", "decode", {"full", "reduced"});
     if (values.contains("decode")) config.decode = values["decode"] == "full" ? Decode::full : Decode::reduced;
     config.reject_below = share_field(values, "deploy: ", "reject_below");
+    config.cores = count_field(values, "deploy:", "cores");
     read_origin(values, config);
     return config;
 }

@@ -48,6 +48,7 @@ struct DeployConfig {
     Decode decode = Decode::reduced;
     std::optional<double> reject_below;  // a final confidence below it answers "unknown"
     std::string cpu;                     // where the settings were measured; empty: not said
+    std::optional<int> cores;            // on how many; nothing: not said
     std::string openvino_version;        // with which they were; empty: not said
 };
 

@@ -9,6 +9,7 @@
 
 #include "bundle.hpp"
 #include "error.hpp"
+#include "network.hpp"
 #include "text.hpp"
 
 namespace edgedistill::detail {
@@ -67,7 +68,18 @@ TunedSettings settings_here(const Bundle& bundle, const LogCallback& log) {
         warn(log, bundle.source() + ": its settings were measured with OpenVINO " + plain(then, 40) + ", this is " +
                       now + "; 'edgedistill tune' measures again");
     }
-    return {config.latency, config.throughput};
+    TunedSettings tuned{config.latency, config.throughput};
+    const int cores = usable_cores();
+    const bool spread = tuned.latency.threads || tuned.throughput.streams || tuned.throughput.threads;
+    if (spread && config.cores && *config.cores != cores) {
+        warn(log, bundle.source() + ": its settings were measured on " + std::to_string(*config.cores) +
+                      " cores, here " + std::to_string(cores) +
+                      " are usable: running with one stream per core; 'edgedistill tune' measures again");
+        tuned.latency.threads.reset();
+        tuned.throughput.streams.reset();
+        tuned.throughput.threads.reset();
+    }
+    return tuned;
 }
 
 }  // namespace edgedistill::detail

@@ -111,6 +111,7 @@ json deploy_values() {
             {"reject_below", 0.3},
             {"score", {{"w", 0.5}, {"metric", "macro-f1"}, {"scope", "frames"}, {"fps_target", 200}}},
             {"cpu", "a processor"},
+            {"cores", 4},
             {"versions", {{"openvino", "2026.4.1"}}}};
 }
 
@@ -161,6 +162,7 @@ TEST_CASE("every field of deploy.json arrives") {
     CHECK(config.decode == Decode::full);
     CHECK(config.reject_below == 0.3);
     CHECK(config.cpu == "a processor");
+    CHECK(config.cores == 4);
     CHECK(config.openvino_version == "2026.4.1");
 }
 
@@ -195,6 +197,8 @@ TEST_CASE("a deploy.json with one wrong field is refused and the field is named"
         {"/reject_below", -1},
         {"/score/metric", "speed"},
         {"/score/fps_target", 0},
+        {"/cores", 0},
+        {"/cores", "many"},
         {"/version", 2},
         {"/format", "other"},
         {"/extra", 1},
@@ -460,6 +464,28 @@ TEST_CASE("settings of another processor give way to safe ones, with a warning")
     CHECK(has(warning, "measured on 'an abacus'"));
     CHECK(threads("", "2019.3.1") == 1);
     CHECK(has(warning, "measured with OpenVINO 2019.3, this is "));
+}
+
+TEST_CASE("settings of another number of cores leave none idle") {
+    const Copy copy("single");
+    json values = json::parse(read(copy.root / "deploy.json"));
+    values["throughput"] = {{"streams", 1}, {"threads", 1}, {"batch", 4}};
+    values["cpu"] = "";
+    std::string warning;
+    const LogCallback keep = [&](LogLevel, std::string_view text) { warning = text; };
+    const auto settings = [&](int cores) {
+        values["cores"] = cores;
+        write(copy.root / "deploy.json", values.dump());
+        warning.clear();
+        return settings_here(*Bundle::load(copy.root), keep).throughput;
+    };
+    CHECK(settings(usable_cores()).streams == 1);
+    CHECK(warning.empty());
+    const ThroughputSettings elsewhere = settings(usable_cores() + 1);
+    CHECK_FALSE(elsewhere.streams);
+    CHECK_FALSE(elsewhere.threads);
+    CHECK(elsewhere.batch == 4);
+    CHECK(has(warning, "measured on " + std::to_string(usable_cores() + 1) + " cores"));
 }
 
 TEST_CASE("there is at least one core to use, and no more than the machine has") {

@@ -239,10 +239,9 @@ void read_origin(const json& values, DeployConfig& config) {
 }
 
 DeployConfig config_from(const json& values) {
-    check_fields(
-        values, "deploy",
-        {"format", "version", "stages", "latency", "throughput", "decode", "reject_below", "score", "cpu", "cores",
-         "versions"});
+    check_fields(values, "deploy",
+                 {"format", "version", "stages", "latency", "throughput", "decode", "reject_below", "score", "cpu",
+                  "cores", "versions"});
     DeployConfig config;
     config.stages = stages_from(values);
     if (values.contains("latency")) config.latency = latency_from(values["latency"]);

@@ -373,16 +373,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--summary", action="store_true", help="train nothing; sum up what is there")
     parser.add_argument(
-        "--reference", default="", help="with --summary: the arm to compare with, if not the protocol's"
+        "--reference", default="", help=f"with --summary: the arm to compare with, if not the protocol's; or {TEACHERS}"
     )
     parser.add_argument("--list", action="store_true", help="train nothing; print the commands")
     args = parser.parse_args(argv)
     protocol = read_protocol(args.protocol)
     if args.reference and not args.summary:
         raise UsageError("--reference is of --summary")
-    unknown = sorted({*args.arms, *filter(None, [args.reference])} - protocol.arms.keys() - protocol.peers.keys())
+    known = protocol.arms.keys() | protocol.peers.keys()
+    unknown = sorted({*args.arms} - known | {*filter(None, [args.reference])} - known - {TEACHERS})
     if unknown:
-        raise UsageError(f"{','.join(unknown)}: not in {args.protocol}: {', '.join(protocol.arms)}")
+        raise UsageError(f"{','.join(unknown)}: not in {args.protocol}: {', '.join(known)}")
     if args.list:
         for piece in pieces(protocol, args.runs):
             console.out.print(shlex.join(piece.command), markup=False)

@@ -145,7 +145,18 @@ def test_soft_labels_of_another_data_set_are_refused(
     arguments = ["--data", other, "--out", tmp_path / "run", *tiny_options, "--soft-labels", tiny_run / "soft_labels"]
     result = cli("distill", *arguments, check=False)
     assert result.returncode == 1 and "soft_labels" in result.stderr
-    assert not (tmp_path / "run" / "model.pt").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_data_refuse_leaves_the_folder_free(
+    photos: Path, tmp_path: Path, cli: Cli, tiny_options: list[str]
+) -> None:
+    arguments = ["distill", "--data", photos, "--out", tmp_path / "x", *tiny_options]
+    for wrong, words in (("--soft-label-store=top-k:2", "has 2 classes"), ("--oversample=cat=3", "cat")):
+        extra = [wrong, "--no-balanced"] if "oversample" in wrong else [wrong]
+        result = cli(*arguments, *extra, check=False)
+        assert result.returncode == 2 and words in result.stderr, result.stderr
+        assert not (tmp_path / "x").exists()
 
 
 def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, cli: Cli, tiny_options: list[str]) -> None:

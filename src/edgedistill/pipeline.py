@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +31,7 @@ from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
+from edgedistill.data.soft_label_store import check_store, parse_store
 from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
@@ -220,15 +221,19 @@ def refuse_early(networks: Iterable[TrainSettings]) -> None:
 
 
 def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
-    """Raises UsageError where a class is to be drawn more often that the data does not have, and for what needs one
-    label per image where there are several."""
+    """Raises UsageError where a class is to be drawn more often that the data does not have, for what needs one label per
+    image where there are several, and for soft labels that keep more classes than there are."""
     for settings in networks:
         settings.refuse_for(dataset.task)
+        if isinstance(settings, TeacherSettings):
+            check_store(parse_store(settings.soft_label_store), len(dataset.class_names))
         settings.sampling_weights(dataset.labels[dataset.rows("train")], dataset.class_names)
 
 
-def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
-    """dataset.csv of the run: read if it is there, else checked, split and written.
+def freeze(
+    settings: DataSettings, run: RunDir, *, resume: bool, refuse: Callable[[Dataset], None] = lambda dataset: None
+) -> Dataset:
+    """dataset.csv of the run: read if it is there, else checked, split and, unless ``refuse`` raises, written.
 
     Raises DataError when check-data finds errors, UsageError when the folder holds another run's work.
     """
@@ -237,7 +242,9 @@ def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
         if not resume:
             raise UsageError(f"{run.root}: holds a run already; go on with --resume, or choose another --out")
         root = Path(settings.data)
-        return read_dataset(run.dataset, data_root=root if root.is_dir() else None)
+        dataset = read_dataset(run.dataset, data_root=root if root.is_dir() else None)
+        refuse(dataset)
+        return dataset
     source = open_source(settings.data, labels=settings.labels)
     report = check_data(source, settings=settings.split, max_pixels=settings.max_pixels)
     if report.errors:
@@ -245,6 +252,7 @@ def freeze(settings: DataSettings, run: RunDir, *, resume: bool) -> Dataset:
     for severity, kind, message, *_ in report.rows():
         console.note(f"{severity}: {kind}: {message}")
     dataset = freeze_dataset(source, settings.split, checks=report)
+    refuse(dataset)
     write_json(run.root / "data_report.json", report.to_dict(), format="edgedistill-data-report")
     write_dataset(dataset, run.dataset)
     return dataset
@@ -273,9 +281,15 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
 def _frozen(
     settings: TeachSettings | DistillSettings, networks: Iterable[TrainSettings], run: RunDir, *, resume: bool
 ) -> Dataset:
-    """The data set of the run, which suits ``networks``, and config.json."""
-    dataset = freeze(settings.data, run, resume=resume)
-    refuse_for(dataset, networks)
+    """The data set of the run, which suits ``networks`` and the soft labels of an earlier run, and config.json. What they
+    refuse leaves nothing in the folder: the same command can be put right and given again."""
+
+    def refuse(dataset: Dataset) -> None:
+        refuse_for(dataset, networks)
+        if isinstance(settings, DistillSettings) and settings.soft_labels is not None:
+            read_soft_labels(settings.soft_labels, dataset)
+
+    dataset = freeze(settings.data, run, resume=resume, refuse=refuse)
     record(settings, run, dataset, resume=resume)
     return dataset
 

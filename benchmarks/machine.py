@@ -35,6 +35,7 @@ PACKAGES = (
     "opencv-python",
     "opencv-python-headless",
     "simplejpeg",
+    "isal",
     "numpy",
     "onnxruntime",
     "torch",

@@ -2,7 +2,7 @@
 
 `CppEngine` is `Engine` in C++, where `make cpp-python` built it.
 
-Needs numpy, OpenCV, simplejpeg and OpenVINO; runs where torch is not installed.
+Needs numpy, OpenCV, simplejpeg, isal and OpenVINO; runs where torch is not installed.
 """
 
 from edgedistill.runtime.bundle import Bundle, DeployConfig

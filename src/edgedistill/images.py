@@ -7,7 +7,7 @@ Validation, soft labels, calibration, tuning, the Python runtime and the C++ run
    (``decode="reduced"``) or by exact area averaging.
 3. ``crop and resize``: centred crop, 8-bit bilinear to height x width.
 
-Needs numpy, OpenCV and simplejpeg (libjpeg-turbo) only.
+Needs numpy, OpenCV, simplejpeg (libjpeg-turbo) and isal (PNG) only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import simplejpeg
 
 from edgedistill.errors import ArtifactError, ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, check_png, read_header
+from edgedistill.png_inflate import inflated
 from edgedistill.shard_members import NotAFileError, read_file
 
 ImageU8 = npt.NDArray[np.uint8]
@@ -373,7 +374,7 @@ def _decode(data: bytes, header: ImageHeader, name: str, *, k: int = 1, buffer: 
         image = _decode_jpeg(data, header, name, k=k, buffer=buffer)
     else:
         if header.kind == "png":
-            data = check_png(data, name)
+            data = inflated(check_png(data, name))
         flags = cv2.IMREAD_GRAYSCALE if header.grey else cv2.IMREAD_COLOR
         flags |= cv2.IMREAD_ANYDEPTH if header.kind == "tiff" else cv2.IMREAD_IGNORE_ORIENTATION
         image = _decode_opencv(data, flags, name)

@@ -59,6 +59,7 @@ KEYS = {
     "student_options",
     "teachers_with",
     "reference",
+    "references",
     "arms",
     "peer_teacher",
     "peers",
@@ -73,9 +74,10 @@ class Protocol:
     ``train_images``: so many of the data's training images, evenly by class (0: all). ``unlabelled_images``: so many of
     the others, without their labels, in the folder that arms name ``{unlabelled}``. ``test_fraction``: where the data have
     no test split of their own and train_images are given, each seed cuts one first. ``teachers_with``: the distilled arm
-    whose run trains the teachers. ``reference``: the arm that the others are compared with. ``peer_teacher``:
-    options of `distill` for the teacher of the ``peers``, whose own options are those of peer_timm_distillation.
-    ``processes``: how many train an arm together, one thread each, where it is not one alone.
+    whose run trains the teachers. ``reference``: the arm that the others are compared with; ``references``: the one of an
+    arm that has another student or another number of steps (its own name: with none), so that only like is compared with
+    like. ``peer_teacher``: options of `distill` for the teacher of the ``peers``, whose own options are those of
+    peer_timm_distillation. ``processes``: how many train an arm together, one thread each, where it is not one alone.
     """
 
     name: str
@@ -93,6 +95,10 @@ class Protocol:
     peer_teacher: str = ""
     peers: dict[str, str] = field(default_factory=dict)
     processes: dict[str, int] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+
+    def reference_of(self, arm: str) -> str:
+        return self.references.get(arm, self.reference)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,9 @@ def read_protocol(path: Path) -> Protocol:
         raise UsageError(
             f"{path}: test_fraction goes with train_images; without them say --test-fraction in data_options"
         )
+    for name in (*protocol.references, *protocol.references.values()):
+        if name not in protocol.arms:
+            raise UsageError(f"{path}: {name!r} of references is not one of its arms {', '.join(protocol.arms)}")
     strange = sorted(protocol.processes.keys() - protocol.arms.keys())
     if strange or not all(isinstance(count, int) and count > 0 for count in protocol.processes.values()):
         raise UsageError(
@@ -289,17 +298,18 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def summarise(protocol: Protocol, out: Path, reference: str = "") -> dict[str, Any]:
-    """Each arm over the seeds that it shares with the reference arm; written to NAME.json, or NAME-minus-REFERENCE.json
-    where ``reference`` is another one than the protocol's."""
-    reference = reference or protocol.reference
+    """Each arm over the seeds that it shares with its reference arm; written to NAME.json, or, where ``reference`` is
+    given and not the protocol's, all arms minus that one to NAME-minus-REFERENCE.json."""
+    given = "" if reference == protocol.reference else reference
     rows = read_rows(out / f"{protocol.name}.csv")
     answers = {(int(row["seed"]), row["arm"]): row for row in rows}
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     result: dict[str, Any] = {}
     for arm in arms:
-        seeds = [seed for seed, name in answers if name == arm]
+        reference = given or protocol.reference_of(arm)
+        seeds = sorted(seed for seed, name in answers if name == arm)
         shared = [seed for seed in seeds if (seed, reference) in answers]
-        values: dict[str, Any] = {"seeds": seeds}
+        values: dict[str, Any] = {"seeds": seeds, "reference": reference}
         for metric in METRICS:
             numbers = [float(answers[seed, arm][metric]) for seed in seeds]
             values[metric] = {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=len(numbers) > 1))}
@@ -307,8 +317,8 @@ def summarise(protocol: Protocol, out: Path, reference: str = "") -> dict[str, A
                 values[metric] |= _difference(protocol, metric, (arm, reference), shared, out)
         values["train_s"] = float(np.median([float(answers[seed, arm]["train_s"]) for seed in seeds]))
         result[arm] = values
-    name = protocol.name if reference == protocol.reference else f"{protocol.name}-minus-{reference}"
-    record = {"reference": reference, "arms": result, "machine": machine_record()}
+    name = f"{protocol.name}-minus-{given}" if given else protocol.name
+    record = {"reference": given or protocol.reference, "arms": result, "machine": machine_record()}
     write_json(out / f"{name}.json", record, format="edgedistill-distillation-benchmark")
     return record
 
@@ -327,7 +337,9 @@ def _difference(
 def table(record: dict[str, Any], name: str) -> Any:
     rows = []
     for arm, values in record["arms"].items():
-        cells = [arm, len(values["seeds"])]
+        usual = values["reference"] in (record["reference"], arm)
+        cells: list[Any] = [arm if usual else f"{arm} (minus {values['reference']})"]
+        cells.append(len(values["seeds"]))
         for metric in METRICS:
             cells.append(f"{values[metric]['mean']:.4f}")
             if "ci95" in values[metric]:

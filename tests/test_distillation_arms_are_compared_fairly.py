@@ -73,8 +73,8 @@ def test_each_protocol_parses_into_settings_that_exist(path, tmp_path):
         "any_way_up",
         "balanced",
     )
-    reference = seen[protocol.reference]
     for arm in protocol.arms:
+        reference = seen[protocol.reference_of(arm)]
         assert {key: seen[arm][key] for key in budget} == {key: reference[key] for key in budget}, arm
         assert seen[arm]["no_distillation"] or seen[arm]["soft_labels"] or arm == protocol.teachers_with
     assert seen[protocol.teachers_with]["soft_labels"] is None
@@ -223,6 +223,18 @@ def test_a_benchmark_goes_on_where_time_ran_out_and_sums_up(tmp_path, monkeypatc
     turned = read_json(tmp_path / "out" / "tiny-minus-live.json", format="edgedistill-distillation-benchmark")["arms"]
     assert turned["hard-labels"]["accuracy"]["minus_reference"] == pytest.approx(-live["minus_reference"])
     assert "minus_reference" not in turned["live"]["accuracy"]
+    path = Path(options[0])
+    path.write_text(f"{path.read_text()}\n[references]\nlive = 'live'\ntimm-kd = 'live'\n")
+    with pytest.raises(UsageError, match="'timm-kd' of references"):
+        distillation.main([*options, "--summary"])
+    path.write_text(path.read_text().replace("timm-kd = 'live'", "contest = 'live'"))
+    assert distillation.main([*options, "--summary"]) == 0
+    assert "(minus" in capsys.readouterr().out
+    arms = read_json(tmp_path / "out" / "tiny.json", format="edgedistill-distillation-benchmark")["arms"]
+    assert "minus_reference" not in arms["live"]["accuracy"]
+    contest = [record["arms"][arm]["accuracy"]["mean"] for arm in ("contest", "live")]
+    assert arms["contest"]["accuracy"]["minus_reference"] == pytest.approx(contest[0] - contest[1])
+    assert arms["timm-kd"] == record["arms"]["timm-kd"]
     with pytest.raises(UsageError, match="of --summary"):
         distillation.main([*options, "--reference", "live"])
 
@@ -250,6 +262,8 @@ def test_protocols_that_cannot_be_run_are_refused(tmp_path):
         (text.replace("seeds = [0, 1]", "sedes = [0]"), "sedes unknown; expected arms"),
         (text.replace("seeds = [0, 1]\n", ""), "'seeds'; see benchmarks/protocols"),
         (text.replace("peer_teacher", "# peer_teacher"), "peers need a peer_teacher"),
+        (f"{text}\n[references]\nlive-half = 'live'", "'live-half' of references is not one of its arms"),
+        (f"{text}\n[references]\nlive = 'hard'", "'hard' of references is not one of its arms"),
         (f"{text}\n[processes]\nlive-half = 2", "processes are a number for an arm"),
         (f"{text}\n[processes]\nlive = 0", "processes are a number for an arm"),
         ("= 3", "not TOML"),

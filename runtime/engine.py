@@ -48,6 +48,7 @@ Policy = Literal["block", "drop_oldest"]
 JOIN_TIMEOUT_S = 10.0
 # So many times a later stage's batch is held for it to fill up: where a share of 1/8 or more is passed on, it does.
 GATHERED_BATCHES = 8
+CAMERA_BATCH = 8
 
 
 class _ClosedError(ModelError):
@@ -206,6 +207,14 @@ def check_settings(policy: str, **counts: int | None) -> None:
         raise ModelError(f"policy {policy!r}, expected 'block' or 'drop_oldest'")
 
 
+def _fitting_batch(tuned: int, policy: Policy, streams: int, queue_size: int | None) -> int:
+    """deploy.json's batch, or less where the queue has no room for it or a camera waits for its answers."""
+    most = CAMERA_BATCH if policy == "drop_oldest" else tuned
+    if queue_size is not None:
+        most = min(most, (queue_size - 1) // streams)
+    return max(1, min(tuned, most))
+
+
 def check_many(sources: object) -> None:
     """Raises UsageError for what is one image."""
     if isinstance(sources, str | Path | bytes | Frame) or (isinstance(sources, np.ndarray) and sources.ndim < 4):
@@ -217,7 +226,9 @@ class Engine:
 
     ``path``, ``precision``, ``decode``, ``cache_dir``: as in `Classifier`. ``streams``: images worked on at once (and
     worker threads); ``threads``: OpenVINO's inference threads in all; ``batch``: images per inference, in every stage
-    of a cascade. By default what deploy.json says, and one stream and one thread per core where it says nothing.
+    of a cascade. By default what deploy.json says, and one stream and one thread per core where it says nothing; its
+    batch no larger than ``queue_size`` has room for, and than 8 under policy 'drop_oldest': a batch costs the same
+    however few images are in it, and a camera's are to be answered soon.
     ``queue_size``: images held at any moment, waiting, in work or answered but not yet taken.
 
     What a cascade's first stage passes on waits for a batch of its own, until that is full, nothing else is left to do
@@ -247,15 +258,18 @@ class Engine:
         bundle = path if isinstance(path, Bundle) else Bundle.load(path)
         (_, tuned), cores = settings_here(bundle), usable_cores()
         self.streams = min(tuned.streams or cores, cores) if streams is None else streams
-        self.batch = tuned.batch if batch is None else batch
-        self.later_batch = (tuned.later_batch or tuned.batch) if batch is None else batch
+        check_settings(policy, streams=self.streams, threads=threads, batch=batch)
+        self.batch, self.later_batch = (
+            _fitting_batch(number or tuned.batch, policy, self.streams, queue_size) if batch is None else batch
+            for number in (tuned.batch, tuned.later_batch)
+        )
         gathered = GATHERED_BATCHES * (self.later_batch - 1) if len(bundle.config.stages) > 1 else 0
         # A camera's images are to be new; anything else can wait for a batch.
         room = 4 * self.streams * self.batch + 1 + (gathered if policy == "block" else 0)
         self.queue_size = room if queue_size is None else queue_size
         self.dropped = 0
         self._policy = policy
-        self._check(threads)
+        self._check_room()
         total = max(self.streams, min(tuned.threads or 0, cores)) if threads is None else threads
         # One compiled network per worker, inferring in the worker's own thread: 1.3 times the rate of one network with
         # as many streams, which hands each image to a thread of OpenVINO's and back.
@@ -286,8 +300,7 @@ class Engine:
         self._finished = False
         self._start(workers)
 
-    def _check(self, threads: int | None) -> None:
-        check_settings(self._policy, streams=self.streams, threads=threads, batch=self.batch)
+    def _check_room(self) -> None:
         if self.queue_size <= self.streams * self.batch:
             raise ModelError(
                 f"queue_size {self.queue_size}, expected more than streams x batch = {self.streams * self.batch}"

@@ -17,6 +17,7 @@ import pytest
 
 from edgedistill.errors import ArtifactError, EdgedistillError, ModelError, UsageError
 from edgedistill.runtime import CppEngine, Engine, Frame
+from edgedistill.runtime.bundle import ThroughputSettings
 
 pytestmark = pytest.mark.timeout(120)
 EngineClass = type[Engine] | type[CppEngine]
@@ -235,3 +236,23 @@ def test_a_single_image_is_no_list(engine_class: EngineClass, make: Any) -> None
             with pytest.raises(UsageError, match="many images"):
                 engine.map(source)
         assert len(list(engine.map(np.zeros((3, 32, 32, 3), np.uint8)))) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({}, (16, 32)),
+        ({"policy": "drop_oldest"}, (8, 8)),
+        ({"policy": "drop_oldest", "queue_size": 4}, (1, 1)),
+        ({"queue_size": 21}, (10, 10)),
+        ({"policy": "drop_oldest", "batch": 16}, (16, 16)),
+    ],
+)
+def test_a_tuned_batch_fits_the_queue_and_the_camera(
+    engine_class: EngineClass, make: Any, options: dict[str, Any], batches: tuple[int, int]
+) -> None:
+    root = make.cascade(exit_threshold=0.8, throughput=ThroughputSettings(batch=16, later_batch=32))
+    with engine_class(root, streams=2, **options) as engine:
+        assert (engine.batch, engine.later_batch) == batches
+        answers = engine.map([numbered(1)] * 3) if "policy" not in options else ()
+        assert all(answer.error is None for answer in answers)

@@ -15,6 +15,7 @@ namespace {
 constexpr int MAX_COUNT = 4096;
 // So many times a later stage's batch is held for it to fill up: where a share of 1/8 or more is passed on, it does.
 constexpr int GATHERED_BATCHES = 8;
+constexpr int CAMERA_BATCH = 8;
 
 void check_count(const char* name, int value) {
     if (value >= 1 && value <= MAX_COUNT) return;
@@ -31,6 +32,13 @@ int threads_per_stream(const ThroughputSettings& tuned, const EngineOptions& opt
     return std::max(1, options.threads.value_or(chosen) / streams);
 }
 
+// deploy.json's batch, or less where the queue has no room for it or a camera waits for its answers.
+int fitting_batch(int tuned, const EngineOptions& options, int streams) {
+    int most = options.policy == Policy::drop_oldest ? std::min(tuned, CAMERA_BATCH) : tuned;
+    if (options.queue_size && streams > 0) most = std::min(most, (*options.queue_size - 1) / streams);
+    return std::max(1, most);
+}
+
 }  // namespace
 
 // One compiled network per worker, inferring in the worker's own thread: 1.3 times the rate of one network with as many
@@ -45,8 +53,9 @@ EngineCore::EngineCore(std::shared_ptr<const Bundle> bundle, const EngineOptions
     : bundle_(std::move(bundle)),
       tuned_(settings_here(*bundle_, options.log).throughput),
       streams_(streams_of(tuned_, options)),
-      batch_(options.batch.value_or(tuned_.batch)),
-      later_batch_(options.batch.value_or(tuned_.later_batch.value_or(tuned_.batch))),
+      batch_(options.batch.value_or(fitting_batch(tuned_.batch, options, streams_))),
+      later_batch_(
+          options.batch.value_or(fitting_batch(tuned_.later_batch.value_or(tuned_.batch), options, streams_))),
       queue_size_(0) {
     check(options);
     queue_size_ = options.queue_size.value_or(usual_queue_size(options.policy));

@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ HARDNESS = np.random.default_rng(1).exponential(1.0, IMAGES)
 SKILL = {"small": 1.3, "large": 2.4, "twin": 2.38}
 SPEED = {"small": 2200.0, "large": 420.0, "twin": 400.0}
 PRECISION_SPEED = {"f32": 1.0, "bf16": 1.5, "int8": 1.8}
+BATCH_SPEED = {1: 1.0, 2: 1.08, 4: 1.04, 8: 0.97, 16: 0.9}
 PRECISION_LOSS = {"f32": 0.0, "bf16": 0.01, "int8": 0.25}
 
 
@@ -89,7 +91,7 @@ def true_fps(deployment: Deployment) -> float:
         _, stage = cascade_answers(fast, slow, temperature=temperature, threshold=deployment.exit_threshold or 0.0)
         passed_on = float(stage.mean())
     cost = seconds(stages[0]) + passed_on * (seconds(stages[1]) if len(stages) == 2 else 0.0)
-    serving = {1: 1.0, 2: 1.08, 4: 1.04, 8: 0.97}[deployment.serving.batch]
+    serving = BATCH_SPEED[deployment.serving.batch]
     serving *= 1.0 if deployment.serving.streams == HOST.cores else 0.7
     return serving / cost
 
@@ -436,6 +438,28 @@ def test_equal_deployments_are_told_apart_by_preference_not_by_chance(tmp_path: 
     cascade = next(d for d in found.measured() if len(d.stages) == 2)
     assert found.preference(plain) < found.preference(cascade)
     assert found.preference(plain) < found.preference(plain.served(dataclasses.replace(usual, batch=4)))
+
+
+@pytest.fixture
+def batch_speed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[int, float]], None]]:
+    def set_speeds(speeds: dict[int, float]) -> None:
+        monkeypatch.setattr(sys.modules[__name__], "BATCH_SPEED", speeds)
+        true_fps.cache_clear()
+
+    yield set_speeds
+    true_fps.cache_clear()
+
+
+def test_one_network_is_served_in_the_way_that_measured_best(
+    tmp_path: Path, batch_speed: Callable[[dict[int, float]], None]
+) -> None:
+    """Scores within a tie, the same networks: there is nothing that speaks for the slower way."""
+    batch_speed({1: 1.0, 2: 1.02, 4: 1.03, 8: 1.04, 16: 0.9})
+    found = search(tmp_path, SimulatedBench(), objective=Objective(fps_target=60000.0), students=STUDENTS[:1])
+    outcome = found.run()
+    tied = [d for d in outcome.finalists if d.key in outcome.tied and d.stages == outcome.chosen.stages]
+    speeds = {d.serving.batch: true_fps(d) for d in tied}
+    assert len(speeds) > 1 and outcome.chosen.serving.batch == max(speeds, key=speeds.__getitem__)
 
 
 def test_speed_is_not_given_up_for_nothing(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float, rival: Riv
         limit = f"{TIE_SCORE:g}" if objective.goal == "score" else "the noise"
         sentences.append(
             f"{len(outcome.tied)} finalists lie within {limit} of each other; of equals, unless "
-            "another is clearly faster at no loss, the one with fewer networks, then the more accurate, then the plainer."
+            "another is clearly faster at no loss, the one with fewer networks, then the more accurate, then the plainer, "
+            "served in the way that measured best."
         )
     if rival is not None and not rival.told_apart:
         sentences.append(_by_chance(search, rival))

@@ -9,6 +9,7 @@ short looks of the first rung and the long, interleaved ones of the last, and no
     batches   the best variant of every student once more, several images per inference: some double, some gain nothing
     race      the best single networks and the best cascades (estimated from logits and stage times), measured
     serve     the best three in every way of using the cores
+    again     networks for which the gains seen there promise more than the best so far
     stages    each network of the best cascades alone, served as they are: their thresholds follow from these times
     play off  the best few, interleaved until they differ by more than noise or the time is up
 
@@ -57,7 +58,7 @@ from edgedistill.metrics import fit_temperature
 
 # Up to which share of the time each phase may last.
 JUDGE_UNTIL, SCREEN_UNTIL, BATCHES_UNTIL, RACE_UNTIL = 0.3, 0.42, 0.45, 0.54
-SERVE_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.68, 0.72, 0.93
+SERVE_UNTIL, AGAIN_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.67, 0.70, 0.73, 0.93
 HEAT = 8  # cases in memory at once, beside the reference
 SHORTEST_S = 0.1
 # Filling and emptying the streams counts in every slice: shorter ones cost large batches some percent of their FPS.
@@ -401,19 +402,23 @@ class Search:
     def _batched(self) -> Serving:
         return dataclasses.replace(default_serving(self.host), batch=EARLY_BATCH)
 
-    def batch_gain(self, student: str) -> float:
-        """How many times as fast the student's networks are in batches: the largest gain that was measured and is no
-        noise, else 1."""
-        gains = [1.0]
-        for deployment in self.deployments.values():
-            if [stage.student for stage in deployment.stages] != [student] or deployment.serving != self._batched:
+    def gain(self, student: str, way: Serving) -> float:
+        """How many times as fast the student's networks are served that way: the largest gain that was measured and is
+        no noise, else 1. Against what the runtime does unasked, or step by step by way of the first batch; what was
+        measured on a cascade counts for its first student."""
+        gains, usual = [1.0], default_serving(self.host)
+        steps = {usual: 1.0} if way == self._batched else {usual: 1.0, self._batched: self.gain(student, self._batched)}
+        for deployment in list(self.deployments.values()):
+            if deployment.stages[0].student != student or deployment.serving != way:
                 continue
-            plain, batched = self.speed(deployment.served(default_serving(self.host))), self.speed(deployment)
-            if plain is not None and batched is not None:
-                gain = batched.fps / plain.fps
-                error = gain * math.hypot(batched.error / batched.fps, plain.error / plain.fps)
-                if gain >= max(LEAST_GAIN, 1 + SURE_GAIN * error):
-                    gains.append(gain)
+            for before, known in steps.items():
+                plain, served = self.speed(deployment.served(before)), self.speed(deployment)
+                if plain is None or served is None:
+                    continue
+                gain = served.fps / plain.fps
+                error = gain * math.hypot(served.error / served.fps, plain.error / plain.fps)
+                if gain >= max(LEAST_GAIN if before == usual else 1.0, 1 + SURE_GAIN * error):
+                    gains.append(known * gain)
         return max(gains)
 
     def _race(self) -> list[Deployment]:
@@ -435,17 +440,19 @@ class Search:
         self.rung("race", 1, wanted, rounds=6, until=self._until(RACE_UNTIL), most_s=0.4)
         return [d for d in self.measured() if d in wanted or d == self.reference]
 
-    def proposals(self) -> list[Proposal]:
+    def proposals(self, way: Serving | None = None) -> list[Proposal]:
         """Every measured single network and, for each pair, the cascade with the best threshold; the best first.
 
-        Image by image or in batches, whichever is better by what batches bring each student.
+        Image by image or in batches (``way``), whichever is better by what they bring each student.
         """
+        way = way or self._batched
         usual = default_serving(self.host)
         plain = [self._single(d) for d in self.measured() if len(d.stages) == 1 and d.serving == usual]
         ways = [plain]
-        gains = {student.name: self.batch_gain(student.name) for student in self.students}
+        known = [way] if way.batch < EARLY_BATCH else [way, self._batched]  # a larger batch is no slower
+        gains = {one.name: max(self.gain(one.name, served) for served in known) for one in self.students}
         if max(gains.values()) > 1:
-            ways.append([self._in_batches(p, gains[p.deployment.stages[0].student]) for p in plain])
+            ways.append([self._served(p, way, gains[p.deployment.stages[0].student]) for p in plain])
         best: dict[tuple[tuple[Variant, ...], DecodeMode], Proposal] = {}
         for singles in ways:
             for proposal in (*singles, *self._cascades(singles, "reduced")):
@@ -454,8 +461,8 @@ class Search:
                     best[networks] = proposal
         return sorted(best.values(), key=lambda p: (-p.value, p.deployment.key))
 
-    def _in_batches(self, single: Proposal, gain: float) -> Proposal:
-        deployment = single.deployment.served(self._batched)
+    def _served(self, single: Proposal, way: Serving, gain: float) -> Proposal:
+        deployment = single.deployment.served(way)
         speed = self.speed(deployment)
         fps = single.fps * gain if speed is None else speed.fps
         value = self.objective.value(single.metric, fps, p99_ms=single.p99_ms, reference=self.reference_metric)
@@ -617,6 +624,7 @@ class Search:
         wanted = list(itertools.chain(*tries))
         wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
         self.rung("serve", 2, wanted, rounds=5, until=self._until(SERVE_UNTIL), most_s=0.4)
+        self.rung("again", 2, self._again(), rounds=5, until=self._until(AGAIN_UNTIL), most_s=0.4)
         # A batch may cost the two networks unlike shares of what they cost image by image.
         cascades = [d for d in self.measured() if len(d.stages) == 2 and self._level(d) > 0][:FINALISTS]
         alone = dict.fromkeys(Deployment((stage,), d.serving) for d in cascades for stage in d.stages)
@@ -625,6 +633,20 @@ class Search:
         ranked = self.measured()
         # The luckiest of a hundred short looks is no finalist.
         return [d for d in ranked if self._level(d) > 0] or ranked
+
+    def _again(self) -> list[Deployment]:
+        """What promises more than the best that was measured, were it served as that is, or as the next best way: where
+        a batch brings the FPS that were asked for and to spare, a larger picture is better than the one that was fast
+        enough before."""
+        measured = self.measured()
+        worth, promised = self.worth(measured[0]), dict[Deployment, float]()
+        for way in list(dict.fromkeys(d.serving for d in measured))[:2]:
+            found = [p for p in self.proposals(way) if p.deployment.serving == way and p.value > worth]
+            singles = [p for p in found if len(p.deployment.stages) == 1][:SERVED]
+            cascades = _diverse([p for p in found if len(p.deployment.stages) == 2])[:SERVED]
+            promised |= {p.deployment: p.value for p in (*singles, *cascades)}
+        unknown = [d for d in promised if self.speed(d) is None]
+        return sorted(unknown, key=lambda d: (-promised[d], d.key))
 
     def _ways(self, leader: Deployment) -> list[Serving]:
         """All ways of serving, the likeliest first: where a batch has paid, larger ones before smaller ones."""
@@ -660,6 +682,8 @@ class Search:
         best = finalists[0]
         tied = [d for d in finalists if self._gap(best, d) <= max(self._tie(best), TIED_BY * self._noise(best, d))]
         chosen = min((d for d in tied if not any(self._beats(one, d) for one in tied)), key=self.preference)
+        # Preference is between networks. How these are served is measured: the fastest way, not the plainest.
+        chosen = next(d for d in self._ranked(tied) if (d.stages, d.decode) == (chosen.stages, chosen.decode))
         if self.value(chosen) < 0 <= self.value(best):
             chosen = best
         return Outcome(chosen, tuple(finalists), tuple(d.key for d in tied), best)

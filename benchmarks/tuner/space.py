@@ -19,7 +19,7 @@ PRECISIONS = ("f32", "bf16", "int8")
 # (FixRes, 1906.06423), and easy pictures stay easy when they are small.
 SIZE_FACTORS = (0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5)
 SMALLEST_PX = 32
-BATCHES = (1, 2, 4, 8)
+BATCHES = (1, 2, 4, 8, 16)
 DOT_PRODUCTS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 
 

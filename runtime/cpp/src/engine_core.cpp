@@ -54,8 +54,7 @@ EngineCore::EngineCore(std::shared_ptr<const Bundle> bundle, const EngineOptions
       tuned_(settings_here(*bundle_, options.log).throughput),
       streams_(streams_of(tuned_, options)),
       batch_(options.batch.value_or(fitting_batch(tuned_.batch, options, streams_))),
-      later_batch_(
-          options.batch.value_or(fitting_batch(tuned_.later_batch.value_or(tuned_.batch), options, streams_))),
+      later_batch_(options.batch.value_or(fitting_batch(tuned_.later_batch.value_or(tuned_.batch), options, streams_))),
       queue_size_(0) {
     check(options);
     queue_size_ = options.queue_size.value_or(usual_queue_size(options.policy));

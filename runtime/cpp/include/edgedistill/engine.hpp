@@ -26,8 +26,8 @@ enum class Policy {
 
 struct EngineOptions : Options {
     std::optional<int> streams;  // images worked on at once, and worker threads; unset: deploy.json, else one per core
-    // Images per inference, in every stage of a cascade; unset: what deploy.json says, else 1, but no more than queue_size
-    // has room for, and than 8 under drop_oldest: a batch costs the same however few images are in it.
+    // Images per inference, in every stage of a cascade; unset: what deploy.json says, else 1, but no more than
+    // queue_size has room for, and than 8 under drop_oldest: a batch costs the same however few images are in it.
     std::optional<int> batch;
     std::optional<int> queue_size;  // images held at any moment: waiting, in work, or answered and not yet taken
     Policy policy = Policy::block;

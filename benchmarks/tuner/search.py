@@ -5,7 +5,8 @@ resolution, decoding) alone, so that what is left is to rank speeds under noise,
 short looks of the first rung and the long, interleaved ones of the last, and nothing that a base install does not have.
 
     judge     logits of every variant over val, by the runtime (once; thresholds and temperatures are evaluated on them)
-    screen    speed of every variant that no smaller one beats, served as the runtime does unasked
+    screen    speed of every variant at the resolution that it was trained at, served as the runtime does unasked
+    sizes     of the others that no smaller one beats, the most promising first
     batches   the best variant of every student once more, several images per inference: some double, some gain nothing
     race      the best single networks and the best cascades (estimated from logits and stage times), measured
     serve     the best three in every way of using the cores
@@ -361,7 +362,16 @@ class Search:
                 wanted.append(Deployment((variant,), default_serving(self.host)))
         own = {student.name: student.size for student in self.students}
         wanted.sort(key=lambda d: (d.stages[0].size != own[d.stages[0].student], -self.metric(d), d.key))
-        measured = self.rung("screen", 0, wanted, rounds=6, until=SCREEN_UNTIL, most_s=0.3)
+        # The sizes that were trained at say what the others promise. What a plan held to be too long is planned again
+        # with the times that were measured since, as long as something still fits.
+        measured = self.rung("screen", 0, self._own(wanted), rounds=6, until=SCREEN_UNTIL, most_s=0.3)
+        for number in itertools.count(1):
+            left = [d for d in wanted if d not in measured and d.stages[0].key not in self.left_out]
+            left = self._by_promise(left) if measured else left
+            more = self.rung(f"sizes-{number}", 0, left, rounds=6, until=SCREEN_UNTIL, most_s=0.3)
+            if not more:
+                break
+            measured += more
         # Without one comparison nothing that follows is worth its time.
         measured = measured or self.rung("screen", 0, wanted, rounds=6, until=FINAL_UNTIL, most_s=0.1)
         if not measured and (wanted or any("no time" in reason for reason in self.left_out.values())):
@@ -373,6 +383,35 @@ class Search:
         for deployment in wanted:
             if deployment not in measured and deployment.stages[0].key not in self.left_out:
                 self.left_out[deployment.stages[0].key] = "no time left to measure its speed"
+
+    def _own(self, deployments: Sequence[Deployment]) -> list[Deployment]:
+        """Those whose network sees the resolution that it was trained at."""
+        own = {student.name: student.size for student in self.students}
+        return [d for d in deployments if d.stages[0].size == own[d.stages[0].student]]
+
+    def _by_promise(self, deployments: Sequence[Deployment]) -> list[Deployment]:
+        """In turn the best that are left by the objective, and by the metric alone, which later stages of cascades are
+        wanted for. Speeds are those of the same student, at the same precision where it was measured, by the root of the
+        pixels: decoding costs the same at every size."""
+        known = self._own([d for d in self.measured() if len(d.stages) == 1])
+
+        def promise(deployment: Deployment) -> Proposal:
+            stage, metric = deployment.stages[0], self.metric(deployment)
+            same = [d for d in known if d.stages[0].student == stage.student]
+            like = next((d for d in same if d.stages[0].precision == stage.precision), same[0] if same else None)
+            if like is None:
+                return Proposal(deployment, metric, 0.0, -math.inf)
+            one = self._single(like)
+            times = math.sqrt(math.prod(like.stages[0].size) / math.prod(stage.size))
+            fps, p99_ms = one.fps * times, one.p99_ms / times
+            value = self.objective.value(metric, fps, p99_ms=p99_ms, reference=self.reference_metric)
+            return Proposal(deployment, metric, fps, value, p99_ms)
+
+        found = [promise(deployment) for deployment in deployments]
+        by_value = sorted(found, key=lambda p: (-p.value, -p.metric, p.deployment.key))
+        by_metric = sorted(found, key=lambda p: (-p.metric, -p.fps, p.deployment.key))
+        turns = itertools.chain(*zip(by_value, by_metric, strict=True))
+        return list(dict.fromkeys(p.deployment for p in turns))
 
     def _beaten_by(self, variant: Variant, judged: Sequence[Variant]) -> Variant | None:
         """The same network at the same precision on fewer pixels with a metric at least as good, which cannot be slower.

@@ -4,8 +4,9 @@
     python -m edgedistill.benchmarks.tuner_search runs/NAME/tuned-1 runs/NAME/tuned-2 --out FILE.json
 
 Tunings are replayed on what real ones recorded: every network's logits on val, speeds as ratios to the reference, what a
-judgement, a heat and a case cost, and the noise, as swings that a round's cases share and as the rest that each slice
-has of its own (drawn from the recorded rest, so that its long tail is as long). All three searches pay for the same
+judgement, a heat and a case cost, and the noise, as swings that a round's cases share, as what sets a case apart from
+itself in another heat, and as the rest that each slice has of its own (drawn from the recorded rest, so that its long
+tail is as long). All three searches pay for the same
 things by the same clock and end with the same play-off; only what they measure before it differs. Regret is the true
 score of the best there is less that of the choice. Exit code 0 when the tuner's mean regret is the smallest and three
 of its tunings agree in 95 of 100 draws.
@@ -61,11 +62,13 @@ DRAWN_TRIPLES = 5000
 @dataclass(frozen=True)
 class Noise:
     """Of log FPS. ``apart``: standard deviation between tunings; ``swing``: of what a round's cases share, within one;
-    ``rest``: recorded deviations of single slices."""
+    ``rest``: recorded deviations of single slices; ``heat``: standard deviation of a case between heats, which more rounds
+    of one heat do not average out."""
 
     apart: float
     swing: float
     rest: tuple[float, ...]
+    heat: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,25 @@ def noise_of(heats: Sequence[Heat]) -> Noise:
         widened = math.sqrt(cases * rounds / ((cases - 1) * (rounds - 1)))  # what the fit took away
         rest += ((heat.rates - places[:, None] - shared) * widened).ravel().tolist()
         common += (shared - shared.mean()).tolist()
-    return Noise(TUNINGS_APART, float(np.std(common)), tuple(round(value, 4) for value in rest))
+    return Noise(TUNINGS_APART, float(np.std(common)), tuple(round(value, 4) for value in rest), _between(heats))
+
+
+def _between(heats: Sequence[Heat]) -> float:
+    """The standard deviation of one case, and of the reference that it is held against, from heat to heat, beyond what the
+    rounds of a heat explain."""
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for heat in heats:
+        ratios = (heat.rates - heat.rates[0])[1:]
+        errors = ratios.std(axis=1, ddof=1) ** 2 / ratios.shape[1]
+        for label, place, error in zip(heat.labels[1:], np.median(ratios, axis=1), errors, strict=True):
+            seen.setdefault(label, []).append((float(place), float(error)))
+    excess = [
+        (len(found) - 1) * (statistics.variance(place for place, _ in found) - statistics.fmean(e for _, e in found))
+        for found in seen.values()
+        if len(found) > 1
+    ]
+    freedom = sum(len(found) - 1 for found in seen.values())
+    return math.sqrt(max(0.0, sum(excess) / freedom) / 2) if freedom else 0.0
 
 
 def costs_of(journals: Sequence[Journal]) -> Costs:
@@ -294,6 +315,7 @@ class ReplayBench:
         self.start_s, self.prepare_s = table.costs.start_s, table.costs.prepare_s
         self.now = 0.0
         self._held: set[str] = set()
+        self._luck: dict[str, float] = {}
         self._level = self.rng.normal(0, table.noise.apart)  # log of how fast the machine is during this tuning
         self._swing, self._swung = self.rng.normal(0, table.noise.swing), 0.0
 
@@ -316,6 +338,7 @@ class ReplayBench:
         held = still_held(self._held, labels)
         self.now += (not held) * self.start_s + len(labels - held) * self.prepare_s
         self._held = held | labels
+        self._luck = {label: float(self.rng.normal(0, self.table.noise.heat)) for label in sorted(labels)}
         yield [_Replayed(self, case) for case in cases]
 
     def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -332,13 +355,13 @@ class ReplayBench:
         """How fast the machine is during this tuning; 1: as it was recorded."""
         return math.exp(self._level)
 
-    def speed_now(self) -> float:
-        """What this moment multiplies every FPS by."""
+    def speed_now(self, label: str) -> float:
+        """What this moment multiplies the FPS of that case by."""
         noise = self.table.noise
         left = math.exp(-(self.now - self._swung) / SWING_S)
         self._swing = left * self._swing + math.sqrt(1 - left * left) * self.rng.normal(0, noise.swing)
         self._swung = self.now
-        return math.exp(self._level + self._swing + float(self.rng.choice(noise.rest)))
+        return math.exp(self._level + self._swing + self._luck[label] + float(self.rng.choice(noise.rest)))
 
 
 @dataclass
@@ -348,7 +371,7 @@ class _Replayed:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def run(self, seconds: float) -> Slice:
-        fps = self.bench.table.true_fps(self.case.deployment) * self.bench.speed_now()
+        fps = self.bench.table.true_fps(self.case.deployment) * self.bench.speed_now(self.case.label)
         self.bench.now += seconds * 1.05
         return Slice(max(1, round(fps * seconds)), seconds)
 
@@ -536,6 +559,7 @@ def main() -> int:
             "apart": table.noise.apart,
             "swing": round(table.noise.swing, 4),
             "slice": round(float(np.std(table.noise.rest)), 4),
+            "heat": round(table.noise.heat, 4),
             "slice_mad": round(1.4826 * float(np.median(np.abs(table.noise.rest))), 4),
             "slices": len(table.noise.rest),
         },

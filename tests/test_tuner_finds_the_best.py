@@ -98,9 +98,11 @@ def true_fps(deployment: Deployment) -> float:
 
 @dataclass
 class SimulatedBench:
-    """A machine whose clock only the measurements move. ``noise``: of every slice; ``drift``: slow swings of it all."""
+    """A machine whose clock only the measurements move. ``noise``: of every slice; ``luck``: of a case, as long as a heat
+    lasts; ``drift``: slow swings of it all."""
 
     noise: float = 0.0
+    luck: float = 0.0
     drift: float = 0.0
     seed: int = 0
     ticks: bool = True
@@ -114,6 +116,7 @@ class SimulatedBench:
     judged: int = 0
     held: frozenset[str] = frozenset()
     rng: np.random.Generator = field(init=False)
+    lucky: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
@@ -135,6 +138,7 @@ class SimulatedBench:
     @contextmanager
     def prepared(self, cases: Sequence[Case]) -> Iterator[list[Any]]:
         self.spend(self.start_s + self.prepare_s * len(cases))
+        self.lucky |= {case.label: float(np.exp(self.rng.normal(0, self.luck))) for case in cases}
         yield [SimulatedRunner(self, case) for case in cases]
 
     def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -167,6 +171,7 @@ class SimulatedRunner:
             raise KeyboardInterrupt
         swing = 1 - bench.drift * (0.5 + 0.5 * np.sin(bench.now / 17))
         fps = true_fps(self.case.deployment) * swing * float(np.exp(bench.rng.normal(0, bench.noise)))
+        fps *= bench.lucky.get(self.case.label, 1.0)
         bench.spend(seconds)
         if self.case.mode == "latency":
             fps /= HOST.cores
@@ -246,6 +251,36 @@ def test_three_noisy_tunings_choose_alike(tmp_path: Path) -> None:
         values.append(true_value(found, found.run().chosen, level=0.8))
     assert max(values) - min(values) <= 0.01, values
     assert min(values) >= exhaustive_best(found, level=0.8) - 0.02
+
+
+def test_luck_that_lasts_a_heat_is_no_speed(tmp_path: Path) -> None:
+    """More rounds of the same heat do not tell it from one: the choice waits for other heats, and the error says so."""
+    values = []
+    for seed in range(3):
+        found = search(tmp_path / str(seed), SimulatedBench(noise=0.01, luck=0.04, seed=seed), minutes=10.0)
+        outcome = found.run()
+        values.append(true_value(found, outcome.chosen))
+        assert 0.025 < found.heat_error < 0.055
+        played = [row for row in found.journal.rows if row["kind"] == "rung" and row["name"].startswith("final")]
+        assert len(played) >= 3
+    assert max(values) - min(values) <= 0.01, values
+    assert min(values) >= exhaustive_best(found) - 0.015
+    quiet = search(tmp_path / "quiet", SimulatedBench(noise=0.01))
+    quiet.run()
+    assert quiet.heat_error < 0.015
+
+
+def test_what_a_plan_had_no_room_for_is_measured_when_time_is_left(tmp_path: Path) -> None:
+    """Preparing was planned at ten times of what it takes: what is over goes to the networks that were left out."""
+    bench = SimulatedBench(start_s=0.2, prepare_s=5.0)
+    found = search(tmp_path, bench, minutes=4.0)
+    bench.prepare_s = 0.2
+    found.run()
+    rungs = {row["name"]: row["keys"] for row in found.journal.rows if row["kind"] == "rung"}
+    assert len(rungs["sizes-1"]) < len(rungs["sizes-1"] + rungs["sizes-2"])
+    own = {student.name: student.size for student in STUDENTS}
+    screened = [found.deployments[key].stages[0] for key in rungs["screen"]]
+    assert screened and all(stage.size == own[stage.student] for stage in screened)
 
 
 def test_a_clock_that_stands_still_is_noticed(tmp_path: Path) -> None:
@@ -415,7 +450,9 @@ def test_the_fastest_within_a_drop_and_the_best_within_a_speed(tmp_path: Path) -
     sharpest = search(tmp_path / "b", SimulatedBench(), objective=Objective(min_fps=2000.0))
     answer = sharpest.run().chosen
     assert true_fps(answer) >= 2000 * 0.99
-    fast_enough = [d for d in sharpest.measured() if true_fps(d) >= 2000]
+    # What is fast enough by less than the machine's own ups and downs is not relied on.
+    fast_enough = [d for d in sharpest.measured() if true_fps(d) >= 2000 * (1 + 2 * sharpest.heat_error)]
+    assert sharpest.heat_error < 0.01
     assert sharpest.metric(answer) >= max(map(sharpest.metric, fast_enough)) - 1e-9
     quick = search(tmp_path / "c", SimulatedBench(), objective=Objective(max_p99_ms=1.0))
     latency = quick.speed(quick.run().chosen, "latency")

@@ -25,6 +25,7 @@ from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Studen
 from edgedistill.benchmarks.tuner.tune import incumbent
 from edgedistill.benchmarks.tuner_search import (
     Costs,
+    Heat,
     Noise,
     Regrets,
     ReplayBench,
@@ -227,12 +228,35 @@ def test_speeds_gains_and_noise_are_those_that_were_recorded() -> None:
     assert found.swing == pytest.approx(0.1, rel=0.3)
 
 
+def test_what_sets_heats_apart_is_told_from_the_noise_of_rounds() -> None:
+    rng = np.random.default_rng(1)
+    for luck in (0.0, 0.05):
+        heats = [
+            Heat(
+                [f"case {number}" for number in range(6)],
+                rng.normal(0, luck, (6, 1)) + rng.normal(0, 0.1, (1, 6)) + rng.normal(0, 0.02, (6, 6)),
+            )
+            for _ in range(40)
+        ]
+        assert noise_of(heats).heat == pytest.approx(luck, abs=0.008)
+    bench = ReplayBench(dataclasses.replace(made_table(), noise=Noise(0.0, 0.0, (0.0,), 0.05)), 0)
+    cases = [Case(Deployment((Variant("small", "f32", (PX, PX)),), USUAL), (1.0,), (), "files", "throughput", None)]
+    rates = []
+    for _ in range(400):
+        with bench.prepared(cases):
+            rates.append([math.log(bench.speed_now(cases[0].label)) for _ in range(2)])
+    assert np.std(rates) == pytest.approx(0.05, rel=0.2)
+    assert np.ptp(rates, axis=1).max() == 0, "as long as the heat lasts it is the same"
+
+
 def test_replayed_noise_is_that_of_the_table() -> None:
     bench = ReplayBench(made_table(), 0)
+    case = Case(Deployment((Variant("small", "f32", (PX, PX)),), USUAL), (1.0,), (), "files", "throughput", None)
     rates = []
-    for _ in range(4000):
-        bench.now += 60.0
-        rates.append(math.log(bench.speed_now()))
+    with bench.prepared([case]):
+        for _ in range(4000):
+            bench.now += 60.0
+            rates.append(math.log(bench.speed_now(case.label)))
     assert np.std(rates) == pytest.approx(math.hypot(0.1, float(np.std(REST))), rel=0.1)
 
 

@@ -10,6 +10,7 @@ short looks of the first rung and the long, interleaved ones of the last, and no
     batches   the best variant of every student once more, several images per inference: some double, some gain nothing
     race      the best single networks and the best cascades (estimated from logits and stage times), measured
     serve     the best three in every way of using the cores
+    alike     every student's best, and the neighbours in size of what leads, in the way that served best
     again     networks for which the gains seen there promise more than the best so far
     stages    each network of the best cascades alone, served as they are: their thresholds follow from these times
     play off  the best few, interleaved until they differ by more than noise or the time is up
@@ -59,7 +60,7 @@ from edgedistill.metrics import fit_temperature
 
 # Up to which share of the time each phase may last.
 JUDGE_UNTIL, SCREEN_UNTIL, BATCHES_UNTIL, RACE_UNTIL = 0.3, 0.42, 0.45, 0.54
-SERVE_UNTIL, AGAIN_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.67, 0.70, 0.73, 0.93
+SERVE_UNTIL, ALIKE_UNTIL, AGAIN_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.65, 0.69, 0.72, 0.75, 0.93
 HEAT = 8  # cases in memory at once, beside the reference
 SHORTEST_S = 0.1
 # Filling and emptying the streams counts in every slice: shorter ones cost large batches some percent of their FPS.
@@ -68,13 +69,15 @@ RACED_SINGLES, RACED_CASCADES, SERVED = 5, 7, 3
 # The one larger batch at which every student is tried before any is dropped, and from which gain on it counts: less, or
 # less than so many standard errors, may be noise.
 EARLY_BATCH, LEAST_GAIN, SURE_GAIN = 4, 1.05, 1.5
-# With the best single network, the incumbent and the rivals no more than one heat.
-FINALISTS, RIVALS = 4, 2
+# With the best single network, the incumbent and the rivals about one heat.
+FINALISTS, RIVALS = 5, 2
+# What a case's FPS are apart by from one heat to the next, before this machine has shown it: two or three percent.
+HEAT_ERROR, GUESSED_HEATS = 0.02, 4
 PLAYED_ROUNDS, PLAYED_TIMES = 9, 16
 # Scores nearer than this, or than the noise of their difference, are equal: two tunings may differ by 0.01.
 TIE_SCORE = 0.004
 TIED_BY, LOST_BY = 1.5, 3.0  # standard errors; a field that is looked at again and again must be left late
-QUIET_SHARE = 0.75  # less noise than this share of a tie is not worth more rounds
+QUIET_SHARE = 0.5  # less noise than this share of a tie is not worth more rounds
 TIE_FPS_SHARE = 0.02
 FASTER_SHARE = 0.05
 # Thresholds that pass on nearly the same share are one.
@@ -135,6 +138,7 @@ class Look:
     error: float
     rounds: int
     percentiles: tuple[float, ...] = ()
+    heat: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,7 @@ class Search:
         self.levels: list[float] = []
         self.deployments: dict[str, Deployment] = {}
         self.curves: dict[str, Curve] = {}
+        self._heat_error: float | None = None
         self._start_s, self._prepare_s = self.bench.start_s, self.bench.prepare_s
         self._modes: tuple[Mode, ...] = ("throughput",)
         if self.objective.max_p99_ms is not None:
@@ -234,10 +239,35 @@ class Search:
         rounds = sum(look.rounds for look in looks)
         ratio = math.exp(sum(look.rounds * look.log_ratio for look in looks) / rounds)
         error = math.sqrt(sum((look.rounds * look.error) ** 2 for look in looks)) / rounds
+        error = math.hypot(error, self.heat_error * math.sqrt(sum(look.rounds**2 for look in looks)) / rounds)
         fps = ratio * statistics.median(self.levels)
         timed = [look.percentiles for look in looks if look.percentiles]
         p50, p90, p99 = (statistics.median(column) for column in zip(*timed, strict=True)) if timed else (None,) * 3
         return Speed(fps, error * fps, rounds, top, p50, p90, p99)
+
+    @property
+    def heat_error(self) -> float:
+        """The standard deviation of one case's log FPS from heat to heat, beyond what its rounds explain: neighbours of the
+        machine and places in memory last as long as a heat, and more rounds of it do not average them out. From the cases
+        that were measured in several heats, and a guess that counts as a few of them."""
+        if self._heat_error is None:
+            self._heat_error = self._measured_heat_error()
+        return self._heat_error
+
+    def _measured_heat_error(self) -> float:
+        seen = [(label, look) for label, looks in self.looks.items() if len(looks) > 1 for look in looks]
+        excess, freedom = GUESSED_HEATS * HEAT_ERROR**2, GUESSED_HEATS
+        if seen:
+            _, case = np.unique([label for label, _ in seen], return_inverse=True)
+            _, heat = np.unique([look.heat for _, look in seen], return_inverse=True)
+            rest = np.array([look.log_ratio for _, look in seen])
+            for _ in range(10):  # what is left beside each case's place and each heat's reference
+                for group in (case, heat):
+                    rest = rest - (np.bincount(group, rest) / np.bincount(group))[group]
+            count = max(0, len(rest) - int(case.max()) - int(heat.max()) - 1)
+            excess += float(np.square(rest).sum()) - count * statistics.fmean(look.error**2 for _, look in seen)
+            freedom += count
+        return math.sqrt(max(0.0, excess) / freedom)
 
     def value(self, deployment: Deployment) -> float:
         """The objective of a measured deployment; conditions are judged on the careful side of the noise."""
@@ -663,6 +693,7 @@ class Search:
         wanted = list(itertools.chain(*tries))
         wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
         self.rung("serve", 2, wanted, rounds=5, until=self._until(SERVE_UNTIL), most_s=0.4)
+        self.rung("alike", 2, self._alike(), rounds=5, until=self._until(ALIKE_UNTIL), most_s=0.4)
         self.rung("again", 2, self._again(), rounds=5, until=self._until(AGAIN_UNTIL), most_s=0.4)
         # A batch may cost the two networks unlike shares of what they cost image by image.
         cascades = [d for d in self.measured() if len(d.stages) == 2 and self._level(d) > 0][:FINALISTS]
@@ -672,6 +703,35 @@ class Search:
         ranked = self.measured()
         # The luckiest of a hundred short looks is no finalist.
         return [d for d in ranked if self._level(d) > 0] or ranked
+
+    def _alike(self) -> list[Deployment]:
+        """Served as the best that was measured: every student's best network, and those next in size to what leads. One
+        unlucky look at a batch drops a student, and one at a network hides every cascade that it is part of."""
+        measured = self.measured()
+        way = measured[0].serving
+        leaders: dict[str, Deployment] = {}
+        for deployment in measured:
+            if len(deployment.stages) == 1 and deployment.decode == "reduced":
+                leaders.setdefault(deployment.stages[0].student, deployment)
+        best = next(iter(leaders.values()))
+        stages = dict.fromkeys([*(d.stages[0] for d in leaders.values()), *measured[0].stages])
+        leading = dict.fromkeys([*best.stages, *measured[0].stages])
+        stages |= dict.fromkeys(itertools.chain(*(self._next_in_size(stage) for stage in leading)))
+        wanted = [Deployment((stage,), way) for stage in stages]
+        return [d for d in wanted if self.speed(d) is None and d.stages[0].key not in self.left_out]
+
+    def _next_in_size(self, stage: Variant) -> list[Variant]:
+        """The two that are next smaller and the one that is next larger, of those that were judged and not beaten."""
+        same = [
+            variant
+            for variant, decode in self.outputs
+            if (variant.student, variant.precision, decode) == (stage.student, stage.precision, "reduced")
+            and (variant.key not in self.left_out or self.speed(Deployment((variant,), default_serving(self.host))))
+        ]
+        pixels = math.prod(stage.size)
+        smaller = sorted((v for v in same if math.prod(v.size) < pixels), key=lambda v: -math.prod(v.size))
+        larger = sorted((v for v in same if math.prod(v.size) > pixels), key=lambda v: math.prod(v.size))
+        return [*smaller[:2], *larger[:1]]
 
     def _again(self) -> list[Deployment]:
         """What promises more than the best that was measured, were it served as that is, or as the next best way: where
@@ -713,10 +773,14 @@ class Search:
             best = self._ranked(finalists)[0]
             running = [d for d in finalists if self._gap(best, d) <= LOST_BY * self._noise(best, d)]
             better = self.refitted(best)
-            if (wanted and not done) or (self._settled(best, running) and better in finalists):
+            # Who was passed over, and by its shorter looks is ahead of what leads now, plays too.
+            passed_over = [d for d in ranked if d not in finalists and self.worth(d) > self.worth(best)]
+            challengers = _varied(self._ranked(passed_over))[: max(1, HEAT - len(running))]
+            settled = self._settled(best, running) and better in finalists and not challengers
+            if (wanted and not done) or settled:
                 break
-            finalists = list(dict.fromkeys([*finalists, better]))
-            running = list(dict.fromkeys([better, *running]))[:HEAT]
+            finalists = list(dict.fromkeys([*finalists, better, *challengers]))
+            running = list(dict.fromkeys([better, *challengers, *running]))[:HEAT]
         finalists = self._ranked([d for d in finalists if self.speed(d) is not None])
         best = finalists[0]
         tied = [d for d in finalists if self._gap(best, d) <= max(self._tie(best), TIED_BY * self._noise(best, d))]
@@ -730,7 +794,7 @@ class Search:
     def _starters(self, ranked: Sequence[Deployment]) -> list[Deployment]:
         """Who plays: the best, the best single network, the incumbent, and what each leading cascade has to be worth
         its second network against: its fast stage alone."""
-        starters = list(ranked[:FINALISTS]) + [d for d in ranked if len(d.stages) == 1][:1]
+        starters = _varied(ranked)[:FINALISTS] + [d for d in ranked if len(d.stages) == 1][:1]
         if self.incumbent is not None and self.incumbent in ranked:
             starters.append(self.incumbent)
         starters = [self.refitted(d) for d in starters]
@@ -878,7 +942,8 @@ class Search:
             rows += self._measured_rounds(cases, name, rounds=rounds, seconds=seconds, first=len(rows))
         looks = self._settle(rows, cases, level)
         for label, look in looks.items():
-            self.looks.setdefault(label, []).append(look)
+            self.looks.setdefault(label, []).append(dataclasses.replace(look, heat=name))
+        self._heat_error = None
         self.levels += [row["results"][self._base][0] for row in rows]
 
     def closing_heat(self, cases: Sequence[Case], *, name: str, seconds: float, rounds: int = 3) -> dict[str, Look]:
@@ -1018,6 +1083,18 @@ def _diverse(cascades: Sequence[Proposal]) -> list[Proposal]:
         alike = [sum(p.deployment.stages[place] == stage for p in kept) for place, stage in enumerate((fast, slow))]
         if max(alike) < 2:
             kept.append(proposal)
+    return kept
+
+
+def _varied(ranked: Sequence[Deployment]) -> list[Deployment]:
+    """At most two ways of serving the same networks, and three of what answers first with the same network: of twenty
+    that differ in what a second network does with the last percent, the others are no finalists."""
+    kept: list[Deployment] = []
+    for deployment in ranked:
+        alike = sum(d.stages == deployment.stages for d in kept)
+        begun = sum(d.stages[0] == deployment.stages[0] for d in kept)
+        if alike < 2 and begun < 3:
+            kept.append(deployment)
     return kept
 
 

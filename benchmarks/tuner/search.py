@@ -63,6 +63,7 @@ JUDGE_UNTIL, SCREEN_UNTIL, BATCHES_UNTIL, RACE_UNTIL = 0.3, 0.42, 0.45, 0.54
 SERVE_UNTIL, ALIKE_UNTIL, AGAIN_UNTIL, STAGES_UNTIL, FINAL_UNTIL = 0.65, 0.69, 0.72, 0.75, 0.93
 HEAT = 8  # cases in memory at once, beside the reference
 SHORTEST_S = 0.1
+SECOND_LOOK = 1 / 6  # of what is left, for each that comes before the play-off where the time is short
 # Filling and emptying the streams counts in every slice: shorter ones cost large batches some percent of their FPS.
 PLAYED_S = 0.25
 RACED_SINGLES, RACED_CASCADES, SERVED = 5, 7, 3
@@ -328,10 +329,10 @@ class Search:
     def _limit_s(self) -> float:
         return self.minutes * 60
 
-    def _until(self, share: float) -> float:
-        """When a phase has to end: then, or where the one before took longer, after a third of what is left."""
+    def _until(self, share: float, *, part: float = 1 / 3) -> float:
+        """When a phase has to end: then, or where the one before took longer, after that part of what is left."""
         done = self.journal.elapsed_s / self._limit_s
-        return max(share, done + (FINAL_UNTIL - done) / 3)
+        return max(share, done + (FINAL_UNTIL - done) * part)
 
     @property
     def time_is_up(self) -> bool:
@@ -693,13 +694,13 @@ class Search:
         wanted = list(itertools.chain(*tries))
         wanted = [d for d in dict.fromkeys(wanted) if d != self.reference]
         self.rung("serve", 2, wanted, rounds=5, until=self._until(SERVE_UNTIL), most_s=0.4)
-        self.rung("alike", 2, self._alike(), rounds=5, until=self._until(ALIKE_UNTIL), most_s=0.4)
-        self.rung("again", 2, self._again(), rounds=5, until=self._until(AGAIN_UNTIL), most_s=0.4)
+        self.rung("alike", 2, self._alike(), rounds=5, until=self._until(ALIKE_UNTIL, part=SECOND_LOOK), most_s=0.4)
+        self.rung("again", 2, self._again(), rounds=5, until=self._until(AGAIN_UNTIL, part=SECOND_LOOK), most_s=0.4)
         # A batch may cost the two networks unlike shares of what they cost image by image.
         cascades = [d for d in self.measured() if len(d.stages) == 2 and self._level(d) > 0][:FINALISTS]
         alone = dict.fromkeys(Deployment((stage,), d.serving) for d in cascades for stage in d.stages)
         wanted = [d for d in alone if d != self.reference and self._level(d) < 1]
-        self.rung("stages", 2, wanted, rounds=5, until=self._until(STAGES_UNTIL), most_s=0.4)
+        self.rung("stages", 2, wanted, rounds=5, until=self._until(STAGES_UNTIL, part=SECOND_LOOK), most_s=0.4)
         ranked = self.measured()
         # The luckiest of a hundred short looks is no finalist.
         return [d for d in ranked if self._level(d) > 0] or ranked
@@ -781,7 +782,10 @@ class Search:
                 break
             finalists = list(dict.fromkeys([*finalists, better, *challengers]))
             running = list(dict.fromkeys([better, *challengers, *running]))[:HEAT]
-        finalists = self._ranked([d for d in finalists if self.speed(d) is not None])
+        # Those that the time did not let play are known by short looks, and picked for the luckiest of them.
+        played = max(self._level(d) for d in finalists if self.speed(d) is not None)
+        known = [d for d in finalists if self.speed(d) is not None]
+        finalists = self._ranked([d for d in known if self._level(d) == played or d == self.incumbent])
         best = finalists[0]
         tied = [d for d in finalists if self._gap(best, d) <= max(self._tie(best), TIED_BY * self._noise(best, d))]
         chosen = min((d for d in tied if not any(self._beats(one, d) for one in tied)), key=self.preference)

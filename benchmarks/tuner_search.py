@@ -6,10 +6,9 @@
 Tunings are replayed on what real ones recorded: every network's logits on val, speeds as ratios to the reference, what a
 judgement, a heat and a case cost, and the noise, as swings that a round's cases share, as what sets a case apart from
 itself in another heat, and as the rest that each slice has of its own (drawn from the recorded rest, so that its long
-tail is as long). All three searches pay for the same
-things by the same clock and end with the same play-off; only what they measure before it differs. Regret is the true
-score of the best there is less that of the choice. Exit code 0 when the tuner's mean regret is the smallest and three
-of its tunings agree in 95 of 100 draws.
+tail is as long). All three searches pay for the same things by the same clock and end with the same play-off; only what
+they measure before it differs. Regret is the true score of the best there is less that of the choice. Exit code 0 when
+the tuner's mean regret is the smallest and three of its tunings agree in 95 of 100 draws.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from edgedistill.benchmarks.timing import Slice
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case, still_held
-from edgedistill.benchmarks.tuner.search import Search, polish
+from edgedistill.benchmarks.tuner.search import Search, between_heats, polish
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving, servings
 from edgedistill.benchmarks.tuner.students import find_students
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
@@ -259,33 +258,21 @@ def _weighted(seen: Sequence[tuple[float, int]]) -> float:
 
 
 def noise_of(heats: Sequence[Heat]) -> Noise:
-    common, rest = [], []
-    for heat in heats:
-        places, _ = polish(heat.rates)
+    common, rest, seen = [], [], []
+    for number, heat in enumerate(heats):
+        places, errors = polish(heat.rates)
+        seen += [
+            (label, str(number), float(place - places[0]), float(error))
+            for label, place, error in zip(heat.labels, places, errors, strict=True)
+        ]
         shared = np.median(heat.rates - places[:, None], axis=0)
         cases, rounds = heat.rates.shape
         widened = math.sqrt(cases * rounds / ((cases - 1) * (rounds - 1)))  # what the fit took away
         rest += ((heat.rates - places[:, None] - shared) * widened).ravel().tolist()
         common += (shared - shared.mean()).tolist()
-    return Noise(TUNINGS_APART, float(np.std(common)), tuple(round(value, 4) for value in rest), _between(heats))
-
-
-def _between(heats: Sequence[Heat]) -> float:
-    """The standard deviation of one case, and of the reference that it is held against, from heat to heat, beyond what the
-    rounds of a heat explain."""
-    seen: dict[str, list[tuple[float, float]]] = {}
-    for heat in heats:
-        ratios = (heat.rates - heat.rates[0])[1:]
-        errors = ratios.std(axis=1, ddof=1) ** 2 / ratios.shape[1]
-        for label, place, error in zip(heat.labels[1:], np.median(ratios, axis=1), errors, strict=True):
-            seen.setdefault(label, []).append((float(place), float(error)))
-    excess = [
-        (len(found) - 1) * (statistics.variance(place for place, _ in found) - statistics.fmean(e for _, e in found))
-        for found in seen.values()
-        if len(found) > 1
-    ]
-    freedom = sum(len(found) - 1 for found in seen.values())
-    return math.sqrt(max(0.0, sum(excess) / freedom) / 2) if freedom else 0.0
+    excess, freedom = between_heats(seen)
+    apart = math.sqrt(max(0.0, excess) / max(1, freedom))
+    return Noise(TUNINGS_APART, float(np.std(common)), tuple(round(value, 4) for value in rest), apart)
 
 
 def costs_of(journals: Sequence[Journal]) -> Costs:

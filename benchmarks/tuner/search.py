@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ RACED_SINGLES, RACED_CASCADES, SERVED = 5, 7, 3
 EARLY_BATCH, LEAST_GAIN, SURE_GAIN = 4, 1.05, 1.5
 # With the best single network, the incumbent and the rivals about one heat.
 FINALISTS, RIVALS = 5, 2
-# What a case's FPS are apart by from one heat to the next, before this machine has shown it: two or three percent.
+# What a case's FPS are apart by from one heat to the next, until so many degrees of freedom have shown it on this machine.
 HEAT_ERROR, GUESSED_HEATS = 0.02, 4
 PLAYED_ROUNDS, PLAYED_TIMES = 9, 16
 # Scores nearer than this, or than the noise of their difference, are equal: two tunings may differ by 0.01.
@@ -134,12 +135,12 @@ class Look:
     all rounds (a slice of fewer than 100 images has no p99 of its own)."""
 
     level: int
+    heat: str
     fps: float
     log_ratio: float
     error: float
     rounds: int
     percentiles: tuple[float, ...] = ()
-    heat: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,26 +250,14 @@ class Search:
     @property
     def heat_error(self) -> float:
         """The standard deviation of one case's log FPS from heat to heat, beyond what its rounds explain: neighbours of the
-        machine and places in memory last as long as a heat, and more rounds of it do not average them out. From the cases
-        that were measured in several heats, and a guess that counts as a few of them."""
+        machine and places in memory last as long as a heat, and more rounds of it do not average them out. A guess, until
+        enough cases were measured in several heats."""
         if self._heat_error is None:
-            self._heat_error = self._measured_heat_error()
+            seen = [(label, look) for label, looks in self.looks.items() for look in looks]
+            excess, freedom = between_heats([(label, look.heat, look.log_ratio, look.error) for label, look in seen])
+            missing = max(0, GUESSED_HEATS - freedom)
+            self._heat_error = math.sqrt(max(0.0, excess + missing * HEAT_ERROR**2) / (freedom + missing))
         return self._heat_error
-
-    def _measured_heat_error(self) -> float:
-        seen = [(label, look) for label, looks in self.looks.items() if len(looks) > 1 for look in looks]
-        excess, freedom = GUESSED_HEATS * HEAT_ERROR**2, GUESSED_HEATS
-        if seen:
-            _, case = np.unique([label for label, _ in seen], return_inverse=True)
-            _, heat = np.unique([look.heat for _, look in seen], return_inverse=True)
-            rest = np.array([look.log_ratio for _, look in seen])
-            for _ in range(10):  # what is left beside each case's place and each heat's reference
-                for group in (case, heat):
-                    rest = rest - (np.bincount(group, rest) / np.bincount(group))[group]
-            count = max(0, len(rest) - int(case.max()) - int(heat.max()) - 1)
-            excess += float(np.square(rest).sum()) - count * statistics.fmean(look.error**2 for _, look in seen)
-            freedom += count
-        return math.sqrt(max(0.0, excess) / freedom)
 
     def value(self, deployment: Deployment) -> float:
         """The objective of a measured deployment; conditions are judged on the careful side of the noise."""
@@ -391,11 +380,12 @@ class Search:
                 self.left_out[variant.key] = f"{better.key} is smaller and at least as good"
             elif variant != self.reference.stages[0]:
                 wanted.append(Deployment((variant,), default_serving(self.host)))
-        own = {student.name: student.size for student in self.students}
-        wanted.sort(key=lambda d: (d.stages[0].size != own[d.stages[0].student], -self.metric(d), d.key))
+        wanted.sort(key=lambda d: (-self.metric(d), d.key))
+        own = self._own(wanted)
+        wanted = [*own, *(d for d in wanted if d not in own)]
         # The sizes that were trained at say what the others promise. What a plan held to be too long is planned again
         # with the times that were measured since, as long as something still fits.
-        measured = self.rung("screen", 0, self._own(wanted), rounds=6, until=SCREEN_UNTIL, most_s=0.3)
+        measured = self.rung("screen", 0, own, rounds=6, until=SCREEN_UNTIL, most_s=0.3)
         for number in itertools.count(1):
             left = [d for d in wanted if d not in measured and d.stages[0].key not in self.left_out]
             left = self._by_promise(left) if measured else left
@@ -944,9 +934,8 @@ class Search:
             rows.append(row)
         if len(rows) < rounds:
             rows += self._measured_rounds(cases, name, rounds=rounds, seconds=seconds, first=len(rows))
-        looks = self._settle(rows, cases, level)
-        for label, look in looks.items():
-            self.looks.setdefault(label, []).append(dataclasses.replace(look, heat=name))
+        for label, look in self._settle(rows, cases, level, name).items():
+            self.looks.setdefault(label, []).append(look)
         self._heat_error = None
         self.levels += [row["results"][self._base][0] for row in rows]
 
@@ -958,7 +947,7 @@ class Search:
             if self.time_is_up:
                 return {}
             known += self._measured_rounds(cases, name, rounds=rounds, seconds=seconds, first=len(known))
-        return self._settle(known, cases, level=-1)
+        return self._settle(known, cases, -1, name)
 
     def _measured_rounds(
         self, cases: Sequence[Case], name: str, *, rounds: int, seconds: float, first: int
@@ -1001,7 +990,7 @@ class Search:
         """The label of what everything is compared with."""
         return _label(self.reference, "throughput", self.objective.scope)
 
-    def _settle(self, rows: Sequence[dict[str, Any]], cases: Sequence[Case], level: int) -> dict[str, Look]:
+    def _settle(self, rows: Sequence[dict[str, Any]], cases: Sequence[Case], level: int, heat: str) -> dict[str, Look]:
         """The rounds of one heat as looks by label. Raises ModelError when the reference could not be measured."""
         by_label = {case.label: case for case in cases}
         errors = {label: reason for row in rows for label, reason in row["errors"].items()}
@@ -1018,6 +1007,7 @@ class Search:
         for number, label in enumerate(labels):
             looks[label] = Look(
                 level,
+                heat,
                 float(np.exp(np.median(rates[number]))),
                 float(places[number] - places[labels.index(base)]),
                 float(errors_of[number]),
@@ -1051,6 +1041,26 @@ def polish(rates: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt
     taken = math.sqrt(cases * rounds / max(1, (cases - 1) * (rounds - 1)))  # by the fit
     # Median absolute deviation to standard deviation, and that of a median of n values.
     return places, 1.4826 * 1.2533 * taken * deviation / math.sqrt(rounds)
+
+
+def between_heats(places: Sequence[tuple[str, str, float, float]]) -> tuple[float, int]:
+    """(sum of squares, degrees of freedom) of what sets a case apart from itself in other heats, beyond the noise of rounds.
+
+    ``places``: (case, heat, log FPS to the heat's reference, standard error). What all cases of a heat have in common is
+    the reference's, and is taken out like each case's own place.
+    """
+    heats_of = Counter(case for case, *_ in places)
+    seen = [place for place in places if heats_of[place[0]] > 1]
+    if not seen:
+        return 0.0, 0
+    cases, heats = ([place[column] for place in seen] for column in (0, 1))
+    groups = [np.unique(names, return_inverse=True)[1] for names in (cases, heats)]
+    rest = np.array([place for *_, place, _ in seen])
+    for _ in range(10):
+        for group in groups:
+            rest = rest - (np.bincount(group, rest) / np.bincount(group))[group]
+    freedom = max(0, len(rest) - sum(int(group.max()) + 1 for group in groups) + 1)
+    return float(np.square(rest).sum()) - freedom * statistics.fmean(error**2 for *_, error in seen), freedom
 
 
 def _label(deployment: Deployment, mode: Mode, scope: str) -> str:

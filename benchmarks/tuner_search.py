@@ -35,9 +35,10 @@ from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.timing import Slice
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
+from edgedistill.benchmarks.tuner.heats import between_heats, polish
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case, still_held
-from edgedistill.benchmarks.tuner.search import Search, between_heats, polish
+from edgedistill.benchmarks.tuner.search import Search
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving, servings
 from edgedistill.benchmarks.tuner.students import find_students
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT

@@ -21,11 +21,11 @@ from edgedistill.artifacts import read_jsonl
 from edgedistill.benchmarks.score import Objective, score
 from edgedistill.benchmarks.timing import CandidateError, Slice, percentiles_ms
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
-from edgedistill.benchmarks.tuner.chance import Rival, closest_rival, metric_margin
+from edgedistill.benchmarks.tuner.chance import Rival, closest_rival, metric_margin, optimism
 from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case
-from edgedistill.benchmarks.tuner.search import Outcome, Search, TooShortError, optimism
+from edgedistill.benchmarks.tuner.search import Outcome, Search, TooShortError
 from edgedistill.benchmarks.tuner.space import (
     Deployment,
     Host,

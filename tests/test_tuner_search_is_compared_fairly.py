@@ -18,9 +18,9 @@ import pytest
 from edgedistill.benchmarks import tuner_search
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.tuner.explain import words
+from edgedistill.benchmarks.tuner.heats import polish
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case, deploy_config
-from edgedistill.benchmarks.tuner.search import polish
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving, servings
 from edgedistill.benchmarks.tuner.tune import incumbent
 from edgedistill.benchmarks.tuner_search import (

@@ -1,9 +1,10 @@
 """`edgedistill tune`: the deployment with the best score on this CPU, found by measuring. Runs without torch.
 
-``students`` and ``valset`` read what there is, ``space`` lists what can be chosen, ``measure`` takes the measurements
-(behind one seam, so that the search can be tried on simulated ones), ``search`` decides what to measure next,
-``cascade`` evaluates two-stage deployments from stored logits, ``chance`` says how far the choice was luck, ``explain``
-and ``tune`` tell and write the outcome.
+From the ground up: ``space`` lists what can be chosen, ``students`` and ``valset`` read what there is, ``measure`` takes the
+measurements (behind one seam, so that the search can be tried on simulated ones) and ``journal`` keeps them. ``heats`` makes
+speeds of rounds, ``known`` answers for all that was measured, ``estimates`` for what was not (``cascade``: two stages, from
+stored logits), ``search`` decides what to measure next. ``chance`` says how far the choice was luck, ``explain``,
+``picture`` and ``tune`` tell and write the outcome.
 """
 
 from edgedistill.benchmarks.tuner.settings import TuneSettings

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edgedistill.benchmarks.tuner.cascade import metric_of
-from edgedistill.benchmarks.tuner.search import Search
+from edgedistill.benchmarks.tuner.known import Known
 from edgedistill.benchmarks.tuner.space import Deployment
 
 RESAMPLES = 1000
+RECHOSEN = 200  # resamples in which the choice among all is made anew
 COVERED = 0.95
 
 
@@ -38,46 +40,70 @@ class Rival:
         }
 
 
-def closest_rival(search: Search, chosen: Deployment) -> Rival | None:
+def closest_rival(known: Known, chosen: Deployment) -> Rival | None:
     """Of other students where any were measured, else of other networks of the same ones.
 
     None where nothing else meets the conditions, and for goal 'fps', whose value does not move with the metric.
     """
-    if search.objective.goal == "fps" or search.value(chosen) < 0:
+    if known.objective.goal == "fps" or known.value(chosen) < 0:
         return None
-    others = [d for d in search.measured() if d.stages != chosen.stages and search.value(d) >= 0]
+    others = [d for d in known.measured() if d.stages != chosen.stages and known.value(d) >= 0]
     names = {stage.student for stage in chosen.stages}
     strangers = [d for d in others if {stage.student for stage in d.stages} != names]
     found = next(iter(strangers or others), None)
     if found is None:
         return None
-    low, high = _interval(search, chosen, found)
-    return Rival(found, search.value(chosen) - search.value(found), low, high)
+    low, high = _interval(known, chosen, found)
+    return Rival(found, known.value(chosen) - known.value(found), low, high)
 
 
-def metric_margin(search: Search, chosen: Deployment) -> float:
+def metric_margin(known: Known, chosen: Deployment) -> float:
     """Half the 95% interval of the chosen one's metric, over val images drawn anew."""
-    answers, classes, count = search.expected_answers(chosen)[0], len(search.students[0].labels), len(search.labels)
-    rng = np.random.default_rng(search.seed)
+    answers, classes, count = known.expected_answers(chosen)[0], len(known.students[0].labels), len(known.labels)
+    rng = np.random.default_rng(known.seed)
     drawn = (rng.integers(0, count, count) for _ in range(RESAMPLES))
-    found = [metric_of(answers[rows], search.labels[rows], classes, search.objective.metric) for rows in drawn]
+    found = [metric_of(answers[rows], known.labels[rows], classes, known.objective.metric) for rows in drawn]
     low, high = np.quantile(found, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(high - low) / 2
 
 
-def _interval(search: Search, chosen: Deployment, other: Deployment) -> tuple[float, float]:
+def _interval(known: Known, chosen: Deployment, other: Deployment) -> tuple[float, float]:
     """Of the difference of their values at the speeds that were measured."""
     pair = (chosen, other)
-    answers = [search.expected_answers(deployment)[0] for deployment in pair]
-    rates = [speed.fps if (speed := search.speed(deployment)) else 0.0 for deployment in pair]
-    classes, metric, count = len(search.students[0].labels), search.objective.metric, len(search.labels)
-    rng, differences = np.random.default_rng(search.seed), np.empty(RESAMPLES)
+    answers = [known.expected_answers(deployment)[0] for deployment in pair]
+    rates = [speed.fps if (speed := known.speed(deployment)) else 0.0 for deployment in pair]
+    classes, metric, count = len(known.students[0].labels), known.objective.metric, len(known.labels)
+    rng, differences = np.random.default_rng(known.seed), np.empty(RESAMPLES)
     for number in range(RESAMPLES):
         rows = rng.integers(0, count, count)
         first, second = (
-            search.objective.value(metric_of(found[rows], search.labels[rows], classes, metric), fps, p99_ms=0.0)
+            known.objective.value(metric_of(found[rows], known.labels[rows], classes, metric), fps, p99_ms=0.0)
             for found, fps in zip(answers, rates, strict=True)
         )
         differences[number] = first - second
     low, high = np.quantile(differences, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(low), float(high)
+
+
+def optimism(known: Known, deployments: Sequence[Deployment], *, seed: int = 0) -> float:
+    """By how much the chosen one's val metric is too good because it was chosen on val (Efron's bootstrap of the choice).
+
+    For resampled val images the best of ``deployments`` is chosen anew (with the speeds that were measured), and its
+    metric on the resample is held against its metric on all images; the mean difference, 0 or more.
+    """
+    answers = [known.expected_answers(deployment)[0] for deployment in deployments]
+    speeds = [known.speed(deployment) for deployment in deployments]
+    fps = [speed.fps if speed else 0.0 for speed in speeds]
+    whole = [known.metric(deployment) for deployment in deployments]
+    classes, metric = len(known.students[0].labels), known.objective.metric
+    rng, excess = np.random.default_rng(seed), []
+    for _ in range(RECHOSEN):
+        rows = rng.integers(0, len(known.labels), len(known.labels))
+        values = [metric_of(found[rows], known.labels[rows], classes, metric) for found in answers]
+        scored = [
+            known.objective.value(value, rate, p99_ms=0.0, reference=known.reference_metric)
+            for value, rate in zip(values, fps, strict=True)
+        ]
+        best = int(np.argmax(scored))
+        excess.append(values[best] - whole[best])
+    return max(0.0, float(np.mean(excess)))

@@ -19,12 +19,13 @@ from rich.table import Table
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_json, settings_dict, write_json, write_text
 from edgedistill.benchmarks.machine import machine_record
-from edgedistill.benchmarks.tuner.chance import closest_rival
+from edgedistill.benchmarks.tuner.chance import closest_rival, optimism
+from edgedistill.benchmarks.tuner.estimates import Proposal
 from edgedistill.benchmarks.tuner.explain import explanation, pixels, speed_record, steps_to
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Bench, Case, RealBench, deploy_config
 from edgedistill.benchmarks.tuner.picture import draw_pareto
-from edgedistill.benchmarks.tuner.search import Outcome, Proposal, Search, optimism
+from edgedistill.benchmarks.tuner.search import Outcome, Search
 from edgedistill.benchmarks.tuner.settings import TuneSettings
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving
 from edgedistill.benchmarks.tuner.students import BEFORE, bundle_folder, find_students

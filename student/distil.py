@@ -299,7 +299,7 @@ def find_unlabelled(
     """
     frames = cache / "unlabelled" / "frames"
     folder, step = Path(settings.unlabelled), settings.unlabelled_frame_step
-    paths, digests = on_main(lambda: without_known(find_images(folder, frames=frames, frame_step=step), dataset))
+    paths, digests = without_known(find_images(folder, frames=frames, frame_step=step), dataset)
     if not len(paths):
         raise DataError(f"--unlabelled {settings.unlabelled}: every image is in the train or val split already")
     return paths, digests
@@ -308,7 +308,7 @@ def find_unlabelled(
 def _unlabelled(
     settings: StudentSettings, dataset: Dataset, lesson: _Lesson, *, device: torch.device, cache: Path
 ) -> Unlabelled:
-    paths, digests = find_unlabelled(settings, dataset, cache)
+    paths, digests = on_main(lambda: find_unlabelled(settings, dataset, cache))
     labelled = on_main(
         lambda: label_images(
             paths,

@@ -157,6 +157,10 @@ def test_what_only_the_data_refuse_leaves_the_folder_free(
         result = cli(*arguments, *extra, check=False)
         assert result.returncode == 2 and words in result.stderr, result.stderr
         assert not (tmp_path / "x").exists()
+    # Which images are tested is known after the split alone: here, that some of the labelled ones are.
+    result = cli(*arguments, "--unlabelled", photos, check=False)
+    assert result.returncode == 1 and "are in the test split" in result.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, cli: Cli, tiny_options: list[str]) -> None:

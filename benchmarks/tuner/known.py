@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.timing import CandidateError, Slice, interleave
-from edgedistill.benchmarks.tuner.cascade import Curve, cascade_answers, metric_of
+from edgedistill.benchmarks.tuner.cascade import cascade_answers, metric_of
 from edgedistill.benchmarks.tuner.heats import Look, Speed, heat_error_of, latencies, percentiles, polish, speed_of
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Bench, Case, Mode, still_held
@@ -81,7 +81,6 @@ class Known:
         self.looks: dict[str, list[Look]] = {}
         self.levels: list[float] = []
         self.deployments: dict[str, Deployment] = {}
-        self.curves: dict[str, Curve] = {}
         self._heat_error: float | None = None
         self._start_s, self._prepare_s = self.bench.start_s, self.bench.prepare_s
         self._modes: tuple[Mode, ...] = ("throughput",)

@@ -282,12 +282,17 @@ def _frozen(
     settings: TeachSettings | DistillSettings, networks: Iterable[TrainSettings], run: RunDir, *, resume: bool
 ) -> Dataset:
     """The data set of the run, which suits ``networks`` and the soft labels of an earlier run, and config.json. What they
-    refuse leaves nothing in the folder: the same command can be put right and given again."""
+    refuse leaves no run in the folder: the same command can be put right and given again."""
 
     def refuse(dataset: Dataset) -> None:
         refuse_for(dataset, networks)
-        if isinstance(settings, DistillSettings) and settings.soft_labels is not None:
+        if not isinstance(settings, DistillSettings):
+            return
+        if settings.soft_labels is not None:
             read_soft_labels(settings.soft_labels, dataset)
+        for student in settings.students:
+            if student.settings.distillation and student.settings.unlabelled:
+                find_unlabelled(student.settings, dataset, run.root)
 
     dataset = freeze(settings.data, run, resume=resume, refuse=refuse)
     record(settings, run, dataset, resume=resume)
@@ -331,9 +336,6 @@ def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
         refuse_several_processes(each)
     run = RunDir(settings.out)
     dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
-    for network in students:
-        if network.distillation and network.unlabelled:  # a test image among them is refused before hours of teaching
-            find_unlabelled(network, dataset, run.root)
     models: dict[str, list[Path]] = {}
     combinations: dict[str, Combination] = {}
     labels = settings.soft_labels

@@ -12,7 +12,7 @@ import hashlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,8 @@ class StudentSettings(TrainSettings):
     more than ``unlabelled_class_cap`` times the mean over classes, of a video every ``unlabelled_frame_step``-th frame
     (see student.unlabelled).
     """
+
+    role: ClassVar[str] = "student"
 
     name: str = "mbv3s"
     epochs: int = 20

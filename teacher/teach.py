@@ -7,11 +7,12 @@ architectures train in the same folds and lie in teacher/NAME/fold-K; the soft l
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ class TeacherSettings(TrainSettings):
     ``soft_label_store``: 'float32', 'float16' or 'top-k:N' (see data.soft_label_store).
     """
 
+    role: ClassVar[str] = "teacher"
+
     name: str = "effb4"
     epochs: int = 10
     batch_size: int = 32
@@ -83,6 +86,10 @@ class TeacherSettings(TrainSettings):
         super().__post_init__()
         views_of(self.tta)
         parse_store(self.soft_label_store)
+
+    @staticmethod
+    def in_own_flags(advice: str) -> str:
+        return re.sub(r"--(no-)?(?=[a-z])", r"--\1teacher-", advice)
 
     def single_label_only(self) -> list[tuple[bool, str]]:
         return [

@@ -176,6 +176,12 @@ def test_options_that_contradict_each_other_are_refused_with_the_way_out(wrong, 
         StudentSettings(**wrong)
 
 
+def test_teachers_are_advised_in_their_own_flags():
+    both = "give --no-teacher-balanced or --teacher-class-weights none"
+    with pytest.raises(UsageError, match=f"^teacher: .*{both}$"):
+        TeacherSettings(class_weights="inverse", balanced_sampling=True)
+
+
 def test_what_is_only_doubtful_is_a_warning():
     plain = StudentSettings(cutmix_probability=0.0)
     assert plain.doubts() == []

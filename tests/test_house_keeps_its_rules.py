@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from edgedistill import pipeline
+from edgedistill.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -90,6 +95,21 @@ def test_the_readmes_show_the_consumer_project_that_is_built(page: str) -> None:
     consumer = ROOT / "runtime" / "cpp" / "tests" / "consumer"
     assert (consumer / "main.cpp").read_text() in code_blocks(page, "cpp")
     assert (consumer / "CMakeLists.txt").read_text() in code_blocks(page, "cmake")
+
+
+def test_the_readmes_trainings_are_settings_that_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = "\n".join(code_blocks("README.md", "sh")).replace("\\\n", " ").splitlines()
+    commands = [line.split("#")[0] for line in lines if line.startswith("distill ")]
+    commands += [f"distill --data x --out y {flags}" for flags in re.findall(r"LDAM-DRW: `([^`]+)`", text)]
+    assert len(commands) > 6 and "ldam" in commands[-1]
+    asked = []
+    monkeypatch.setattr(pipeline, "distill", lambda settings, resume: asked.append(settings) or sys.exit(0))
+    for command in commands:
+        name = re.sub("FILE.toml|NAME", "fast-start", command)
+        result = CliRunner().invoke(app, shlex.split(name))
+        assert result.exit_code == 0, (command, result.output, result.exception)
+    assert len(asked) == len(commands)
 
 
 def test_cpp_and_python_have_one_version() -> None:

@@ -192,7 +192,7 @@ def test_misuse_is_told_before_anything_is_trained(dataset, soft_labels, trained
     with pytest.raises(ArtifactError, match=r"model.pt: made with soft_weight=0.2 \(now 0.5\)"):
         train_student(other, dataset, trained, soft_labels=soft_labels, out=trained.model, resume=True)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UsageError, match=r"StudentSettings: loss='mse', expected ce, kl or js"):
+    with pytest.raises(UsageError, match=r"student: loss='mse', expected ce, kl or js"):
         dataclasses.replace(SETTINGS, loss="mse")
     with pytest.raises(UsageError, match="no network called"):
         train_student(

@@ -187,7 +187,7 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
     _each("hidden_units", int, "Width of an extra fully connected layer (default: none)."),
     _each("classifier_dropout", float, "Dropout before the classifier, behind the extra layer (default: 0)."),
     _each("dropout_samples", int, "Dropout masks per image, logits averaged (default: 1)."),
-    _each("classifier", str, "linear, or cosine (for ldam) (default: linear)."),
+    _both("classifier", str, "linear", "linear, or cosine (for ldam)."),
     _both("weight_decay", float, 1e-4, "Weight decay of matrices and kernels."),
     _both("resize", str, "squash", "squash, or center-crop (throws the borders away)."),
     _machine("seed", int, 0, "Seed of splits, weights and augmentation."),

@@ -215,7 +215,7 @@ def refuse_early(networks: Iterable[TrainSettings]) -> None:
         if not settings.classifier_settings().plain:
             create_model(settings.name, **settings.network(2))
         for doubt in settings.doubts():
-            console.warn(f"{settings.name}: {doubt}")
+            console.warn(f"{settings.name}: {settings.in_own_flags(doubt)}")
         if settings.weights not in ("auto", "none"):
             locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}")
 

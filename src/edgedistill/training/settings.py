@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,8 @@ class TrainSettings:
     of what is free). ``checkpoint_minutes``: the longest stretch of work that a kill can cost; 0 writes a checkpoint
     after each step.
     """
+
+    role: ClassVar[str] = "training"  # what errors call these settings
 
     name: str
     weights: str = "auto"
@@ -138,14 +140,19 @@ class TrainSettings:
             if not good
         ]
         if problems:
-            raise UsageError(f"{type(self).__name__}: " + "; ".join(problems))
+            raise UsageError(f"{self.role}: " + "; ".join(problems))
         object.__setattr__(self, "oversample", tuple(self.oversample))  # JSON gives it back as a list
         for text in self.oversample:
             parse_oversample(text)
         contradictions = [text for wrong, text in self.contradictions() if wrong]
         if contradictions:
-            raise UsageError(f"{type(self).__name__}: " + "; ".join(contradictions))
+            raise UsageError(f"{self.role}: " + self.in_own_flags("; ".join(contradictions)))
         self.augment_settings()
+
+    @staticmethod
+    def in_own_flags(advice: str) -> str:
+        """``advice`` with the flags that set these settings in place of the student's."""
+        return advice
 
     def contradictions(self) -> list[tuple[bool, str]]:
         """(whether they are asked for together, which options contradict each other and what to do)."""

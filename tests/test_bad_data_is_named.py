@@ -12,6 +12,7 @@ from PIL import Image
 from edgedistill.data import checks, duplicates
 from edgedistill.data.checks import check_data, plot_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.sources import open_source
 from edgedistill.errors import DataError
 
@@ -173,6 +174,18 @@ def test_groups_and_copies_across_given_splits_are_errors(tmp_path, photos):
     ]
     (tmp_path / "list.csv").write_text("path,label,group,split\n" + "\n".join(rows))
     assert "one group" in found(check_data(open_source(str(tmp_path / "list.csv"))), "splits").message
+
+
+def test_several_labels_read_as_one_are_a_warning(photos):
+    table = photos / "labels.csv"
+    names = sorted(str(path) for path in photos.rglob("*.jpg"))
+    rows = [f"{name},{('cat', 'cat|dog', 'dog')[number % 3]}" for number, name in enumerate(names)]
+    table.write_text("\n".join(["path,label", *rows]) + "\n")
+    finding = found(report_on(str(table)), "one label or several")
+    assert "1 of 3 classes" in finding.message and "'cat|dog'" in finding.message
+    assert "--multi-label" in finding.remedy
+    several = check_data(open_source(str(table), labels=LabelColumns(multi_label=True)))
+    assert "one label or several" not in {one.kind for one in several.warnings}
 
 
 def test_odd_modes_sizes_extensions_and_imbalance_are_warnings(photos):

@@ -218,7 +218,10 @@ def check_data(
         near, near_findings = _near_duplicates(source, digests, good, hashes, thumbnails)
     findings += _mode_findings(source, images) + _size_findings(source, images)
     findings += _copies(source, digests, labels, good) + near_findings
-    findings += _imbalance(source, labels) if source.task is None else _head_findings(source, source.task)
+    if source.task is None:
+        findings += _imbalance(source, labels) + _several_in_one(source)
+    else:
+        findings += _head_findings(source, source.task)
     findings += _trial(source, digests, near, good, settings)
     return DataReport(
         name=source.name,
@@ -409,6 +412,16 @@ def _imbalance(source: Source, labels: npt.NDArray[np.int64]) -> list[Finding]:
             "warning", "class imbalance", message, "balanced sampling is the default; judge by macro-F1, not accuracy"
         )
     ]
+
+
+def _several_in_one(source: Source) -> list[Finding]:
+    """Class names such as 'cat|dog': several labels of one image, which were read as one."""
+    joined = [name for name in source.class_names if "|" in name]
+    if not joined:
+        return []
+    shown = f"{len(joined)} of {len(source.class_names)} classes have a | in their name, such as {joined[0]!r}"
+    message = f"{shown}, and count as one label"
+    return [Finding("warning", "one label or several", message, "--multi-label reads a|b as two labels of one image")]
 
 
 def head_counts(task: Task, values: Values) -> dict[str, dict[str, int]]:

@@ -173,7 +173,7 @@ def _comparison_figures(models: dict[str, Any], names: list[str], pairs: list[di
     if pairs:
         rows = [
             Interval(
-                f"{model_name(pair['a'])} − {model_name(pair['b'])}, {METRIC_NAMES.get(pair['metric'], pair['metric'])}",
+                f"{METRIC_NAMES.get(pair['metric'], pair['metric'])}: {model_name(pair['a'])} − {model_name(pair['b'])}",
                 COLORS.get(pair["a"], "peer"),
                 float(pair["difference"]),
                 float(pair["ci95"][0]),

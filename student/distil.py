@@ -48,7 +48,7 @@ from edgedistill.training.models import create_model, input_spec_for, locate_wei
 from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
 from edgedistill.training.optimizers import Phase, make_phases
 from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
-from edgedistill.training.processes import on_main, part
+from edgedistill.training.processes import alone_in, on_main, part
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -186,17 +186,20 @@ def train_student(
     if on_main(lambda: _is_done(out, wanted)):
         return out
     deployed_spec(settings, spec)  # refused before images are read where the network cannot change its size
-    job = _job(settings, dataset, spec, lesson, loaded=loaded, folder=folder, wanted=wanted)
-    if settings.distillation and settings.live_teachers:
-        job = dataclasses.replace(job, judge=_judge(settings, dataset, lesson, device))
-    if settings.distillation and settings.views:
-        job = dataclasses.replace(job, views=_views(settings, dataset, lesson, job, device=device, root=run.root))
-    network = settings.network(len(dataset.outputs))
-    torch.manual_seed(derive(settings.seed, "initial weights"))
-    weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--student-weights"))
-    model = train(job, create_model(settings.name, pretrained=weights, **network), resume=resume)
-    model = adapt(job, model, resume=resume)
-    on_main(lambda: _finish(settings, dataset, lesson, job, model, out=out))
+    with alone_in(folder):
+        if on_main(lambda: _is_done(out, wanted)):  # by another process, for which this one waited
+            return out
+        job = _job(settings, dataset, spec, lesson, loaded=loaded, folder=folder, wanted=wanted)
+        if settings.distillation and settings.live_teachers:
+            job = dataclasses.replace(job, judge=_judge(settings, dataset, lesson, device))
+        if settings.distillation and settings.views:
+            job = dataclasses.replace(job, views=_views(settings, dataset, lesson, job, device=device, root=run.root))
+        network = settings.network(len(dataset.outputs))
+        torch.manual_seed(derive(settings.seed, "initial weights"))
+        weights = on_main(lambda: locate_weights(settings.name, settings.weights, flag="--student-weights"))
+        model = train(job, create_model(settings.name, pretrained=weights, **network), resume=resume)
+        model = adapt(job, model, resume=resume)
+        on_main(lambda: _finish(settings, dataset, lesson, job, model, out=out))
     return out
 
 

@@ -43,7 +43,7 @@ from edgedistill.training.models import (
 )
 from edgedistill.training.optimizers import make_phases
 from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
-from edgedistill.training.processes import on_main
+from edgedistill.training.processes import alone_in, on_main
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -236,11 +236,17 @@ def _refuse_existing_work(run: RunDir, members: Sequence[_Member], folds: Sequen
 
 def _train_member(member: _Member, dataset: Dataset, run: RunDir, wanted: Sequence[int], *, resume: bool) -> None:
     """What remains of one architecture's folds; its images leave the memory when it returns."""
-    todo = on_main(lambda: [fold for fold in wanted if not _is_done(member, dataset, run, fold)])
+
+    def left(folds: Sequence[int]) -> list[int]:
+        return on_main(lambda: [fold for fold in folds if not _is_done(member, dataset, run, fold)])
+
+    todo = left(wanted)
     if todo:
         shared = _prepare(member, dataset)
         for fold in todo:
-            _train_fold(shared, run, fold, resume=resume)
+            with alone_in(run.teacher(fold, member.folder)):
+                if left([fold]):  # else another process has trained it by now, with --fold
+                    _train_fold(shared, run, fold, resume=resume)
 
 
 def _identity(settings: TeacherSettings, dataset: Dataset, fold: int) -> dict[str, Any]:

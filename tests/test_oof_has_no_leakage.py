@@ -13,7 +13,7 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.images import load_image, normalize
 from edgedistill.metrics import accuracy, log_loss
-from edgedistill.teacher import TeacherSettings, train_teachers
+from edgedistill.teacher import TeacherSettings, teach, train_teachers
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.soft_labels import (
@@ -189,6 +189,21 @@ def taught(tmp_path_factory):
     assert first == run.teacher(1)
     assert not run.soft_labels.exists()
     return dataset, run, train_teachers(dataclasses.replace(SETTINGS, fold=0), dataset, run, resume=False)
+
+
+def test_a_fold_that_another_process_has_trained_meanwhile_is_not_trained_again(taught, tmp_path, monkeypatch):
+    dataset, run = taught[0], RunDir(tmp_path / "run")
+    trained, train_fold = [], teach._train_fold
+
+    def beside(shared, run, fold, *, resume):
+        trained.append(fold)
+        if fold == 0:
+            train_teachers(dataclasses.replace(SETTINGS, fold=1), dataset, run, resume=True)
+        train_fold(shared, run, fold, resume=resume)
+
+    monkeypatch.setattr(teach, "_train_fold", beside)
+    assert train_teachers(SETTINGS, dataset, run, resume=False) == run.soft_labels
+    assert trained == [0, 1]
 
 
 def test_soft_labels_are_what_the_held_out_teacher_says(taught):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgedistill.images import InputSpec
 from edgedistill.student import StudentSettings, distil, refuse_several_processes
 from edgedistill.training.checkpoints import load_tensors
 from edgedistill.training.loader import Draw, ImageStore, Schedule, batches, shared_images
-from edgedistill.training.processes import ALONE, Part, check_batch, on_main, part
+from edgedistill.training.processes import ALONE, Part, alone_in, check_batch, on_main, part
 from edgedistill.training.soft_labels import read_soft_labels
 
 LAUNCHES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
@@ -183,3 +184,20 @@ def test_an_error_of_the_main_process_ends_all(photos, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "holds a run already; go on with --resume" in err
+
+
+def test_a_folder_has_one_launch_at_work_and_a_killed_one_frees_it(tmp_path, capsys):
+    folder = tmp_path / "fold-0"
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom edgedistill.training.processes import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(600)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "in\n"
+    threading.Timer(1.0, other.kill).start()
+    with alone_in(folder):
+        assert other.wait(timeout=60) == -signal.SIGKILL  # not before it was gone
+    assert "another process is at work there; waiting" in capsys.readouterr().err
+    with alone_in(folder):
+        pass
+    assert capsys.readouterr().err == ""

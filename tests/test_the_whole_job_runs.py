@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgedistill.artifacts import read_array
+from edgedistill.artifacts import RunDir, read_array
+from edgedistill.data.folds import SplitSettings
+from edgedistill.data.manifest import read_dataset
+from edgedistill.pipeline import DataSettings, TeachSettings, record
+from edgedistill.teacher import TeacherSettings
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -129,6 +133,20 @@ def test_a_second_run_into_the_same_folder_is_refused(
     result = cli("distill", "--data", photos, "--out", tiny_run, *tiny_options, check=False)
     assert result.returncode == 2 and "--resume" in result.stderr
     assert (tiny_run / "model.pt").stat().st_mtime_ns == before
+
+
+def test_teaching_in_a_runs_folder_leaves_what_the_run_was_asked_for(
+    tiny_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "dataset.csv"):
+        shutil.copy(tiny_run / name, tmp_path / name)
+    before = (tmp_path / "config.json").read_bytes()
+    run = RunDir(tmp_path)
+    settings = TeachSettings(
+        data=DataSettings(str(photos), SplitSettings()), out=tmp_path, teacher=TeacherSettings(fold=0)
+    )
+    record(settings, run, read_dataset(run.dataset, data_root=photos), resume=True)
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_resume_refuses_other_settings(tiny_run: Path, photos: Path, cli: Cli, tiny_options: list[str]) -> None:

@@ -268,6 +268,8 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
         saved = read_json(run.config, format=RUN_FORMAT)
         if saved["dataset_hash"] != dataset.hash:
             raise ArtifactError(f"{run.config}: made from another data set; choose another --out")
+        if isinstance(settings, TeachSettings) and "student" in saved["settings"]:
+            return  # teachers alone, for a run that has students: what it was asked for stands
         command = saved["command"]
     values = {
         "settings": settings_dict(settings),

@@ -8,11 +8,14 @@ through ``on_main``. With one process all of this is nothing.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -87,6 +90,35 @@ def on_main(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return value  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other launch works in ``folder`` meanwhile: one that comes later says so and waits. What a killed one held is free.
+
+    Two that trained the same network in one folder would write each other's checkpoints; look after the wait for what
+    the other has done.
+    """
+    handle = on_main(lambda: _hold(folder))
+    try:
+        yield
+    finally:
+        if part().main:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # of forked loader processes too
+            os.close(handle)
+
+
+def _hold(folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        console.note(f"{folder}: another process is at work there; waiting until it is done")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:  # a network's file system without locks
+        console.warn(f"{folder}: cannot be locked ({error.strerror}); start no second process on it")
+    return handle
 
 
 def data_parallel(model: nn.Module, this: Part) -> nn.Module:

@@ -110,7 +110,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _hold(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what may be written
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

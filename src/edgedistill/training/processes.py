@@ -99,26 +99,33 @@ def alone_in(folder: Path) -> Iterator[None]:
     Two that trained the same network in one folder would write each other's checkpoints; look after the wait for what
     the other has done.
     """
-    handle = on_main(lambda: _hold(folder))
+    lock = folder / ".lock"
+    handle = on_main(lambda: _hold(lock))
     try:
         yield
     finally:
         if part().main:
+            lock.unlink(missing_ok=True)
             fcntl.flock(handle, fcntl.LOCK_UN)  # of forked loader processes too
             os.close(handle)
 
 
-def _hold(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what may be written
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        console.note(f"{folder}: another process is at work there; waiting until it is done")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:  # a network's file system without locks
-        console.warn(f"{folder}: cannot be locked ({error.strerror}); start no second process on it")
-    return handle
+def _hold(lock: Path) -> int:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what may be written
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.note(f"{lock.parent}: another process is at work there; waiting until it is done")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            console.warn(f"{lock.parent}: cannot be locked ({error.strerror}); start no second process on it")
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        os.close(handle)  # the one that held it has taken its file away
 
 
 def data_parallel(model: nn.Module, this: Part) -> nn.Module:

@@ -60,6 +60,7 @@ KEYS = {
     "teachers_with",
     "reference",
     "references",
+    "compared",
     "arms",
     "peer_teacher",
     "peers",
@@ -76,7 +77,8 @@ class Protocol:
     no test split of their own and train_images are given, each seed cuts one first. ``teachers_with``: the distilled arm
     whose run trains the teachers. ``reference``: the arm that the others are compared with; ``references``: the one of an
     arm that has another student or another number of steps (its own name: with none), so that only like is compared with
-    like. ``peer_teacher``: options of `distill` for the teacher of the ``peers``, whose own options are those of
+    like. ``compared``: options of `distill` in which arms differ on purpose, beside their losses and mixing (the rest of the
+    budget is equal, or a test fails). ``peer_teacher``: options of `distill` for the teacher of the ``peers``, whose own options are those of
     peer_timm_distillation. ``processes``: how many train an arm together, one thread each, where it is not one alone.
     """
 
@@ -96,6 +98,7 @@ class Protocol:
     peers: dict[str, str] = field(default_factory=dict)
     processes: dict[str, int] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
 
     def reference_of(self, arm: str) -> str:
         return self.references.get(arm, self.reference)
@@ -123,7 +126,9 @@ def read_protocol(path: Path) -> Protocol:
     if unknown:
         raise UsageError(f"{path}: {', '.join(unknown)} unknown; expected {', '.join(sorted(KEYS))}")
     try:
-        protocol = Protocol(path.stem, **values | {"seeds": tuple(values["seeds"])})
+        protocol = Protocol(
+            path.stem, **values | {"seeds": tuple(values["seeds"]), "compared": tuple(values.get("compared", ()))}
+        )
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path}: {error}; see benchmarks/protocols for examples") from error
     for name in (protocol.teachers_with, protocol.reference):

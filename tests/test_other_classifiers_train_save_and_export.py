@@ -193,5 +193,5 @@ def test_settings_hand_the_classifier_on_and_name_their_own_fields():
     assert settings.network(3)["classifier"] == ClassifierSettings("gem", 8, 0.7, 2)
     with pytest.raises(UsageError, match="classifier_dropout=1, expected 0 to less than 1"):
         TeacherSettings(classifier_dropout=1)
-    with pytest.raises(UsageError, match="repeats one answer; give --classifier-dropout"):
+    with pytest.raises(UsageError, match="repeats one answer; give --teacher-classifier-dropout"):
         TeacherSettings(dropout_samples=2)

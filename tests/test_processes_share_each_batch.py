@@ -1,5 +1,7 @@
 """Several processes train what one would: each takes its share of every batch, one writes, all stop at one error."""
 
+import fcntl
+import itertools
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import UsageError
 from edgedistill.images import InputSpec
 from edgedistill.student import StudentSettings, distil, refuse_several_processes
+from edgedistill.training import processes
 from edgedistill.training.checkpoints import load_tensors
 from edgedistill.training.loader import Draw, ImageStore, Schedule, batches, shared_images
 from edgedistill.training.processes import ALONE, Part, alone_in, check_batch, on_main, part
@@ -201,3 +204,31 @@ def test_a_folder_has_one_launch_at_work_and_a_killed_one_frees_it(tmp_path, cap
     with alone_in(folder):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_at_any_line_of_the_hold_leaves_nothing_locked_in_a_process_that_goes_on(tmp_path):
+    folder, stopped = tmp_path / "fold-0", 0
+    for wanted in itertools.count(1):
+        lines = itertools.count(1)
+
+        def stop(frame, event, _, wanted=wanted, lines=lines):
+            if frame.f_code.co_filename != processes.__file__:
+                return None
+            if event == "line" and next(lines) == wanted:
+                raise KeyboardInterrupt
+            return stop
+
+        before = sys.gettrace()
+        sys.settrace(stop)
+        try:
+            with alone_in(folder):
+                pass
+            break
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            sys.settrace(before)
+        (folder / ".lock").parent.mkdir(exist_ok=True)
+        with (folder / ".lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is held
+    assert stopped > 10

@@ -99,33 +99,32 @@ def alone_in(folder: Path) -> Iterator[None]:
     Two that trained the same network in one folder would write each other's checkpoints; look after the wait for what
     the other has done.
     """
-    lock = folder / ".lock"
-    handle = on_main(lambda: _hold(lock))
-    try:
+    with contextlib.ExitStack() as held:
+        on_main(lambda: _hold(folder / ".lock", held))
         yield
-    finally:
-        if part().main:
-            lock.unlink(missing_ok=True)
-            fcntl.flock(handle, fcntl.LOCK_UN)  # of forked loader processes too
-            os.close(handle)
 
 
-def _hold(lock: Path) -> int:
+def _hold(lock: Path, held: contextlib.ExitStack) -> None:
+    """``held`` gives it back. A file object, so that a Ctrl-C at any line leaves nothing locked in a process that goes on."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what may be written
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.note(f"{lock.parent}: another process is at work there; waiting until it is done")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            console.warn(f"{lock.parent}: cannot be locked ({error.strerror}); start no second process on it")
-            return handle
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), lock.stat()):
-                return handle
-        os.close(handle)  # the one that held it has taken its file away
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(lock.open("ab"))  # to be written to: NFS locks nothing else
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                console.note(f"{lock.parent}: another process is at work there; waiting until it is done")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                console.warn(f"{lock.parent}: cannot be locked ({error.strerror}); start no second process on it")
+                lock.unlink(missing_ok=True)
+                return
+            with contextlib.suppress(FileNotFoundError):  # else the one that held it has taken its file away
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    opened.callback(fcntl.flock, file, fcntl.LOCK_UN)  # of forked loader processes too
+                    opened.callback(lock.unlink, missing_ok=True)
+                    held.push(opened.pop_all())
+                    return
 
 
 def data_parallel(model: nn.Module, this: Part) -> nn.Module:

@@ -69,14 +69,25 @@ def test_what_comes_out_is_a_contiguous_copy_of_the_size_asked_for(name, image):
 
 
 def test_the_contest_recipe_is_a_crop_that_is_mirrored_half_of_the_time(image):
-    augment = Augment(AugmentSettings(), 64, 64)
-    crops = {image[y : y + 64, x : x + 64].tobytes(): False for y in range(9) for x in range(11)}
-    crops |= {image[y : y + 64, x : x + 64][:, ::-1].tobytes(): True for y in range(9) for x in range(11)}
+    augment = Augment(AugmentSettings(crop_min=0.875, crop_max=0.875), 63, 65)
+    crops = {image[y : y + 63, x : x + 65].tobytes(): False for y in range(10) for x in range(10)}
+    crops |= {image[y : y + 63, x : x + 65][:, ::-1].tobytes(): True for y in range(10) for x in range(10)}
     mirrored = [crops[augment(image, seed).tobytes()] for seed in range(1000)]
     assert 0.44 < np.mean(mirrored) < 0.56
     assert len({augment(image, seed).tobytes() for seed in range(1000)}) > 0.98 * len(crops)
-    plain = Augment(AugmentSettings(horizontal_flip=False), 64, 64)
+    plain = Augment(AugmentSettings(crop_min=0.875, crop_max=0.875, horizontal_flip=False), 63, 65)
     assert not any(crops[plain(image, seed).tobytes()] for seed in range(100))
+
+
+def test_crops_keep_seven_eighths_to_all_of_the_image_at_the_size_at_which_it_will_be_seen():
+    ramp = np.repeat(np.linspace(0, 250, 256).astype(np.uint8)[None, :, None], 256, axis=0).repeat(3, axis=2)
+    augment = Augment(AugmentSettings(horizontal_flip=False), 224, 224)
+    kept = np.array([np.ptp(augment(ramp, seed).astype(float)) / 250 for seed in range(400)])
+    assert 0.86 < kept.min() < 0.885
+    assert 0.985 < kept.max() <= 1.0
+    assert 0.93 < kept.mean() < 0.945
+    lefts = [int(augment(ramp, seed).min()) for seed in range(400)]
+    assert min(lefts) == 0 and max(lefts) > 20
 
 
 def test_a_subject_without_an_up_side_is_seen_all_eight_ways_and_only_as_rotations_without_the_flip():
@@ -84,9 +95,9 @@ def test_a_subject_without_an_up_side_is_seen_all_eight_ways_and_only_as_rotatio
     turned = [np.rot90(image, turns) for turns in range(4)]
     rotations = {np.ascontiguousarray(view).tobytes() for view in turned}
     both = rotations | {np.ascontiguousarray(view[:, ::-1]).tobytes() for view in turned}
-    seen = {Augment(AugmentSettings(any_way_up=True), 64, 64)(image, seed).tobytes() for seed in range(200)}
+    seen = {Augment(AugmentSettings(any_way_up=True, crop_min=1), 64, 64)(image, seed).tobytes() for seed in range(200)}
     assert seen == both
-    rigid = AugmentSettings(any_way_up=True, horizontal_flip=False)
+    rigid = AugmentSettings(any_way_up=True, horizontal_flip=False, crop_min=1)
     assert {Augment(rigid, 64, 64)(image, seed).tobytes() for seed in range(200)} == rotations
 
 
@@ -110,6 +121,9 @@ def test_an_image_that_is_too_small_and_settings_out_of_range_are_refused(image)
         Augment(AugmentSettings(), 64, 64)(image.astype(np.float32), 0)
     with pytest.raises(UsageError, match="strength 'heavy'"):
         AugmentSettings(strength="heavy")
+    for least, most in ((0.0, 1.0), (0.9, 0.8), (0.9, 1.1), (float("nan"), 1.0)):
+        with pytest.raises(UsageError, match="expected 0 < crop_min <= crop_max <= 1"):
+            AugmentSettings(crop_min=least, crop_max=most)
     with pytest.raises(UsageError, match="color jitter 2"):
         AugmentSettings(color_jitter=2.0)
 

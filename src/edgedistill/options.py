@@ -169,6 +169,8 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
         "The subject has no up side: all flips and quarter turns.",
         declarations=("--any-way-up",),
     ),
+    _both("crop_min", float, 0.875, "Smallest share of height and width that a crop keeps (light and standard)."),
+    _both("crop_max", float, 1.0, "Largest; crop-min's value as in 'resize to 256, crop 224'."),
     _both("horizontal_flip", bool, True, "Mirror half of the images (light and standard)."),
     _both("color_jitter", float, 0.0, "Largest change of brightness, contrast and saturation, 0 to 1."),
     _both("auto_augment", str, "none", "autoaugment, randaugment, augmix, or timm's configuration (rand-m5-n1)."),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from edgedistill.artifacts import settings_dict
-from edgedistill.data.augment import Augment, AugmentSettings, Strength
+from edgedistill.data.augment import CROP, Augment, AugmentSettings, Strength
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.tasks import Task, Values
@@ -39,6 +39,8 @@ CLASSIFIER_FIELDS = {
     "dropout_samples": "dropout_samples",
     "classifier": "classifier",
 }
+# What older work, which does not name them, was made with, where that is not the default: crops had one size.
+BEFORE_THEY_EXISTED = {"crop_max": CROP[0]}
 # What may differ between a run and its resumption: where and how fast it runs, not what it computes.
 FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold", "soft_label_store"})
 
@@ -105,6 +107,8 @@ class TrainSettings:
     augment: Strength = "light"
     horizontal_flip: bool = True
     any_way_up: bool = False
+    crop_min: float = CROP[0]
+    crop_max: float = CROP[1]
     color_jitter: float = 0.0
     auto_augment: str = "none"
     grayscale: float = 0.0
@@ -279,6 +283,8 @@ class TrainSettings:
             strength=self.augment,
             horizontal_flip=self.horizontal_flip,
             any_way_up=self.any_way_up,
+            crop_min=self.crop_min,
+            crop_max=self.crop_max,
             color_jitter=self.color_jitter,
             auto_augment=self.auto_augment,
             grayscale=self.grayscale,
@@ -396,8 +402,9 @@ def refuse_other_settings(
     Both are identities; ``kind``: the class of the settings that they come from.
     """
     keys = sorted(saved.keys() | current.keys())
-    # What older work does not name did not exist yet: it was made with the default.
-    saved = {key: value for key, value in defaults_of(kind).items() if key in current} | saved
+    # What older work does not name did not exist yet: it was made with the default, or as it was before.
+    before = defaults_of(kind) | BEFORE_THEY_EXISTED
+    saved = {key: value for key, value in before.items() if key in current} | saved
     different = [key for key in keys if saved.get(key) != current.get(key)]
     if different:
         shown = ", ".join(f"{key}={saved.get(key)!r} (now {current.get(key)!r})" for key in different[:3])

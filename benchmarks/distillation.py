@@ -319,7 +319,8 @@ def summarise(protocol: Protocol, out: Path, reference: str = "") -> dict[str, A
             numbers = [float(answers[seed, arm][metric]) for seed in seeds]
             values[metric] = {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=len(numbers) > 1))}
             if arm != reference and shared:
-                values[metric] |= _difference(protocol, metric, (arm, reference), shared, out)
+                ours = out / protocol.name
+                values[metric] |= _difference(metric, (ours, arm), (ours, reference), shared)
         values["train_s"] = float(np.median([float(answers[seed, arm]["train_s"]) for seed in seeds]))
         result[arm] = values
     name = f"{protocol.name}-minus-{given}" if given else protocol.name
@@ -328,14 +329,39 @@ def summarise(protocol: Protocol, out: Path, reference: str = "") -> dict[str, A
     return record
 
 
-def _difference(
-    protocol: Protocol, metric: MetricName, arms: tuple[str, str], seeds: list[int], out: Path
-) -> dict[str, Any]:
-    def kept(name: str) -> list[npt.NDArray[np.int64]]:
-        folder = out / protocol.name
+def compare(protocol: Protocol, other: Protocol, out: Path) -> dict[str, Any]:
+    """Each arm minus the arm of that name in another protocol, over the seeds that both have; written to
+    NAME-minus-OTHER.json. Raises UsageError where the two were judged on different test images."""
+    rows = {(int(row["seed"]), row["arm"]): row for row in read_rows(out / f"{protocol.name}.csv")}
+    others = {(int(row["seed"]), row["arm"]): row for row in read_rows(out / f"{other.name}.csv")}
+    ours, theirs = out / protocol.name, out / other.name
+    result: dict[str, Any] = {}
+    for arm in dict.fromkeys(arm for seed, arm in rows if (seed, arm) in others):
+        seeds = sorted(seed for seed, name in rows if name == arm and (seed, arm) in others)
+        values: dict[str, Any] = {"seeds": seeds, "reference": other.name}
+        for metric in METRICS:
+            numbers = [float(rows[seed, arm][metric]) for seed in seeds]
+            values[metric] = {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=len(numbers) > 1))}
+            values[metric] |= _difference(metric, (ours, arm), (theirs, arm), seeds)
+        values["train_s"] = float(np.median([float(rows[seed, arm]["train_s"]) for seed in seeds]))
+        result[arm] = values
+    if not result:
+        raise UsageError(f"{protocol.name} and {other.name}: no arm was trained with one seed in both")
+    record = {"reference": other.name, "arms": result, "machine": machine_record()}
+    write_json(out / f"{protocol.name}-minus-{other.name}.json", record, format="edgedistill-distillation-benchmark")
+    return record
+
+
+def _difference(metric: MetricName, one: tuple[Path, str], other: tuple[Path, str], seeds: list[int]) -> dict[str, Any]:
+    """Of two arms, each the folder of a protocol's answers and its name there."""
+
+    def kept(folder: Path, name: str) -> list[npt.NDArray[np.int64]]:
         return [read_array(folder / f"seed-{seed}" / f"{name}.npy").astype(np.int64) for seed in seeds]
 
-    paired = hierarchical_difference(metric, kept(arms[0]), kept(arms[1]), kept("test_labels"))
+    truth, theirs = kept(one[0], "test_labels"), kept(other[0], "test_labels")
+    if not all(np.array_equal(ours, same) for ours, same in zip(truth, theirs, strict=True)):
+        raise UsageError(f"{one[0].name} and {other[0].name}: judged on different test images")
+    paired = hierarchical_difference(metric, kept(*one), kept(*other), truth)
     return {"minus_reference": paired.difference, "ci95": list(paired.ci95), "paired_seeds": len(seeds)}
 
 
@@ -392,11 +418,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--reference", default="", help=f"with --summary: the arm to compare with, if not the protocol's; or {TEACHERS}"
     )
+    parser.add_argument(
+        "--against", type=Path, help="with --summary: another protocol, whose arms of the same names to compare with"
+    )
     parser.add_argument("--list", action="store_true", help="train nothing; print the commands")
     args = parser.parse_args(argv)
     protocol = read_protocol(args.protocol)
-    if args.reference and not args.summary:
-        raise UsageError("--reference is of --summary")
+    if (args.reference or args.against) and not args.summary:
+        raise UsageError(f"{'--reference' if args.reference else '--against'} is of --summary")
+    if args.reference and args.against:
+        raise UsageError("--reference and --against: one of the two")
     known = protocol.arms.keys() | protocol.peers.keys()
     unknown = sorted({*args.arms} - known | {*filter(None, [args.reference])} - known - {TEACHERS})
     if unknown:
@@ -404,6 +435,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         for piece in pieces(protocol, args.runs):
             console.out.print(shlex.join(piece.command), markup=False)
+        return 0
+    if args.against:
+        record = compare(protocol, read_protocol(args.against), args.out)
+        console.out.print(table(record, protocol.name))
         return 0
     finished = args.summary or run(protocol, args)
     if read_rows(args.out / f"{protocol.name}.csv"):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import cv2
@@ -239,6 +240,37 @@ def test_a_benchmark_goes_on_where_time_ran_out_and_sums_up(tmp_path, monkeypatc
     assert arms["timm-kd"] == record["arms"]["timm-kd"]
     with pytest.raises(UsageError, match="of --summary"):
         distillation.main([*options, "--reference", "live"])
+
+
+def test_two_protocols_are_compared_arm_by_arm_on_the_same_test_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distillation, "run_piece", fake_piece)
+    path, out = write_protocol(tmp_path), tmp_path / "out"
+    options = [str(path), "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    assert distillation.main([*options, "--minutes", "5"]) == 0
+    other = tmp_path / "older.toml"
+    other.write_text(path.read_text())
+    shutil.copytree(out / "tiny", out / "older")
+    shutil.copy(out / "tiny.csv", out / "older.csv")
+    for seed in (0, 1):
+        shutil.copy(out / "tiny" / f"seed-{seed}" / "contest.npy", out / "older" / f"seed-{seed}" / "live.npy")
+    assert distillation.main([*options, "--summary", "--against", str(other)]) == 0
+    assert "live" in capsys.readouterr().out
+    record = read_json(out / "tiny-minus-older.json", format="edgedistill-distillation-benchmark")
+    live, contest = record["arms"]["live"]["accuracy"], record["arms"]["contest"]["accuracy"]
+    assert live["minus_reference"] == pytest.approx(live["mean"] - contest["mean"])
+    assert live["paired_seeds"] == 2
+    assert contest["minus_reference"] == 0
+    with pytest.raises(UsageError, match="--against is of --summary"):
+        distillation.main([*options, "--against", str(other)])
+    with pytest.raises(UsageError, match="one of the two"):
+        distillation.main([*options, "--summary", "--against", str(other), "--reference", "live"])
+    labels = read_array(out / "older" / "seed-1" / "test_labels.npy")
+    write_array(out / "older" / "seed-1" / "test_labels.npy", np.roll(labels, 1))
+    with pytest.raises(UsageError, match="tiny and older: judged on different test images"):
+        distillation.main([*options, "--summary", "--against", str(other)])
+    (out / "older.csv").unlink()
+    with pytest.raises(UsageError, match="no arm was trained with one seed in both"):
+        distillation.main([*options, "--summary", "--against", str(other)])
 
 
 def test_only_the_arms_that_are_asked_for_are_trained(tmp_path, monkeypatch):

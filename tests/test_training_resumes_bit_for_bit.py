@@ -177,6 +177,13 @@ def test_work_made_with_other_settings_is_not_resumed(dataset, tmp_path):
     other = dataclasses.replace(job, identity=dict(job.identity) | {"lr": 5.0})
     with pytest.raises(ArtifactError, match=r"checkpoint.pt: made with lr=0.002 \(now 5.0\)"):
         loop.train(other, network(), resume=True)
+    resized = dataclasses.replace(job, identity=dict(job.identity) | {"crop_min": 0.875, "crop_max": 1.0})
+    with pytest.raises(
+        ArtifactError, match=r"checkpoint.pt: made with crop_max=0.875 \(now 1.0\)"
+    ):  # before it had a name
+        loop.train(resized, network(), resume=True)
+    as_before = dataclasses.replace(job, identity=dict(job.identity) | {"crop_min": 0.875, "crop_max": 0.875})
+    loop.train(as_before, network(), resume=True)
     job.checkpoint.write_bytes(job.checkpoint.read_bytes()[:1000])
     with pytest.raises(ArtifactError, match=r"checkpoint.pt: "):
         loop.train(job, network(), resume=True)

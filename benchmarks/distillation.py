@@ -178,7 +178,7 @@ def pieces(protocol: Protocol, runs: Path) -> Iterator[Piece]:
             yield Piece(seed, "", folder, [sys.executable, "-c", DISTILL, *command])
         for arm, options in protocol.peers.items():
             program = [sys.executable, "-m", "edgedistill.benchmarks.peer_timm_distillation"]
-            files = ["--dataset", str(root / TEACHERS / "dataset.csv"), "--seed", str(seed)]
+            files = ["--dataset", str(root / "peer-teacher" / "dataset.csv"), "--seed", str(seed)]
             files += ["--teacher", str(root / "peer-teacher" / "model.pt"), "--out", str(root / arm)]
             yield Piece(seed, arm, root / arm, [*program, *files, *shlex.split(options)])
 

@@ -98,7 +98,7 @@ def test_pieces_share_one_teaching_per_seed(tmp_path):
     assert f"--out {root / 'teachers'}" in first and "--teacher-epochs 1" in first
     assert f"--soft-labels {root / 'teachers' / 'soft_labels'}" in live and "--live-teachers" in live
     assert "--soft-labels" not in hard + peer_teacher
-    assert f"--dataset {root / 'teachers' / 'dataset.csv'}" in peer
+    assert f"--dataset {root / 'peer-teacher' / 'dataset.csv'}" in peer
     assert f"--teacher {root / 'peer-teacher' / 'model.pt'}" in peer
 
 

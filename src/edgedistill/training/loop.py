@@ -31,6 +31,7 @@ from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
 from edgedistill.tasks import Task, Values
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
+from edgedistill.training.depthwise import quick_depthwise
 from edgedistill.training.heads import task_loss, validation_metrics
 from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, Views, batches, core_count
 from edgedistill.training.losses import LossSettings, Targets, loss_of, to_device
@@ -245,7 +246,8 @@ def train_step(
     if job.judge is not None:
         targets = Targets(targets.hard, job.judge(images, batch.rows))
     half = trains_in_half(settings, device)
-    with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+    quick = nullcontext() if settings.compile else quick_depthwise(device)
+    with quick, torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(at_size(images, job.spec), job.spec))
     task, settled = job.task, job.loss.at(state.epoch / len(job.epochs))
     loss = loss_of(logits, targets, settled) if task is None else task_loss(logits, targets, settled, task)

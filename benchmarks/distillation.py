@@ -329,26 +329,29 @@ def summarise(protocol: Protocol, out: Path, reference: str = "") -> dict[str, A
     return record
 
 
-def compare(protocol: Protocol, other: Protocol, out: Path) -> dict[str, Any]:
-    """Each arm minus the arm of that name in another protocol, over the seeds that both have; written to
-    NAME-minus-OTHER.json. Raises UsageError where the two were judged on different test images."""
+def compare(protocol: Protocol, other: Protocol, out: Path, reference: str = "") -> dict[str, Any]:
+    """Each arm minus the arm of that name in another protocol, or minus its arm ``reference``, over the seeds that both
+    have; written to NAME-minus-OTHER.json or NAME-minus-OTHER-REFERENCE.json. Raises UsageError where the two were judged
+    on different test images."""
     rows = {(int(row["seed"]), row["arm"]): row for row in read_rows(out / f"{protocol.name}.csv")}
     others = {(int(row["seed"]), row["arm"]): row for row in read_rows(out / f"{other.name}.csv")}
     ours, theirs = out / protocol.name, out / other.name
     result: dict[str, Any] = {}
-    for arm in dict.fromkeys(arm for seed, arm in rows if (seed, arm) in others):
-        seeds = sorted(seed for seed, name in rows if name == arm and (seed, arm) in others)
-        values: dict[str, Any] = {"seeds": seeds, "reference": other.name}
+    against = " ".join(filter(None, (other.name, reference)))
+    for arm in dict.fromkeys(arm for seed, arm in rows if (seed, reference or arm) in others):
+        seeds = sorted(seed for seed, name in rows if name == arm and (seed, reference or arm) in others)
+        values: dict[str, Any] = {"seeds": seeds, "reference": against}
         for metric in METRICS:
             numbers = [float(rows[seed, arm][metric]) for seed in seeds]
             values[metric] = {"mean": float(np.mean(numbers)), "sd": float(np.std(numbers, ddof=len(numbers) > 1))}
-            values[metric] |= _difference(metric, (ours, arm), (theirs, arm), seeds)
+            values[metric] |= _difference(metric, (ours, arm), (theirs, reference or arm), seeds)
         values["train_s"] = float(np.median([float(rows[seed, arm]["train_s"]) for seed in seeds]))
         result[arm] = values
     if not result:
         raise UsageError(f"{protocol.name} and {other.name}: no arm was trained with one seed in both")
-    record = {"reference": other.name, "arms": result, "machine": machine_record()}
-    write_json(out / f"{protocol.name}-minus-{other.name}.json", record, format="edgedistill-distillation-benchmark")
+    record = {"reference": against, "arms": result, "machine": machine_record()}
+    name = f"{protocol.name}-minus-{against.replace(' ', '-')}"
+    write_json(out / f"{name}.json", record, format="edgedistill-distillation-benchmark")
     return record
 
 
@@ -406,6 +409,13 @@ def run(protocol: Protocol, args: argparse.Namespace) -> bool:
     return True
 
 
+def _refuse_unknown(arms: list[str], protocol: Protocol, path: Path) -> None:
+    known = protocol.arms.keys() | protocol.peers.keys()
+    unknown = sorted({*arms} - known)
+    if unknown:
+        raise UsageError(f"{','.join(unknown)}: not in {path}: {', '.join(known)}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("protocol", type=Path, help="a TOML file of benchmarks/protocols")
@@ -416,7 +426,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--summary", action="store_true", help="train nothing; sum up what is there")
     parser.add_argument(
-        "--reference", default="", help=f"with --summary: the arm to compare with, if not the protocol's; or {TEACHERS}"
+        "--reference",
+        default="",
+        help=f"with --summary: the arm (or {TEACHERS}) to compare with, if not the protocol's; with --against one of the other",
     )
     parser.add_argument(
         "--against", type=Path, help="with --summary: another protocol, whose arms of the same names to compare with"
@@ -426,18 +438,17 @@ def main(argv: list[str] | None = None) -> int:
     protocol = read_protocol(args.protocol)
     if (args.reference or args.against) and not args.summary:
         raise UsageError(f"{'--reference' if args.reference else '--against'} is of --summary")
-    if args.reference and args.against:
-        raise UsageError("--reference and --against: one of the two")
-    known = protocol.arms.keys() | protocol.peers.keys()
-    unknown = sorted({*args.arms} - known | {*filter(None, [args.reference])} - known - {TEACHERS})
-    if unknown:
-        raise UsageError(f"{','.join(unknown)}: not in {args.protocol}: {', '.join(known)}")
+    other = read_protocol(args.against) if args.against else protocol
+    _refuse_unknown(args.arms, protocol, args.protocol)
+    _refuse_unknown(
+        [args.reference] if args.reference not in ("", TEACHERS) else [], other, args.against or args.protocol
+    )
     if args.list:
         for piece in pieces(protocol, args.runs):
             console.out.print(shlex.join(piece.command), markup=False)
         return 0
     if args.against:
-        record = compare(protocol, read_protocol(args.against), args.out)
+        record = compare(protocol, other, args.out, args.reference)
         console.out.print(table(record, protocol.name))
         return 0
     finished = args.summary or run(protocol, args)

@@ -62,10 +62,10 @@ def test_each_protocol_parses_into_settings_that_exist(path, tmp_path):
         start = piece.command.index("--data")
         with command.make_context("distill", piece.command[start:]) as context:
             seen[piece.arm] = dict(context.params)
+            seen[piece.arm]["all_epochs"] = seen[piece.arm]["epochs"] + seen[piece.arm]["extra_epochs"]
     assert set(seen) >= set(protocol.arms)
     budget = (
-        "epochs",
-        "extra_epochs",
+        "all_epochs",  # whether the last are averaged may differ, and their number may not
         "batch_size",
         "lr",
         "student",
@@ -262,8 +262,14 @@ def test_two_protocols_are_compared_arm_by_arm_on_the_same_test_images(tmp_path,
     assert contest["minus_reference"] == 0
     with pytest.raises(UsageError, match="--against is of --summary"):
         distillation.main([*options, "--against", str(other)])
-    with pytest.raises(UsageError, match="one of the two"):
-        distillation.main([*options, "--summary", "--against", str(other), "--reference", "live"])
+    # Against one arm of the other: an arm on hard labels, say, that both would train alike.
+    assert distillation.main([*options, "--summary", "--against", str(other), "--reference", "hard-labels"]) == 0
+    assert "minus older hard-labels" in " ".join(capsys.readouterr().out.split())
+    record = read_json(out / "tiny-minus-older-hard-labels.json", format="edgedistill-distillation-benchmark")
+    assert record["reference"] == "older hard-labels"
+    live, hard = (record["arms"][name]["accuracy"] for name in ("live", "hard-labels"))
+    assert live["minus_reference"] == pytest.approx(live["mean"] - hard["mean"])
+    assert hard["minus_reference"] == 0
     labels = read_array(out / "older" / "seed-1" / "test_labels.npy")
     write_array(out / "older" / "seed-1" / "test_labels.npy", np.roll(labels, 1))
     with pytest.raises(UsageError, match="tiny and older: judged on different test images"):
@@ -271,6 +277,8 @@ def test_two_protocols_are_compared_arm_by_arm_on_the_same_test_images(tmp_path,
     (out / "older.csv").unlink()
     with pytest.raises(UsageError, match="no arm was trained with one seed in both"):
         distillation.main([*options, "--summary", "--against", str(other)])
+    with pytest.raises(UsageError, match=r"nothing: not in .*older\.toml"):
+        distillation.main([*options, "--summary", "--against", str(other), "--reference", "nothing"])
 
 
 def test_only_the_arms_that_are_asked_for_are_trained(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ def ours(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("bias", [None, torch.arange(8.0)], ids=["no bias", "bias"])
 @pytest.mark.parametrize(
     ("height", "width", "kernel", "stride", "padding"),
     [
@@ -45,17 +46,18 @@ def ours(monkeypatch):
         (3, 3, 5, 3, 4),  # more padding than a kernel half
     ],
 )
-def test_gradients_are_torchs(without_avx512, ours, height, width, kernel, stride, padding):
+def test_gradients_are_torchs(without_avx512, ours, height, width, kernel, stride, padding, bias):
     torch.manual_seed(height * 10 + kernel)
     images = torch.randn(6, 8, height, width).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(8, 1, kernel, kernel).requires_grad_()
-    expected = F.conv2d(images, weight, None, stride, padding, 1, 8)
+    wanted = [images, weight] if bias is None else [images, weight, bias.requires_grad_()]
+    expected = F.conv2d(images, weight, bias, stride, padding, 1, 8)
     pull = torch.randn_like(expected)
-    theirs = torch.autograd.grad(expected, (images, weight), pull)
+    theirs = torch.autograd.grad(expected, wanted, pull)
     assert not ours
     with quick_depthwise(CPU):
-        outputs = torch.nn.functional.conv2d(images, weight, None, (stride, stride), (padding, padding), (1, 1), 8)
-    mine = torch.autograd.grad(outputs, (images, weight), pull)
+        outputs = F.conv2d(images, weight, bias, (stride, stride), (padding, padding), (1, 1), 8)
+    mine = torch.autograd.grad(outputs, wanted, pull)
     assert len(ours) == 1
     assert torch.equal(outputs, expected)
     for one, other in zip(mine, theirs, strict=True):
@@ -98,18 +100,16 @@ def test_a_cpu_with_kernels_of_its_own_keeps_them(monkeypatch, ours, capability)
         {"groups": 4},  # not depthwise
         {"dilation": (2, 2), "padding": (4, 4)},
         {"padding": "same"},
-        {"bias": True},
         {"dtype": torch.bfloat16},
     ],
 )
 def test_what_is_no_plain_depthwise_convolution_is_left_to_torch(without_avx512, ours, change):
     dtype, groups = change.get("dtype", torch.float32), change.get("groups", 8)
     weight = torch.randn(8, 8 // groups, 5, 5, dtype=dtype, requires_grad=True)
-    bias = torch.zeros(8) if change.get("bias") else None
     images = torch.randn(2, 8, 2, 2, dtype=dtype)
     with quick_depthwise(CPU):
         outputs = F.conv2d(
-            images, weight, bias, (1, 1), change.get("padding", (2, 2)), change.get("dilation", (1, 1)), groups
+            images, weight, None, (1, 1), change.get("padding", (2, 2)), change.get("dilation", (1, 1)), groups
         )
     outputs.sum().backward()
     assert not ours and weight.grad is not None

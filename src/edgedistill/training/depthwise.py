@@ -31,16 +31,16 @@ class _QuickDepthwise(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.conv2d and not kwargs and len(args) == 7 and _is_ours(*args):
-            images, weight, _, stride, padding, _, _ = args
-            return _DepthwiseConv.apply(images, weight, stride, padding)
+            images, weight, bias, stride, padding, _, _ = args
+            return _DepthwiseConv.apply(images, weight, bias, stride, padding)
         return func(*args, **(kwargs or {}))
 
 
 def _is_ours(
     images: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: tuple[int, int],
+    _bias: torch.Tensor | None,
+    _stride: tuple[int, int],
     padding: tuple[int, int] | str,
     dilation: tuple[int, int],
     groups: int,
@@ -48,7 +48,6 @@ def _is_ours(
     """Whether oneDNN would multiply matrices: an image side below the kernel's. (torch.conv2d's own arguments.)"""
     return (
         groups == images.shape[1] == weight.shape[0]
-        and bias is None
         and not isinstance(padding, str)
         and tuple(dilation) == (1, 1)
         and (images.shape[2] < weight.shape[2] or images.shape[3] < weight.shape[3])
@@ -59,29 +58,34 @@ def _is_ours(
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """Images [N, C, H, W], weight [C, 1, KH, KW]; float32."""
+    """Images [N, C, H, W], weight [C, 1, KH, KW], bias [C] or None; float32."""
 
     @staticmethod
     def forward(
-        ctx: Any, images: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int]
+        ctx: Any,
+        images: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
     ) -> torch.Tensor:
         ctx.save_for_backward(images, weight)
         ctx.stride, ctx.padding = stride, padding
-        return torch.conv2d(images, weight, None, stride, padding, 1, images.shape[1])
+        return torch.conv2d(images, weight, bias, stride, padding, 1, images.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, weight = ctx.saved_tensors
-        to_images = None
+        stride, padding, groups = ctx.stride, ctx.padding, images.shape[1]
+        to_images = to_bias = None
         if ctx.needs_input_grad[0]:
-            # fmt: off
-            to_images = torch.ops.aten.convolution_backward(
-                gradient, images, weight, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], images.shape[1],
-                [True, False, False],
-            )[0]
-            # fmt: on
-        return to_images, weight_gradient(images, gradient, weight, ctx.stride, ctx.padding), None, None
+            to_images, _, _ = torch.ops.aten.convolution_backward(
+                gradient, images, weight, None, stride, padding, [1, 1], False, [0, 0], groups, [True, False, False]
+            )
+        if ctx.needs_input_grad[2]:
+            to_bias = gradient.sum((0, 2, 3))
+        return to_images, weight_gradient(images, gradient, weight, stride, padding), to_bias, None, None
 
 
 def weight_gradient(

@@ -35,7 +35,38 @@ def settings_of(monkeypatch):
 
 
 def test_every_system_of_the_table_has_a_recipe():
-    assert set(recipe_names()) >= SYSTEMS | {"fast-start", "few-labels", "best"}
+    assert set(recipe_names()) >= SYSTEMS | {"fast-start", "few-labels", "best", "function-matching"}
+
+
+def test_recipes_say_what_their_systems_did(settings_of):
+    """Row by row of the table of systems: what was used there and is an option here."""
+    clothing = settings_of("--recipe", "clothing-2nd-place")
+    assert (clothing.teacher.name, clothing.data.split.folds, clothing.student.name) == ("effb4", 5, "mbv3s")
+    assert (clothing.student.epochs, clothing.student.extra_epochs, clothing.student.batch_size) == (20, 4, 256)
+    assert (clothing.student.soft_weight, clothing.student.cutmix_probability) == (0.2, 0.5)
+    assert (clothing.student.optimizer, clothing.student.schedule) == ("radam", "cosine")
+    gender = settings_of("--recipe", "gender-status")
+    for network in (gender.teacher, gender.student):
+        assert (network.optimizer, network.lr, network.pool) == ("adam", 0.001, "gem")
+        assert (network.hard_loss, network.focal_gamma, network.focal_alpha) == ("focal", 2.0, 1.0)
+        assert network.mixup_probability > 0 and network.warmup_epochs > 0 and network.schedule == "cosine"
+    assert (gender.teacher.image_size, gender.teacher.epochs) == (256, 65) and gender.teacher.swa_start is not None
+    assert gender.teacher.sample_power > 0 and len(gender.ensemble.others) == 2
+    mask = settings_of("--recipe", "mask-gender-age")
+    assert (mask.teacher.name, mask.teacher.classifier_dropout, mask.teacher.lr) == ("effb3", 0.7, 0.0001)
+    assert mask.teacher.hidden_units and (mask.teacher.lr_decay, mask.teacher.schedule) == (0.995, "exponential")
+    assert (mask.teacher.class_weights, mask.student.class_weights) == ("inverse", "inverse")
+    eye = settings_of("--recipe", "eye-disease")
+    assert [eye.teacher.name, *(other.settings.name for other in eye.ensemble.others)] == [
+        "swinb",
+        "seresnext101",
+        "effv2s",
+    ]
+    assert (eye.teacher.hard_loss, eye.student.hard_loss, eye.teacher.image_size) == ("bce", "bce", 384)
+    assert eye.teacher.label_smoothing > 0
+    binary = settings_of("--recipe", "binary-contest")
+    assert (binary.teacher.epochs - binary.teacher.plain_epochs, binary.teacher.mixup_probability) == (30, 1.0)
+    assert (binary.teacher.image_size, binary.teacher.test_size) == (224, 300) and len(binary.ensemble.others) == 5
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -71,8 +102,9 @@ def test_flags_override_a_recipe_and_it_overrides_the_defaults(settings_of):
 
 
 def test_a_recipe_for_photographs_without_labels_says_when_there_are_none(settings_of):
-    (doubt,) = settings_of("--recipe", "few-labels").student.doubts()
-    assert doubt.startswith("--unlabelled-share, --unlabelled-min-confidence change nothing without")
+    for name in ("few-labels", "best"):
+        (doubt,) = settings_of("--recipe", name).student.doubts()
+        assert doubt.startswith("--unlabelled-share, --unlabelled-min-confidence change nothing without")
     assert settings_of("--recipe", "few-labels", "--unlabelled", "photos").student.doubts() == []
     assert settings_of("--recipe", "few-labels", "--no-distillation").student.doubts() == []
 
@@ -129,7 +161,7 @@ def test_recipes_are_listed_and_printed(capsys):
     cli.app(["distill", "--recipe", "list"], standalone_mode=False)
     listed = capsys.readouterr().out
     assert all(name in listed for name in recipe_names())
-    cli.app(["recipes", "best"], standalone_mode=False)
+    cli.app(["recipes", "function-matching"], standalone_mode=False)
     assert "soft-temperature = 2.0" in capsys.readouterr().out
     cli.app(["recipes", "--json"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out)["best"]["options"]["loss"] == "kl"
+    assert json.loads(capsys.readouterr().out)["function-matching"]["options"]["loss"] == "kl"

@@ -2,6 +2,9 @@
 
 The weights may be fitted on the out-of-fold answers. They are cross-fitted: the weights that mix the labels of one
 fold come from the other folds alone, so that no image's own label had a say in its soft label.
+
+With several heads each one is voted on by itself, under one weight for each architecture: a softmax head as a label of
+its own, a sigmoid head label by label, a value as the weighted mean. Answers are then [N, D], as ``tasks`` has them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import DataError, UsageError
+from edgedistill.tasks import Head, Task, Values, answers_of
+from edgedistill.training.heads import scores_from
 from edgedistill.training.soft_labels import FoldResult
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -32,7 +37,8 @@ class BlendSettings:
     ``weights``: 'oof' (fitted to the least log-loss out of fold), 'score' (in proportion to accuracy out of fold),
     'equal', or numbers with commas between, one for each architecture, scaled to sum to 1. ``vote``: 'soft' averages
     probabilities, 'hard' counts each architecture's first choice. ``override``: 'NAME:0.9' takes that architecture's
-    answer alone wherever its largest probability is at least 0.9. Raises UsageError for what cannot be read.
+    answer alone wherever its largest probability is at least 0.9, 'NAME' wherever it exceeds the combination's largest.
+    Raises UsageError for what cannot be read.
     """
 
     weights: str = "oof"
@@ -59,19 +65,21 @@ class BlendSettings:
             raise UsageError(f"--teacher-blend {self.weights}: expected numbers of 0 or more, one of them above 0")
         return numbers
 
-    def override_parts(self) -> tuple[str, float] | None:
-        """(name, threshold) of ``override``, or None."""
+    def override_parts(self) -> tuple[str, float | None] | None:
+        """(name, threshold) of ``override``, or None; the threshold is None where the name stands alone."""
         if not self.override:
             return None
-        name, _, text = self.override.rpartition(":")
+        name, colon, text = self.override.rpartition(":")
+        if not colon:
+            return text, None
         try:
             threshold = float(text)
         except ValueError:
             threshold = -1.0
         if not name or not 0 < threshold <= 1:
             raise UsageError(
-                f"--teacher-override {self.override}: expected NAME:THRESHOLD with a threshold above 0 to 1, "
-                "such as swinb:0.9"
+                f"--teacher-override {self.override}: expected NAME, such as swinb, or NAME:THRESHOLD with a threshold "
+                "above 0 to 1, such as swinb:0.9"
             )
         return name, threshold
 
@@ -94,66 +102,137 @@ class BlendSettings:
 
 @dataclass(frozen=True)
 class Blend:
-    """A combination that is settled: ``weights`` sum to 1; ``override``: (architecture's number, threshold)."""
+    """A combination that is settled: ``weights`` sum to 1; ``override``: (architecture's number, threshold), where None
+    stands for the combination's own sureness. ``task``: None where images have one label."""
 
     weights: tuple[float, ...]
     vote: Literal["soft", "hard"]
-    override: tuple[int, float] | None = None
+    override: tuple[int, float | None] | None = None
+    task: Task | None = None
 
     def __call__(self, members: Sequence[Floats]) -> npt.NDArray[np.float64]:
-        """Probabilities of each architecture, float [N, C], in order -> those of the combination, float64 [N, C]."""
-        votes = [_votes(member, self.vote) for member in members]
+        """Probabilities of each architecture, float [N, C], in order -> those of the combination, float64 [N, C]; of
+        several heads [N, D] -> [N, D]."""
+        if self.task is None:
+            return self._mixed(members, None)
+        parts = [self._mixed([member[:, part] for member in members], head) for head, part in self.task.slices()]
+        return np.concatenate(parts, axis=1)
+
+    def _mixed(self, members: Sequence[Floats], head: Head | None) -> npt.NDArray[np.float64]:
+        """One head's vote, [N, width] each; ``head``: None where it is the only one."""
+        votes = [_votes(member, self.vote, head) for member in members]
         mixed = np.zeros(votes[0].shape)
         for weight, vote in zip(self.weights, votes, strict=True):
             mixed += weight * vote
-        if self.override is not None:
+        if self.override is not None and (head is None or head.kind != "regression"):  # no value says how sure it is
             number, threshold = self.override
-            sure = members[number].max(axis=1) >= threshold
+            own = _sureness(members[number], head)
+            sure = own > _sureness(mixed, head) if threshold is None else own >= threshold
             mixed[sure] = votes[number][sure]
         return mixed
 
 
-def _votes(probabilities: Floats, vote: str) -> npt.NDArray[np.float64]:
-    if vote == "soft":
+def _votes(probabilities: Floats, vote: str, head: Head | None = None) -> npt.NDArray[np.float64]:
+    """[N, width] -> what an architecture adds under its weight; a value has no first choice and stays as it is."""
+    if vote == "soft" or (head is not None and head.kind == "regression"):
         return probabilities.astype(np.float64)
+    if head is not None and head.kind == "sigmoid":
+        return (1 - HARD_VOTE_REST) * answers_of(head, probabilities) + HARD_VOTE_REST / 2
     classes = probabilities.shape[1]
     return (1 - HARD_VOTE_REST) * np.eye(classes)[probabilities.argmax(axis=1)] + HARD_VOTE_REST / classes
 
 
+def _sureness(probabilities: Floats, head: Head | None) -> Floats:
+    """[N], the largest probability of each image; of a sigmoid head [N, C], that of each label's yes and no."""
+    if head is not None and head.kind == "sigmoid":
+        return np.maximum(probabilities, 1 - probabilities)
+    return probabilities.max(axis=1)
+
+
 def fit_blend(
-    settings: BlendSettings, labels: Sequence[str], members: Sequence[Floats], truth: npt.NDArray[np.integer[Any]]
+    settings: BlendSettings,
+    labels: Sequence[str],
+    members: Sequence[Floats],
+    truth: npt.NDArray[np.integer[Any]] | Values,
+    *,
+    task: Task | None = None,
 ) -> Blend:
-    """The combination that ``settings`` ask for; 'oof' and 'score' look at ``members`` (float [N, C] each) and ``truth``."""
+    """The combination that ``settings`` ask for; 'oof' and 'score' look at ``members`` (float [N, C] each) and ``truth``.
+
+    ``truth``: classes, int [N]; of several heads, ``task``, values, float32 [N, V], and ``members`` are [N, D] each.
+    """
     given, override = settings.given_weights(), settings.override_parts()
-    rows = np.arange(len(truth))
     if given is not None:
         weights = np.array(given)
     elif settings.weights == "equal" or not len(truth):
         weights = np.ones(len(members))
     elif settings.weights == "score":
-        weights = np.array([(member.argmax(axis=1) == truth).mean() for member in members])
+        weights = np.array([_score(member, truth, task) for member in members])
         weights = weights if weights.sum() > 0 else np.ones(len(members))
-    else:
+    elif task is None:
+        rows = np.arange(len(truth))
         weights = mixture_weights(np.stack([_votes(member, settings.vote)[rows, truth] for member in members]))
+    else:
+        weights = mixture_weights(*_likelihoods(settings.vote, members, truth, task))
     return Blend(
         weights=tuple(float(weight) for weight in weights / weights.sum()),
         vote=settings.vote,
         override=None if override is None else (list(labels).index(override[0]), override[1]),
+        task=task,
     )
 
 
-def mixture_weights(likelihoods: Floats) -> npt.NDArray[np.float64]:
+def _score(probabilities: Floats, truth: npt.NDArray[Any], task: Task | None) -> float:
+    """The accuracy; of several heads the mean over those of classes, of the labels that are known."""
+    if task is None:
+        return float((probabilities.argmax(axis=1) == truth).mean())
+    shares = []
+    for head, own, values in task.parts(probabilities, truth):
+        known = ~np.isnan(values)
+        if head.kind != "regression" and known.any():
+            wanted = values if head.kind == "softmax" else values >= 0.5
+            shares.append((answers_of(head, own) == wanted)[known].mean())
+    return float(np.mean(shares)) if shares else 0.0
+
+
+def _likelihoods(vote: str, members: Sequence[Floats], values: Values, task: Task) -> tuple[Floats, Floats]:
+    """What ``mixture_weights`` takes: the labels that are known, of all heads of classes one after the other.
+
+    A label of a sigmoid head that applies by 0.7 is an event of weight 0.7 and another, that it does not, of 0.3.
+    """
+    found, counts = [np.zeros((len(members), 0))], [np.zeros(0)]
+    for (head, columns), (_, part) in zip(task.columns(), task.slices(), strict=True):
+        truth = values[:, columns].astype(np.float64)
+        known = ~np.isnan(truth)
+        if head.kind == "regression" or not known.any():
+            continue
+        votes = np.stack([_votes(member[:, part], vote, head) for member in members])
+        if head.kind == "softmax":
+            rows = np.flatnonzero(known)
+            found.append(votes[:, rows, truth[rows, 0].astype(np.int64)])
+            counts.append(np.ones(len(rows)))
+        else:
+            found += [votes[:, known], 1 - votes[:, known]]
+            counts += [truth[known], 1 - truth[known]]
+    return np.concatenate(found, axis=1), np.concatenate(counts)
+
+
+def mixture_weights(likelihoods: Floats, counts: Floats | None = None) -> npt.NDArray[np.float64]:
     """The weights w on the simplex that minimise the mean of -log(sum_a w_a p_a), float64 [A].
 
-    ``likelihoods``: [A, N], the probability that each architecture gave to the right class. The loss is convex; these
-    are the EM steps of a mixture whose components stand still (Dempster et al. 1977), the stacking of predictive
-    distributions of Yao et al., 1704.02030.
+    ``likelihoods``: [A, N], the probability that each architecture gave to the right class. ``counts``: [N], how much
+    each one counts in the mean; None: all alike. The loss is convex; these are the EM steps of a mixture whose
+    components stand still (Dempster et al. 1977), the stacking of predictive distributions of Yao et al., 1704.02030.
+    Without anything that counts all weights are equal.
     """
     likelihoods = np.maximum(likelihoods.astype(np.float64), LEAST_LIKELIHOOD)
     weights = np.full(len(likelihoods), 1 / len(likelihoods))
+    if not likelihoods.size or (counts is not None and not counts.sum() > 0):
+        return weights
     for _ in range(EM_STEPS):
         joint = weights[:, None] * likelihoods
-        better = (joint / joint.sum(axis=0)).mean(axis=1)
+        shares = joint / joint.sum(axis=0)
+        better = shares.mean(axis=1) if counts is None else shares @ counts / counts.sum()
         moved = np.abs(better - weights).max()
         weights = better
         if moved < EM_TOLERANCE:
@@ -170,7 +249,9 @@ class Blended:
     overall: Blend
 
     def to_dict(self, settings: BlendSettings, labels: Sequence[str]) -> dict[str, Any]:
-        return {
+        """What ``blend_from_dict`` reads."""
+        heads = {} if self.overall.task is None else {"heads": self.overall.task.to_dict()}
+        return heads | {
             "teachers": list(labels),
             "settings": dataclasses.asdict(settings),
             "weights": list(self.overall.weights),
@@ -178,35 +259,56 @@ class Blended:
         }
 
 
+def blend_from_dict(values: Mapping[str, Any]) -> Blend:
+    """The combination fitted on all folds, from what ``Blended.to_dict`` wrote."""
+    settings = BlendSettings(**values["settings"])
+    override = settings.override_parts()
+    return Blend(
+        weights=tuple(values["weights"]),
+        vote=settings.vote,
+        override=None if override is None else (values["teachers"].index(override[0]), override[1]),
+        task=Task.from_dict(values["heads"]) if "heads" in values else None,
+    )
+
+
 def blend_folds(
-    settings: BlendSettings, results: Mapping[str, Sequence[FoldResult]], label_of: Mapping[str, int]
+    settings: BlendSettings,
+    results: Mapping[str, Sequence[FoldResult]],
+    label_of: Mapping[str, Any],
+    *,
+    task: Task | None = None,
 ) -> Blended:
     """Combine each fold's answers of all architectures, with weights that come from the other folds.
 
-    ``results``: by name, in the order of the weights, each with the same folds. ``label_of``: class of each image id.
-    Raises DataError when the architectures labelled different images.
+    ``results``: by name, in the order of the weights, each with the same folds. ``label_of``: class of each image id; of
+    several heads, ``task``, its values, float32 [V]. Raises DataError when the architectures labelled different images.
     """
     names = list(results)
     folds = [_aligned(names, group) for group in zip(*results.values(), strict=True)]
-    members = [[np.exp(result.log_probs.astype(np.float64)) for result in group] for group in folds]
-    truth = [np.array([label_of[name] for name in group[0].ids.tolist()], np.int64) for group in folds]
+    members = [[_probabilities(result.log_probs, task) for result in group] for group in folds]
+    kind = np.int64 if task is None else np.float32
+    truth = [np.array([label_of[name] for name in group[0].ids.tolist()], kind) for group in folds]
 
     def fit(numbers: Sequence[int]) -> Blend:
         chosen = [np.concatenate([members[number][index] for number in numbers]) for index in range(len(names))]
-        return fit_blend(settings, names, chosen, np.concatenate([truth[number] for number in numbers]))
+        return fit_blend(settings, names, chosen, np.concatenate([truth[number] for number in numbers]), task=task)
 
     everything = range(len(folds))
     blends = [fit([other for other in everything if other != number]) for number in everything]
     combined = [
         dataclasses.replace(
             group[0],
-            log_probs=_log(blend(probabilities)),
+            log_probs=_log(blend(probabilities)) if task is None else scores_from(task, blend(probabilities)),
             architecture="+".join(result.architecture for result in group),
             model_sha256="+".join(result.model_sha256 for result in group),
         )
         for group, probabilities, blend in zip(folds, members, blends, strict=True)
     ]
     return Blended(combined, blends, fit(everything))
+
+
+def _probabilities(scores: npt.NDArray[np.float32], task: Task | None) -> npt.NDArray[np.float64]:
+    return np.exp(scores.astype(np.float64)) if task is None else task.probabilities(scores)
 
 
 def _log(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -26,10 +26,10 @@ from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
 from edgedistill.task_metrics import Scored, summary
-from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds
+from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds, blend_from_dict
 from edgedistill.training.checkpoints import write_model
 from edgedistill.training.fixres import adapt, deployed_spec
-from edgedistill.training.heads import make_task_targets, scores_from, scores_of
+from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
 from edgedistill.training.loop import Job, Validation, open_validation, train
 from edgedistill.training.losses import LossSettings, make_targets
@@ -42,7 +42,7 @@ from edgedistill.training.models import (
     resolve_name,
 )
 from edgedistill.training.optimizers import make_phases
-from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
+from edgedistill.training.predict import BATCH_NORM_IMAGES, reestimate_batch_norm
 from edgedistill.training.processes import alone_in, on_main
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
@@ -52,7 +52,7 @@ from edgedistill.training.settings import (
     refuse_other_settings,
 )
 from edgedistill.training.soft_labels import FoldResult, ids_hash, prove_out_of_fold, write_soft_labels
-from edgedistill.training.views import predict_probabilities, views_of
+from edgedistill.training.views import label_pictures, views_of
 
 FOLD_FORMAT = "edgedistill-teacher-fold"
 OOF_FORMAT = "edgedistill-oof"
@@ -90,12 +90,6 @@ class TeacherSettings(TrainSettings):
     @staticmethod
     def in_own_flags(advice: str) -> str:
         return re.sub(r"--(no-)?(?=[a-z])", r"--\1teacher-", advice)
-
-    def single_label_only(self) -> list[tuple[bool, str]]:
-        return [
-            *super().single_label_only(),
-            (self.soft_label_store != "float32", f"--soft-label-store {self.soft_label_store}"),
-        ]
 
     def checks(self) -> list[tuple[str, bool, str]]:
         return [
@@ -172,9 +166,7 @@ def train_teachers(
     """
     ensemble = ensemble or Ensemble()
     settings.refuse_for(dataset.task)
-    if dataset.task is not None and ensemble.others:
-        raise UsageError("several teachers vote on one label per image, and these images have more; give --teacher one")
-    check_store(parse_store(settings.soft_label_store), len(dataset.class_names))
+    check_store(parse_store(settings.soft_label_store), len(dataset.class_names), dataset.task)
     members = [_Member(ensemble.label, "", settings)]
     members += [_Member(other.label, other.label, other.settings) for other in ensemble.others]
     wanted = _wanted_folds(settings, dataset)
@@ -206,15 +198,7 @@ def _finish(
 def read_blend(run: RunDir) -> Blend | None:
     """The combination of the architectures as fitted on all folds, for images of none; None where there is but one."""
     values = read_json(run.root / "teacher" / "oof.json", format=OOF_FORMAT).get("blend")
-    if values is None:
-        return None
-    settings = BlendSettings(**values["settings"])
-    override = settings.override_parts()
-    return Blend(
-        weights=tuple(values["weights"]),
-        vote=settings.vote,
-        override=None if override is None else (values["teachers"].index(override[0]), override[1]),
-    )
+    return None if values is None else blend_from_dict(values)
 
 
 def _wanted_folds(settings: TeacherSettings, dataset: Dataset) -> list[int]:
@@ -310,7 +294,14 @@ def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
         task=dataset.task,
     )
     held_out = shared.rows[dataset.folds[shared.rows] == fold]
-    log_probs = _log_probs(model, dataset.paths[held_out], shared, title=f"labelling fold {fold + 1}")
+    log_probs = label_pictures(
+        model,
+        dataset.paths[held_out],
+        deployed_spec(settings, shared.spec),
+        tta=settings.tta,
+        task=dataset.task,
+        title=f"labelling fold {fold + 1}",
+    )
     write_array(folder / "held_out_ids.npy", dataset.ids[held_out].astype(str))
     write_array(folder / "held_out.log_probs.npy", log_probs)
     values = {
@@ -325,25 +316,6 @@ def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
     write_json(folder / "fold.json", values, format=FOLD_FORMAT)
     shutil.rmtree(folder / "fixres", ignore_errors=True)
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
-
-
-def _log_probs(
-    model: nn.Module, paths: np.ndarray[Any, Any], shared: _Shared, *, title: str
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32 [N, C] at T=1: of the whole picture, or of the mean over the views of ``tta``; with several heads their
-    scores, [N, D]."""
-    task, settings = shared.dataset.task, shared.member.settings
-    spec = deployed_spec(settings, shared.spec)
-    if settings.tta:
-        views = views_of(settings.tta)
-        probabilities = predict_probabilities(model, paths, spec, views=views, task=task, title=title)
-        if task is not None:
-            return scores_from(task, probabilities)
-        return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    logits = predict_logits(model, paths, spec, title=title)
-    if task is not None:
-        return scores_of(task, logits)
-    return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
 
 
 def _job(shared: _Shared, folder: Path, fold: int) -> Job:
@@ -410,8 +382,9 @@ def _write_labels(ensemble: Ensemble, members: Sequence[_Member], dataset: Datas
         return write_soft_labels(run.soft_labels, dataset, folds, store=store)
     for folds in results.values():
         prove_out_of_fold(dataset, folds)
-    label_of = dict(zip(dataset.ids.tolist(), dataset.labels.tolist(), strict=True))
-    blended = blend_folds(ensemble.blend, results, label_of)
+    truth = dataset.labels.tolist() if dataset.values is None else dataset.values
+    label_of = dict(zip(dataset.ids.tolist(), truth, strict=True))
+    blended = blend_folds(ensemble.blend, results, label_of, task=dataset.task)
     blend = blended.to_dict(ensemble.blend, ensemble.labels)
     rows = {label: _fold_rows(folds, dataset) for label, folds in results.items()}
     _write_quality(run, _fold_rows(blended.folds, dataset), architectures=rows, blend=blend)

@@ -12,10 +12,12 @@ from edgedistill.data.folds import SplitSettings
 from edgedistill.errors import DataError, UsageError
 from edgedistill.metrics import log_loss, softmax
 from edgedistill.pipeline import DataSettings, TeachSettings, parse_teachers, teach
+from edgedistill.tasks import Head, Task
 from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend
-from edgedistill.teacher.ensemble import Blend, blend_folds, fit_blend, mixture_weights
+from edgedistill.teacher.ensemble import Blend, blend_folds, blend_from_dict, fit_blend, mixture_weights
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.evaluation import evaluate_test
+from edgedistill.training.heads import scores_from
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.soft_labels import FoldResult
 from edgedistill.training.views import View, predict_probabilities, views_of
@@ -101,6 +103,132 @@ def test_votes_and_overrides_are_what_they_say():
     assert scored.override == (1, 0.5)
 
 
+def test_a_name_alone_overrides_where_it_is_surer_than_the_others():
+    votes = np.array([[0.6, 0.4, 0.0], [0.1, 0.7, 0.2], [0.3, 0.3, 0.4]])
+    third = np.array([[0.0, 0.39, 0.61], [0.69, 0.31, 0.0], [0.2, 0.4, 0.4]])
+    blend = fit_blend(BlendSettings(weights="1,0", override="b"), "ab", [votes, third], np.zeros(3, np.int64))
+    assert blend.override == (1, None)
+    assert np.array_equal(blend([votes, third]), [third[0], votes[1], votes[2]])
+    # With a weight of its own it is part of what it has to exceed; hard votes are overridden by shares of votes.
+    mixed = Blend((0.5, 0.5), "soft", (1, None))([votes, third])
+    assert np.array_equal(mixed[0], third[0]) and np.array_equal(mixed[1], third[1])
+    assert np.allclose(mixed[2], (votes + third)[2] / 2)  # 0.4 and 0.4: not surer
+    hard = Blend((0.5, 0.5), "hard", (1, None))([votes, third])
+    assert hard[0].argmax() == 2 and hard[0].max() > 0.99
+    assert np.allclose(hard[2], [0, 0.5, 0.5], atol=1e-3)  # 0.4 is less than either's half
+    assert np.allclose(hard[1], Blend((0.0, 1.0), "hard")([votes, third])[1])  # 0.69 beats one vote of two
+
+
+# ---- several heads ----
+
+TASK = Task(
+    (
+        Head("color", "softmax", ("blue", "green", "red")),
+        Head("labels", "sigmoid", ("a", "b")),
+        Head("size", "regression", mean=10.0, std=4.0),
+    )
+)
+FIRST = np.array([[0.6, 0.4, 0.0, 0.9, 0.4, 10.0], [0.2, 0.5, 0.3, 0.2, 0.1, 20.0]])
+SECOND = np.array([[0.1, 0.8, 0.1, 0.3, 0.45, 14.0], [0.1, 0.6, 0.3, 0.7, 0.95, 12.0]])
+
+
+def test_each_head_votes_for_itself():
+    soft = Blend((0.25, 0.75), "soft", task=TASK)([FIRST, SECOND])
+    assert np.allclose(soft, 0.25 * FIRST + 0.75 * SECOND)
+    hard = Blend((0.25, 0.75), "hard", task=TASK)([FIRST, SECOND])
+    assert np.allclose(hard[:, :3], [[0.25, 0.75, 0], [0, 1, 0]], atol=1e-3)
+    assert np.allclose(hard[:, 3:5], [[0.25, 0], [0.75, 0.75]], atol=1e-3)
+    assert np.allclose(hard[:, 5], [13.0, 14.0])  # a value has no first choice: the mean
+    assert np.allclose(hard[:, :3].sum(axis=1), 1) and hard[:, :5].min() > 0 and hard[:, 3:5].max() < 1
+
+
+def test_each_head_is_overridden_for_itself():
+    plain = Blend((0.25, 0.75), "soft", task=TASK)([FIRST, SECOND])
+    sure = Blend((0.25, 0.75), "soft", (0, 0.9), TASK)([FIRST, SECOND])
+    expected = plain.copy()
+    expected[0, 3], expected[1, 4] = 0.9, 0.1  # a label that surely does not apply is a sure answer too
+    assert np.allclose(sure, expected)
+    surer = Blend((0.25, 0.75), "soft", (0, None), TASK)([FIRST, SECOND])
+    expected = plain.copy()
+    expected[0, 3:5] = FIRST[0, 3:5]  # 0.9 against 0.45, 0.4 against 0.4375
+    expected[1, 3:5] = FIRST[1, 3:5]  # 0.2 against 0.575, 0.1 against 0.7375
+    assert np.allclose(surer, expected)
+    both = Blend((0.9, 0.1), "soft", (1, None), TASK)([FIRST, SECOND])
+    assert np.array_equal(both[:, :3], SECOND[:, :3])  # 0.8 against 0.55, 0.6 against 0.51
+    assert np.allclose(both[:, 5], [10.4, 19.2])
+
+
+def heads_of(rng, values, skill):
+    """Probabilities [N, D] of TASK that are right the more often the larger ``skill`` is."""
+    logits = rng.normal(size=(len(values), 6))
+    known = ~np.isnan(values[:, 0])
+    logits[np.flatnonzero(known), values[known, 0].astype(int)] += skill
+    logits[:, 3:5] += skill * (2 * np.nan_to_num(values[:, 1:3], nan=0.5) - 1)
+    logits[:, 5] = (values[:, 3] - 10) / 4 + rng.normal(size=len(values)) / (1 + skill)
+    return TASK.probabilities(logits)
+
+
+def known_values(rng, count):
+    values = np.column_stack([rng.integers(0, 3, count), rng.integers(0, 2, (count, 2)), rng.normal(10, 4, count)])
+    values = values.astype(np.float32)
+    values[::7, 0], values[1::5, 2] = np.nan, np.nan
+    values[2::6, 1] = 0.7
+    return values
+
+
+def test_weights_of_heads_have_the_least_loss_summed_over_them():
+    rng = np.random.default_rng(0)
+    values = known_values(rng, 500)
+    members = [heads_of(rng, values, 1.6), heads_of(rng, values, 1.5), heads_of(rng, values, 0.0)]
+    weights = fit_blend(BlendSettings(), "abc", members, values, task=TASK).weights
+    assert sum(weights) == pytest.approx(1.0)
+    assert weights[2] < 0.1 < min(weights[:2])
+    known = ~np.isnan(values[:, 0])
+
+    def loss(point):
+        mixed = np.tensordot(point, np.stack(members), 1)
+        color = -np.log(mixed[known, values[known, 0].astype(int)]).sum()
+        coins = values[:, 1:3] * np.log(mixed[:, 3:5]) + (1 - values[:, 1:3]) * np.log(1 - mixed[:, 3:5])
+        return color - np.nansum(coins)
+
+    grid = [(a, b, 1 - a - b) for a in np.linspace(0, 1, 21) for b in np.linspace(0, 1, 21) if a + b <= 1]
+    assert loss(weights) <= min(loss(point) for point in grid) + 1e-4
+    scores = fit_blend(BlendSettings(weights="score"), "abc", members, values, task=TASK).weights
+    truth, shares = values[:, 1:3], []
+    for member in members:
+        right = (member[:, :3].argmax(1) == values[:, 0])[known].mean()
+        coins = ((member[:, 3:5] >= 0.5) == (truth >= 0.5))[~np.isnan(truth)].mean()
+        shares.append((right + coins) / 2)
+    assert scores == pytest.approx(np.array(shares) / sum(shares))
+    unknown = np.full_like(values, np.nan)
+    for settings in (BlendSettings(), BlendSettings(weights="score")):
+        assert fit_blend(settings, "abc", members, unknown, task=TASK).weights == pytest.approx([1 / 3] * 3)
+
+
+def test_weights_of_a_folds_heads_do_not_know_its_labels():
+    rng = np.random.default_rng(1)
+    values = known_values(rng, 90)
+    own = {name: heads_of(rng, values, skill) for name, skill in (("a", 2.0), ("b", 1.0))}
+    results = {
+        name: [
+            dataclasses.replace(fold, log_probs=scores_from(TASK, own[name][fold.fold :: 3]))
+            for fold in folds_of(np.full((90, 3), 1 / 3), name)
+        ]
+        for name in own
+    }
+    values_of = {f"im{row:03d}": row_values for row, row_values in enumerate(values)}
+    settings = BlendSettings(override="b:0.95")
+    before = blend_folds(settings, results, values_of, task=TASK)
+    flipped = {name: np.append((values_of[name][:3] + 1) % 2, 0.0) for name in results["a"][1].ids.tolist()}
+    after = blend_folds(settings, results, values_of | flipped, task=TASK)
+    assert np.array_equal(before.folds[1].log_probs, after.folds[1].log_probs)
+    assert before.fold_blends[0].weights != after.fold_blends[0].weights
+    expected = before.fold_blends[1]([own["a"][1::3], own["b"][1::3]])
+    assert np.allclose(TASK.probabilities(before.folds[1].log_probs), expected, atol=1e-5)
+    written = json.loads(json.dumps(before.to_dict(settings, ["a", "b"])))
+    assert blend_from_dict(written) == before.overall and before.overall.task == TASK
+
+
 @pytest.mark.parametrize(
     ("names", "blend", "message"),
     [
@@ -109,9 +237,11 @@ def test_votes_and_overrides_are_what_they_say():
         ("a,b", {"weights": "0.5,nan"}, "expected numbers of 0 or more"),
         ("a,b", {"weights": "1,1,1"}, "3 numbers for 2 teachers"),
         ("a,b", {"vote": "loud"}, "--teacher-vote loud: expected soft or hard"),
-        ("a,b", {"override": "b"}, "expected NAME:THRESHOLD"),
-        ("a,b", {"override": "b:1.5"}, "expected NAME:THRESHOLD"),
+        ("a,b", {"override": "b:"}, "expected NAME, such as swinb, or NAME:THRESHOLD"),
+        ("a,b", {"override": ":0.5"}, "expected NAME, such as swinb, or NAME:THRESHOLD"),
+        ("a,b", {"override": "b:1.5"}, "or NAME:THRESHOLD with a threshold above 0 to 1"),
         ("a,b", {"override": "c:0.9"}, "c is none of the teachers"),
+        ("a,b", {"override": "c"}, "c is none of the teachers"),
         ("a", {"vote": "hard"}, "need several teachers"),
         ("a,a", {}, "--teacher names a twice"),
         ("a,b@x", {}, "expected NAME or NAME@SIZE"),

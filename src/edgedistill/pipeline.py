@@ -226,7 +226,7 @@ def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
     for settings in networks:
         settings.refuse_for(dataset.task)
         if isinstance(settings, TeacherSettings):
-            check_store(parse_store(settings.soft_label_store), len(dataset.class_names))
+            check_store(parse_store(settings.soft_label_store), len(dataset.class_names), dataset.task)
         settings.sampling_weights(dataset.labels[dataset.rows("train")], dataset.class_names)
 
 

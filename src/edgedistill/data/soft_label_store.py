@@ -4,6 +4,9 @@ memory together.
 'float32' and 'float16' store log-probabilities [N, C]. 'top-k:K' stores each image's K most likely classes and the mean
 log-probability of all others, which share the rest of the mass evenly. What a store loses is measured while it is
 written: the Kullback-Leibler divergence of what is read back from what was given.
+
+A sigmoid head has logits, each label a coin of its own: no other label's share can stand in for one that is left out, so
+there is no top-k of them. A regression head has values, one for each image: four bytes that are worth keeping.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy.typing as npt
 
 from edgedistill.artifacts import atomic_path, read_array
 from edgedistill.errors import ArtifactError, UsageError
+from edgedistill.tasks import Head, Task, sigmoid
 
 BLOCK_ROWS = 4096
 LEAST_LOG_PROB = float(np.log(np.finfo(np.float32).tiny))
@@ -48,37 +52,73 @@ def parse_store(text: str) -> StoreKind:
     return StoreKind(name, int(number))
 
 
-def check_store(kind: StoreKind, classes: int) -> None:
-    """Raises UsageError for a 'top-k' that would keep all classes."""
-    if kind.k >= classes:
+def check_store(kind: StoreKind, classes: int, task: Task | None = None) -> None:
+    """Raises UsageError for a 'top-k' that would keep all classes; of several heads, ``task``, all of each head."""
+    if task is None:
+        if kind.k >= classes:
+            raise UsageError(
+                f"--soft-label-store {kind}: the data set has {classes} classes; expected a smaller number, or float16"
+            )
+        return
+    if not kind.k:
+        return
+    softmax = [head for head in task.heads if head.kind == "softmax"]
+    if not softmax:
+        heads = ", ".join(head.name for head in task.heads)
         raise UsageError(
-            f"--soft-label-store {kind}: the data set has {classes} classes; expected a smaller number, or float16"
+            f"--soft-label-store {kind}: keeps the likeliest of classes that exclude each other, and those of {heads} "
+            "each apply or not; give float16"
         )
+    largest = max(softmax, key=lambda head: head.width)
+    if kind.k >= largest.width:
+        raise UsageError(
+            f"--soft-label-store {kind}: the largest head, {largest.name}, has {largest.width} classes; expected a "
+            "smaller number, or float16"
+        )
+
+
+def kind_for(head: Head, kind: StoreKind) -> StoreKind:
+    """How a head of several is stored where ``kind`` is asked for: 'top-k' holds softmax heads of more classes, and
+    'float16' whatever is no value."""
+    fits = {"softmax": kind.k < head.width, "sigmoid": kind.name == "float16", "regression": False}[head.kind]
+    return kind if fits else StoreKind("float32")
 
 
 @dataclass(frozen=True)
 class StoreLoss:
-    """What a store costs, in nats per image, and on how many images it changes the most likely class."""
+    """What a store costs, in nats per image, and on how many images it changes the most likely class (of a sigmoid
+    head: any label)."""
 
     kl_mean: float
     kl_max: float
     top1_changed: int
 
 
+# What a head of each kind stores, and how its file's name ends: HEAD.log_probs.npy.
+SUFFIXES = {"softmax": "log_probs", "sigmoid": "logits", "regression": "values"}
+
+
 def write_store(
-    folder: Path, head: str, blocks: Iterable[LogProbs], *, shape: tuple[int, int], kind: StoreKind
+    folder: Path,
+    head: str,
+    blocks: Iterable[LogProbs],
+    *,
+    shape: tuple[int, int],
+    kind: StoreKind,
+    head_kind: str = "softmax",
 ) -> dict[str, Any]:
     """Write ``blocks`` (float32 [n, C] log-probabilities, N rows in all) and return the head's entry for meta.json.
 
-    Files: HEAD.log_probs.npy, for 'top-k' also HEAD.indices.npy and HEAD.rest.npy. All are whole or absent. Raises
-    ArtifactError on a full disk or when the blocks hold other than ``shape``.
+    ``head_kind``: 'softmax'; the blocks of 'sigmoid' hold logits, those of 'regression' values. Files:
+    HEAD.log_probs.npy (HEAD.logits.npy, HEAD.values.npy), for 'top-k' also HEAD.indices.npy and HEAD.rest.npy. All are
+    whole or absent. Raises ArtifactError on a full disk or when the blocks hold other than ``shape``.
     """
     count, classes = shape
     check_store(kind, classes)
-    columns = _columns(kind, classes)
+    suffix, columns = SUFFIXES[head_kind], _columns(kind, classes)
     start, kl_sum, kl_max, changed = 0, 0.0, 0.0, 0
     with contextlib.ExitStack() as stack:
-        files = {part: stack.enter_context(atomic_path(folder / f"{head}.{part}.npy")) for part in columns}
+        files = {part: stack.enter_context(atomic_path(folder / _file_of(head, part, suffix))) for part in columns}
         offsets = {part: _write_header(files[part], dtype, (count, *tail)) for part, (dtype, tail) in columns.items()}
         for block in blocks:
             if start + len(block) > count or block.shape[1:] != (classes,):
@@ -86,7 +126,7 @@ def write_store(
             parts = _encode(block, kind)
             for part, (dtype, tail) in columns.items():
                 _write_rows(files[part], parts[part].astype(dtype), offsets[part], start, tail)
-            divergence, other = _loss(block, _decode(parts, classes, kind))
+            divergence, other = LOSSES[head_kind](block, _decode(parts, classes, kind))
             kl_sum, kl_max, changed = kl_sum + divergence.sum(), max(kl_max, divergence.max(initial=0)), changed + other
             start += len(block)
         if start != count:
@@ -94,22 +134,24 @@ def write_store(
     for stale in {"indices", "rest"} - columns.keys():
         (folder / f"{head}.{stale}.npy").unlink(missing_ok=True)
     loss = StoreLoss(float(kl_sum / max(1, count)), float(kl_max), int(changed))
-    entry: dict[str, Any] = {"kind": "softmax", "file": f"{head}.log_probs.npy", "temperature": 1.0, "views": 1}
+    entry: dict[str, Any] = {"kind": head_kind, "file": f"{head}.{suffix}.npy", "temperature": 1.0, "views": 1}
     return entry if kind.name == "float32" else entry | {"store": str(kind), "loss": vars(loss)}
 
 
 @dataclass(frozen=True, eq=False)
 class SoftLabelStore:
-    """A head's files, mapped, not loaded. Thread-safe: reading changes nothing."""
+    """A head's files, mapped, not loaded. Thread-safe: reading changes nothing. ``head_kind``: as write_store has it."""
 
     folder: Path
     head: str
     kind: StoreKind
     count: int
     class_count: int
+    head_kind: str = "softmax"
 
     def rows(self, rows: npt.NDArray[np.integer[Any]]) -> LogProbs:
-        """float32 [n, C] log-probabilities of the given rows of the store. Raises ArtifactError for damaged ones."""
+        """float32 [n, C] log-probabilities, logits or values of the given rows of the store. Raises ArtifactError for
+        damaged ones."""
         parts = {part: np.asarray(array[rows]) for part, array in self._arrays().items()}
         return self._checked(_decode(parts, self.class_count, self.kind), parts)
 
@@ -122,7 +164,7 @@ class SoftLabelStore:
         """Mapped anew for each call: pages that were read go when the map does."""
         arrays = {}
         for part, (dtype, tail) in _columns(self.kind, self.class_count).items():
-            path = self.folder / f"{self.head}.{part}.npy"
+            path = self.folder / _file_of(self.head, part, SUFFIXES[self.head_kind])
             array = read_array(path, mmap=True)
             expected = (self.count, *tail)
             if array.shape != expected or array.dtype != dtype:
@@ -133,7 +175,11 @@ class SoftLabelStore:
         return arrays
 
     def _checked(self, decoded: LogProbs, parts: dict[str, npt.NDArray[Any]]) -> LogProbs:
-        path = self.folder / f"{self.head}.log_probs.npy"
+        path = self.folder / f"{self.head}.{SUFFIXES[self.head_kind]}.npy"
+        if self.head_kind != "softmax":
+            if not np.isfinite(decoded).all():
+                raise ArtifactError(f"{path}: holds values that are not finite; make it again")
+            return decoded
         if "indices" in parts and parts["indices"].size and parts["indices"].max() >= self.class_count:
             raise ArtifactError(f"{self.folder / f'{self.head}.indices.npy'}: names classes beyond {self.class_count}")
         sums = np.exp(decoded.astype(np.float64)).sum(axis=1)
@@ -145,7 +191,9 @@ class SoftLabelStore:
         return (decoded - np.log(sums)[:, None]).astype(np.float32)
 
 
-def open_store(folder: Path, head: str, entry: dict[str, Any], *, count: int, class_count: int) -> SoftLabelStore:
+def open_store(
+    folder: Path, head: str, entry: dict[str, Any], *, count: int, class_count: int, head_kind: str = "softmax"
+) -> SoftLabelStore:
     """``entry``: what write_store returned. Raises ArtifactError for an entry of another kind."""
     try:
         kind = parse_store(str(entry.get("store", "float32")))
@@ -155,7 +203,12 @@ def open_store(folder: Path, head: str, entry: dict[str, Any], *, count: int, cl
         ) from error
     if kind.k >= class_count:
         raise ArtifactError(f"{folder / 'meta.json'}: store {kind} of {class_count} classes; train the teachers again")
-    return SoftLabelStore(folder, head, kind, count, class_count)
+    return SoftLabelStore(folder, head, kind, count, class_count, head_kind)
+
+
+def _file_of(head: str, part: str, suffix: str) -> str:
+    """``part``: of ``_columns``; the main one's name says what is in it."""
+    return f"{head}.{suffix if part == 'log_probs' else part}.npy"
 
 
 def _columns(kind: StoreKind, classes: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -172,6 +225,8 @@ def _columns(kind: StoreKind, classes: int) -> dict[str, tuple[Any, tuple[int, .
 
 def _encode(block: LogProbs, kind: StoreKind) -> dict[str, npt.NDArray[Any]]:
     if kind.name != "top-k":
+        if kind.name == "float16":  # it has nothing beyond 65504, and infinity is no label
+            block = np.clip(block, -65504, 65504)
         return {"log_probs": block.astype(kind.name)}
     kept = np.argpartition(-block, kind.k - 1, axis=1)[:, : kind.k]
     kept = np.take_along_axis(kept, np.argsort(-np.take_along_axis(block, kept, axis=1), axis=1, kind="stable"), axis=1)
@@ -200,6 +255,25 @@ def _loss(block: LogProbs, decoded: LogProbs) -> tuple[npt.NDArray[np.float64], 
     got -= np.log(np.exp(got).sum(axis=1, keepdims=True))
     divergence = np.maximum((np.exp(given) * (given - got)).sum(axis=1), 0.0)
     return divergence, int((block.argmax(axis=1) != decoded.argmax(axis=1)).sum())
+
+
+def _loss_of_coins(block: LogProbs, decoded: LogProbs) -> tuple[npt.NDArray[np.float64], int]:
+    """The same for logits: the sum over labels of the divergence between two coins."""
+    given, got = block.astype(np.float64), decoded.astype(np.float64)
+    # log sigmoid(z) = -log(1 + exp(-z)), which logaddexp has without overflow
+    divergence = np.zeros(len(block))
+    for sign in (1, -1):
+        change = np.logaddexp(0, -sign * got) - np.logaddexp(0, -sign * given)
+        divergence += (sigmoid(sign * given) * change).sum(axis=1)
+    return np.maximum(divergence, 0.0), int(((block >= 0) != (decoded >= 0)).any(axis=1).sum())
+
+
+def _no_loss(block: LogProbs, decoded: LogProbs) -> tuple[npt.NDArray[np.float64], int]:
+    """Values are stored as they are."""
+    return np.zeros(len(block)), 0
+
+
+LOSSES = {"softmax": _loss, "sigmoid": _loss_of_coins, "regression": _no_loss}
 
 
 def _write_header(path: Path, dtype: Any, shape: tuple[int, ...]) -> int:

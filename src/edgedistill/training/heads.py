@@ -7,6 +7,7 @@ label is missing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from edgedistill import task_metrics
-from edgedistill.artifacts import read_array, write_array
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.soft_label_store import BLOCK_ROWS, StoreKind, kind_for, open_store, write_store
 from edgedistill.errors import ArtifactError
 from edgedistill.task_metrics import Scored
 from edgedistill.tasks import Floats, Head, Task, Values
 from edgedistill.training.losses import LossSettings, Targets, loss_of
 
-SUFFIXES = {"softmax": "log_probs", "sigmoid": "logits", "regression": "values"}
 SMALLEST = float(np.finfo(np.float32).tiny)
 Scores = npt.NDArray[np.float32]
 
@@ -159,43 +159,40 @@ def validation_metrics(task: Task, logits: Floats, values: Values) -> dict[str, 
 # ---- soft labels on disk ----
 
 
-def head_files(task: Task) -> dict[str, dict[str, Any]]:
-    """The entries of meta.json's heads."""
-    return {
-        head.name: {
-            "kind": head.kind,
-            "file": f"{head.name}.{SUFFIXES[head.kind]}.npy",
-            "classes": list(head.classes),
-            "temperature": 1.0,
-            "views": 1,
-        }
-        for head in task.heads
-    }
+def write_scores(
+    folder: Path, task: Task, blocks: Callable[[], Iterable[Scores]], *, count: int, kind: StoreKind
+) -> dict[str, dict[str, Any]]:
+    """One store for each head, read from ``blocks``: float32 [n, D], ``count`` rows in all, anew for each head.
 
-
-def write_scores(folder: Path, task: Task, scores: Scores) -> None:
-    """One array [N, C] for each head; regression in its own units."""
+    Returns the entries of meta.json's heads. Regression is stored in its own units. ``kind``: as soft_label_store.kind_for
+    has it for each head.
+    """
+    entries = {}
     for head, part in task.slices():
-        own = scores[:, part].astype(np.float64)
-        if head.kind == "regression":
-            own = own * head.std + head.mean
-        write_array(folder / head_files(task)[head.name]["file"], own.astype(np.float32))
+        own = (_stored(head, block[:, part]) for block in blocks())
+        shape, store = (count, head.width), kind_for(head, kind)
+        entry = write_store(folder, head.name, own, shape=shape, kind=store, head_kind=head.kind)
+        entries[head.name] = entry | {"classes": list(head.classes)}
+    return entries
 
 
-def read_scores(folder: Path, dataset: Dataset, count: int) -> Scores:
-    """float32 [count, D]. Raises ArtifactError for arrays that are not those of the data set's task."""
+def _stored(head: Head, scores: Scores) -> Scores:
+    if head.kind != "regression":
+        return scores
+    return (scores.astype(np.float64) * head.std + head.mean).astype(np.float32)
+
+
+def read_scores(folder: Path, dataset: Dataset, count: int, entries: Mapping[str, Any]) -> Scores:
+    """float32 [count, D]; ``entries``: what write_scores returned. Raises ArtifactError for arrays that are not those of
+    the data set's task."""
     task = dataset.task
     if task is None:
         raise ArtifactError(f"{folder}: soft labels of several heads, but the data set has one label per image")
-    parts = []
-    for head in task.heads:
-        path = folder / head_files(task)[head.name]["file"]
-        own = read_array(path)
-        if own.shape != (count, head.width) or own.dtype != np.float32 or not np.isfinite(own).all():
-            raise ArtifactError(
-                f"{path}: {own.dtype} {own.shape}, expected finite float32 {(count, head.width)}; make it again"
-            )
-        if head.kind == "softmax" and not np.all(np.abs(np.exp(own.astype(np.float64)).sum(axis=1) - 1) < 1e-3):
-            raise ArtifactError(f"{path}: rows are not log-probabilities (their exponentials do not sum to 1)")
-        parts.append((own - head.mean) / head.std if head.kind == "regression" else own)
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    scores = np.empty((count, task.width), np.float32)
+    for head, part in task.slices():
+        entry = dict(entries.get(head.name, {}))
+        store = open_store(folder, head.name, entry, count=count, class_count=head.width, head_kind=head.kind)
+        for start, block in zip(range(0, count, BLOCK_ROWS), store.blocks(BLOCK_ROWS), strict=True):
+            own = (block - head.mean) / head.std if head.kind == "regression" else block
+            scores[start : start + BLOCK_ROWS, part] = own
+    return scores

@@ -20,7 +20,7 @@ from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.data.manifest import Dataset
 from edgedistill.data.soft_label_store import BLOCK_ROWS, SoftLabelStore, open_store, parse_store, write_store
 from edgedistill.errors import ArtifactError, DataError
-from edgedistill.training.heads import head_files, read_scores, write_scores
+from edgedistill.training.heads import read_scores, write_scores
 
 SOFT_LABELS_FORMAT = "edgedistill-soft-labels"
 HEAD = "label"
@@ -113,7 +113,8 @@ def write_soft_labels(
     blend: Mapping[str, Any] | None = None,
     store: str = "float32",
 ) -> Path:
-    """Prove, then write meta.json, ids.npy, fold.npy and label.log_probs.npy [N, C]; meta.json comes last.
+    """Prove, then write meta.json, ids.npy, fold.npy and label.log_probs.npy [N, C], of several heads each one's own
+    array; meta.json comes last.
 
     ``teachers``: what meta.json says of them, where ``results`` combine several (by ``blend``). ``store``: 'float32',
     'float16' or 'top-k:N' (see data.soft_label_store); what the smaller ones lose is measured, noted in meta.json and
@@ -124,16 +125,16 @@ def write_soft_labels(
     ids = np.concatenate([result.ids for result in results])
     folds = np.concatenate([np.full(len(result.ids), result.fold, np.int16) for result in results])
     order = np.argsort(ids, kind="stable")
-    blocks = _gathered([result.log_probs for result in results], order)
+    parts, kind = [result.log_probs for result in results], parse_store(store)
     write_array(folder / "ids.npy", ids[order].astype(str))
     write_array(folder / "fold.npy", folds[order])
     if dataset.task is None:
         shape = (len(ids), len(dataset.class_names))
-        heads = {HEAD: write_store(folder, HEAD, blocks, shape=shape, kind=parse_store(store))}
-        _say_what_is_lost(heads[HEAD], store, len(ids))
+        heads = {HEAD: write_store(folder, HEAD, _gathered(parts, order), shape=shape, kind=kind)}
     else:
-        write_scores(folder, dataset.task, np.concatenate(list(blocks)))
-        heads = head_files(dataset.task)
+        heads = write_scores(folder, dataset.task, lambda: _gathered(parts, order), count=len(ids), kind=kind)
+    for name, entry in heads.items():
+        _say_what_is_lost(entry, "" if dataset.task is None else f" of {name}", len(ids))
     write_json(
         folder / "meta.json",
         {
@@ -149,12 +150,12 @@ def write_soft_labels(
     return folder
 
 
-def _say_what_is_lost(entry: Mapping[str, Any], store: str, count: int) -> None:
+def _say_what_is_lost(entry: Mapping[str, Any], whose: str, count: int) -> None:
     if "loss" in entry:
         loss = entry["loss"]
         console.note(
-            f"soft labels stored as {store}: {loss['kl_mean']:.2g} nats lost on average (at most {loss['kl_max']:.2g}), "
-            f"another first choice for {loss['top1_changed']} of {count} images"
+            f"soft labels{whose} stored as {entry['store']}: {loss['kl_mean']:.2g} nats lost on average (at most "
+            f"{loss['kl_max']:.2g}), another first choice for {loss['top1_changed']} of {count} images"
         )
 
 
@@ -205,9 +206,9 @@ def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
     """
     joined = np.full((len(dataset), len(dataset.outputs)), np.nan, np.float32)
     if dataset.task is not None:
-        _, row_of = _matched(folder, dataset)
+        meta, row_of = _matched(folder, dataset)
         train = dataset.rows("train")
-        joined[train] = read_scores(folder, dataset, len(train))[row_of[train]]
+        joined[train] = read_scores(folder, dataset, len(train), meta.get("heads", {}))[row_of[train]]
         return joined
     for rows, block in open_soft_labels(folder, dataset).blocks():
         joined[rows] = block

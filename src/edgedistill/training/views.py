@@ -6,11 +6,13 @@ at a higher resolution, so that every view has the size that the network was mad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from edgedistill import console
@@ -18,7 +20,8 @@ from edgedistill.errors import UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import softmax
 from edgedistill.tasks import Task
-from edgedistill.training.predict import PathLike, decoded_batches, predict_pixels
+from edgedistill.training.heads import SMALLEST, Scores, scores_from, scores_of
+from edgedistill.training.predict import PathLike, decoded_batches, predict_logits, predict_pixels
 
 CROP_ZOOM = 256 / 224
 
@@ -56,6 +59,31 @@ def views_of(tta: str) -> tuple[View, ...]:
     return tuple(dict.fromkeys(views))
 
 
+def label_pictures(
+    model: nn.Module,
+    paths: Sequence[PathLike] | npt.NDArray[np.str_],
+    spec: InputSpec,
+    *,
+    tta: str = "",
+    task: Task | None = None,
+    title: str = "",
+) -> Scores:
+    """What a teacher says of images, as soft labels store it: float32 [N, C] log-probabilities at T=1, of the whole
+    picture or of the mean over the views of ``tta``; of several heads, ``task``, their scores [N, D] (heads.scores_of).
+
+    Raises ImageError that names the damaged file.
+    """
+    if tta:
+        probabilities = predict_probabilities(model, paths, spec, views=views_of(tta), task=task, title=title)
+        if task is not None:
+            return scores_from(task, probabilities)
+        return np.log(np.maximum(probabilities, np.float32(SMALLEST)))
+    logits = predict_logits(model, paths, spec, title=title)
+    if task is not None:
+        return scores_of(task, logits)
+    return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
+
+
 def predict_probabilities(
     model: nn.Module,
     paths: Sequence[PathLike] | npt.NDArray[np.str_],
@@ -72,25 +100,49 @@ def predict_probabilities(
 
     Raises ImageError that names the damaged file.
     """
-    zooms = sorted({view.zoom for view in views})
-    streams = [decoded_batches(paths, _zoomed(spec, zoom), batch_size=batch_size) for zoom in zooms]
-    answer = softmax if task is None else task.probabilities
+    zooms = zooms_of(views)
+    streams = [decoded_batches(paths, zoomed(spec, zoom), batch_size=batch_size) for zoom in zooms]
+    probabilities = softmax if task is None else task.probabilities
+
+    def answer(pixels: ImageU8) -> npt.NDArray[np.float64]:
+        return probabilities(predict_pixels(model, pixels, spec, batch_size=batch_size), temperature)
+
     answers: list[npt.NDArray[np.float32]] = []
     with console.progress(title, len(paths) if title else 0) as bar:
         for pictures in zip(*streams, strict=True):
-            pictures_of = dict(zip(zooms, pictures, strict=True))
-            total = np.zeros(())
-            for view in views:
-                pixels = _seen(pictures_of[view.zoom], view, spec)
-                total = total + answer(predict_pixels(model, pixels, spec, batch_size=batch_size), temperature)
-            answers.append((total / len(views)).astype(np.float32))
-            bar.update(bar.task_ids[0], advance=len(total) if title else 0)
+            mean = mean_over_views(answer, dict(zip(zooms, pictures, strict=True)), spec, views=views)
+            answers.append(mean.astype(np.float32))
+            bar.update(bar.task_ids[0], advance=len(mean) if title else 0)
     if not answers:
         return predict_pixels(model, np.zeros((0, spec.height, spec.width, 3), np.uint8), spec, batch_size=batch_size)
     return np.concatenate(answers)
 
 
-def _zoomed(spec: InputSpec, zoom: float) -> InputSpec:
+def mean_over_views(
+    answer: Callable[[ImageU8], npt.NDArray[np.float64]],
+    pictures: Mapping[float, ImageU8],
+    spec: InputSpec,
+    *,
+    views: Sequence[View],
+) -> npt.NDArray[np.float64]:
+    """The mean of ``answer`` over ``views``: for networks of any kind, and pictures that are decoded already.
+
+    ``answer``: uint8 [N, H, W, 3] BGR at the size of ``spec`` -> probabilities float64 [N, D]. ``pictures``: the same N
+    images for each of ``zooms_of(views)``, decoded for ``zoomed(spec, zoom)``.
+    """
+    total: npt.NDArray[Any] = np.zeros(())
+    for view in views:
+        total = total + answer(_seen(pictures[view.zoom], view, spec))
+    return total / len(views)
+
+
+def zooms_of(views: Sequence[View]) -> list[float]:
+    """The sizes at which an image is decoded for ``views``, ascending: 1 is the network's own."""
+    return sorted({view.zoom for view in views})
+
+
+def zoomed(spec: InputSpec, zoom: float) -> InputSpec:
+    """The deployable transform at ``zoom`` times the network's size."""
     return spec.resized(round(spec.height * zoom), round(spec.width * zoom))
 
 

@@ -137,7 +137,7 @@ def _votes(probabilities: Floats, vote: str, head: Head | None = None) -> npt.ND
     if vote == "soft" or (head is not None and head.kind == "regression"):
         return probabilities.astype(np.float64)
     if head is not None and head.kind == "sigmoid":
-        return (1 - HARD_VOTE_REST) * answers_of(head, probabilities) + HARD_VOTE_REST / 2
+        return (1 - HARD_VOTE_REST) * answers_of(head, probabilities).astype(np.float64) + HARD_VOTE_REST / 2
     classes = probabilities.shape[1]
     return (1 - HARD_VOTE_REST) * np.eye(classes)[probabilities.argmax(axis=1)] + HARD_VOTE_REST / classes
 
@@ -195,7 +195,7 @@ def _score(probabilities: Floats, truth: npt.NDArray[Any], task: Task | None) ->
     return float(np.mean(shares)) if shares else 0.0
 
 
-def _likelihoods(vote: str, members: Sequence[Floats], values: Values, task: Task) -> tuple[Floats, Floats]:
+def _likelihoods(vote: str, members: Sequence[Floats], values: npt.NDArray[Any], task: Task) -> tuple[Floats, Floats]:
     """What ``mixture_weights`` takes: the labels that are known, of all heads of classes one after the other.
 
     A label of a sigmoid head that applies by 0.7 is an event of weight 0.7 and another, that it does not, of 0.3.

@@ -6,7 +6,9 @@ import csv
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,23 +19,26 @@ from sklearn.metrics import average_precision_score, f1_score
 from typer.testing import CliRunner
 
 from edgedistill import task_metrics
-from edgedistill.artifacts import RunDir, read_array, read_json
+from edgedistill.artifacts import RunDir, read_array, read_json, write_array
 from edgedistill.cli import app
 from edgedistill.data.manifest import Dataset, read_dataset
+from edgedistill.data.soft_label_store import check_store, parse_store
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.report import write_report
 from edgedistill.runtime import Classifier
 from edgedistill.student import StudentSettings
 from edgedistill.task_metrics import Scored
 from edgedistill.tasks import Head, Task, sigmoid, softmax
+from edgedistill.teacher import read_blend
 from edgedistill.training.checkpoints import read_model
-from edgedistill.training.heads import make_task_targets, scores_from, scores_of, task_loss
+from edgedistill.training.heads import make_task_targets, read_scores, scores_from, scores_of, task_loss, write_scores
 from edgedistill.training.losses import LossSettings, make_targets
 from edgedistill.training.losses import loss_of as one_head_loss
 from edgedistill.training.mixing import Mixing, mix
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.settings import TrainSettings
 from edgedistill.training.soft_labels import read_soft_labels
+from edgedistill.training.views import label_pictures, predict_probabilities, views_of
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 COLORS = {"blue": (220, 60, 40), "green": (40, 200, 40), "red": (40, 40, 220)}
@@ -41,6 +46,11 @@ OPTIONS = (
     "--teacher resnet10t --student resnet10t --teacher-weights none --student-weights none --folds 2 --image-size 32"
     " --teacher-epochs 2 --epochs 4 --extra-epochs 1 --batch-size 8 --teacher-batch-size 8 --test-fraction 0.25"
     " --no-baseline --workers 0 --cutmix 0.1 --optimizer adamw --device cpu"
+).split()
+ATTRIBUTES = "--label-columns color,shape --regression size --missing-labels ignore".split()
+TEACHING = (
+    "--teacher resnet10t --teacher-weights none --folds 2 --teacher-image-size 32 --teacher-batch-size 8"
+    " --test-fraction 0.25 --workers 0 --device cpu"
 ).split()
 TASK = Task(
     (
@@ -88,8 +98,7 @@ def call(*arguments: str | Path) -> None:
 def attributes(photos_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished, exported run with two attributes and a value."""
     out = tmp_path_factory.mktemp("runs") / "attributes"
-    labels = ["--label-columns", "color,shape", "--regression", "size", "--missing-labels", "ignore"]
-    call("distill", "--data", photos_csv, "--out", out, *labels, *OPTIONS)
+    call("distill", "--data", photos_csv, "--out", out, *ATTRIBUTES, *OPTIONS)
     call("export-openvino", out / "model.pt", "--int8", "off")
     return out
 
@@ -360,20 +369,106 @@ def test_the_report_shows_each_head(attributes: Path, many: Path) -> None:
         assert "could not be understood" not in page
 
 
-def test_several_views_weights_and_a_larger_size_go_with_attributes(photos_csv: Path, tmp_path: Path) -> None:
-    labels = ["--label-columns", "color,shape", "--regression", "size", "--missing-labels", "ignore"]
+@pytest.fixture(scope="module")
+def voted(photos_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Two architectures, of which one overrides, two views each, and what else goes with attributes: a larger size for
+    testing, class weights, float16."""
+    out = tmp_path_factory.mktemp("runs") / "voted"
     options = (
-        "--tta flip --class-weights inverse --no-balanced --test-size 40 --epochs 1 --teacher-test-size 40".split()
-    )
-    call("distill", "--data", photos_csv, "--out", tmp_path / "run", *labels, *OPTIONS, *options)
+        "--tta flip --class-weights inverse --no-balanced --test-size 40 --epochs 1 --teacher-test-size 40"
+        " --teacher resnet10t,test_efficientnet --teacher-override test_efficientnet --soft-label-store float16"
+    ).split()
+    call("distill", "--data", photos_csv, "--out", out, *ATTRIBUTES, *OPTIONS, *options)
+    return RunDir(out)
+
+
+def test_the_labels_of_attributes_are_the_blend_of_their_teachers_views(voted: RunDir) -> None:
+    dataset = dataset_of(voted.root)
+    task, blend = dataset.task, read_blend(voted)
+    assert task is not None and blend is not None and blend.task == task and blend.override == (1, None)
+    oof = read_json(voted.root / "teacher" / "oof.json", format="edgedistill-oof")
+    assert [item["label"] for item in oof["architectures"]] == ["resnet10t", "test_efficientnet"]
+    assert all(0 < item["all"]["heads"]["color"]["accuracy"] <= 1 for item in oof["architectures"])
+    held_out, members = np.flatnonzero(dataset.folds == 1), []
+    for folder in ("", "test_efficientnet"):
+        loaded = read_model(voted.teacher(1, folder) / "model.pt")
+        paths, spec = dataset.paths[held_out], loaded.input_spec
+        members.append(predict_probabilities(loaded.model, paths, spec, views=views_of("flip"), task=task))
+        scores = label_pictures(loaded.model, paths, spec, tta="flip", task=task)
+        np.testing.assert_allclose(task.probabilities(scores), members[-1], atol=1e-5)
+    fold_weights = tuple(oof["blend"]["fold_weights"][1])
+    expected = replace(blend, weights=fold_weights)(members)
+    stored = read_soft_labels(voted.soft_labels, dataset)
+    np.testing.assert_allclose(task.probabilities(stored[held_out]), expected, atol=2e-3)
+    assert not np.allclose(expected[:, :5], replace(blend, weights=fold_weights, override=None)(members)[:, :5])
+    sizes = read_array(voted.soft_labels / "size.values.npy")
+    assert read_array(voted.soft_labels / "color.log_probs.npy").dtype == np.float16 and sizes.dtype == np.float32
+    entries = json.loads((voted.soft_labels / "meta.json").read_text())["heads"]
+    assert entries["shape"]["store"] == "float16" and "store" not in entries["size"]
+    assert 0 <= entries["color"]["loss"]["kl_mean"] < 1e-4
+
+
+def test_several_teachers_of_attributes_are_evaluated_and_reported(voted: RunDir) -> None:
+    models = evaluation_of(voted.root)["models"]
+    assert isinstance(models, dict)
+    assert {"teacher", "teacher-resnet10t", "teacher-test_efficientnet", "student"} <= models.keys()
+    own = [read_array(voted.evaluation / f"teacher-{name}.probs.npy") for name in ("resnet10t", "test_efficientnet")]
+    blend = read_blend(voted)
+    assert blend is not None
+    np.testing.assert_allclose(read_array(voted.evaluation / "teacher.probs.npy"), blend(own), atol=1e-4)
+    assert read_model(voted.model).input_spec.height == 40
+    assert not (voted.root / "noisy_labels.csv").exists()
+    page = write_report(voted).read_text(encoding="utf-8")
+    assert "Each architecture out of fold" in page and "could not be understood" not in page
+
+
+def test_several_teachers_of_many_labels_vote_by_majority(photos_csv: Path, tmp_path: Path) -> None:
+    options = "--teacher resnet10t,test_efficientnet --teacher-vote hard --teacher-blend 0.4,0.6 --teacher-epochs 1"
+    call("teach", "--data", photos_csv, "--out", tmp_path / "run", "--multi-label", *TEACHING, *options.split())
     run = RunDir(tmp_path / "run")
     dataset = dataset_of(run.root)
-    scores = read_soft_labels(run.soft_labels, dataset)[dataset.rows("train")]
-    assert np.abs(np.exp(scores[:, :3]).sum(axis=1) - 1).max() < 1e-3
-    assert read_model(run.model).input_spec.height == 40
-    assert not (run.root / "noisy_labels.csv").exists()
-    with pytest.raises(UsageError, match="several teachers vote on one label per image"):
-        call("teach", "--data", photos_csv, "--out", tmp_path / "two", *labels, "--teacher", "resnet10t,resnet18")
+    assert dataset.task is not None
+    shares = dataset.task.probabilities(read_soft_labels(run.soft_labels, dataset)[dataset.rows("train")])
+    distance = np.abs(shares[:, :, None] - [0, 0.4, 0.6, 1]).min(axis=2)
+    assert shares.shape[1] == 2 and distance.max() < 2e-3
+
+
+def test_stores_that_no_head_fits_leave_no_run(photos_csv: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UsageError, match="the largest head, color, has 3 classes; expected a smaller number"):
+        call("teach", "--data", photos_csv, "--out", out, *ATTRIBUTES, *TEACHING, "--soft-label-store", "top-k:3")
+    with pytest.raises(
+        UsageError, match="top-k:1: keeps the likeliest of classes that exclude each other, and those of"
+    ):
+        call("teach", "--data", photos_csv, "--out", out, "--multi-label", *TEACHING, "--soft-label-store", "top-k:1")
+    assert not (out / "dataset.csv").exists()
+
+
+@pytest.mark.parametrize("store", ["float32", "float16", "top-k:2"])
+def test_soft_labels_of_heads_are_read_as_written(store: str, tmp_path: Path) -> None:
+    scores = scores_of(TASK, 5 * np.random.default_rng(0).normal(size=(40, 6)))
+    kind = parse_store(store)
+    check_store(kind, 0, TASK)
+    blocks = [scores[:25], scores[25:]]
+    entries = json.loads(json.dumps(write_scores(tmp_path, TASK, lambda: iter(blocks), count=40, kind=kind)))
+    dataset = SimpleNamespace(task=TASK)
+    found = read_scores(tmp_path, dataset, 40, entries)  # type: ignore[arg-type]
+    given, got = TASK.probabilities(scores), TASK.probabilities(found)
+    np.testing.assert_allclose(got[:, 3:], given[:, 3:], atol=5e-3 if store == "float16" else 1e-5)
+    np.testing.assert_allclose(got[:, 5], given[:, 5], rtol=1e-5)  # in full in every store
+    np.testing.assert_allclose(got[:, :3], given[:, :3], atol=5e-3 if store == "float16" else 1e-5)
+    if store == "float16":
+        p, q = (np.stack([probabilities[:, 3:5], 1 - probabilities[:, 3:5]]) for probabilities in (given, got))
+        measured = (p * np.log(p / q)).sum(axis=(0, 2))
+        assert entries["labels"]["loss"]["kl_max"] == pytest.approx(measured.max(), rel=0.02)
+        assert entries["labels"]["loss"]["top1_changed"] == 0
+    else:
+        assert [name for name, entry in entries.items() if "store" in entry] == (["color"] if "top-k" in store else [])
+    damaged = read_array(tmp_path / "labels.logits.npy").copy()
+    damaged[3, 1] = np.nan
+    write_array(tmp_path / "labels.logits.npy", damaged)
+    with pytest.raises(ArtifactError, match=r"labels.logits.npy: holds values that are not finite"):
+        read_scores(tmp_path, dataset, 40, entries)  # type: ignore[arg-type]
 
 
 def test_the_tuner_refuses_several_labels(attributes: Path, many: Path, cli: Cli) -> None:

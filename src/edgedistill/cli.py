@@ -32,7 +32,10 @@ Blend = Annotated[
     str, typer.Option(help="Several teachers' weights: oof (fitted out of fold), score, equal, or 0.45,0.55.")
 ]
 Vote = Annotated[str, typer.Option(help="Several teachers: soft (mean of probabilities) or hard (first choices).")]
-Override = Annotated[str, typer.Option(help="NAME:0.9: that teacher alone answers where it is at least so sure.")]
+Override = Annotated[
+    str,
+    typer.Option(help="NAME: that teacher alone answers where it is surer than the vote; NAME:0.9: at least so sure."),
+]
 TeacherWeights = Annotated[
     str, typer.Option(help="auto, none, a file, or packaged:NAME; with several teachers one for all or one for each.")
 ]

@@ -273,7 +273,7 @@ def _make_int8(export: _Export, model: ov.Model, fused: nn.Module) -> Int8Result
         export.images.calibration,
         val,
         settings.int8_settings,
-        heads=export.network.heads,
+        task=export.network.task,
         trainer=_int8_trainer(export, fused),
     )
     if result.model is not None:

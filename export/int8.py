@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import openvino as ov
 
 from edgedistill.console import note, warn
@@ -32,7 +30,6 @@ from edgedistill.export.int8_quantize import (
 )
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import ImageU8, InputSpec
-from edgedistill.metrics import accuracy, softmax
 from edgedistill.tasks import Task, Values
 
 Int8Mode = Literal["auto", "on", "force", "off"]
@@ -124,26 +121,23 @@ Trainer = Callable[[ov.Model, float], ov.Model]
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """What every attempt is measured against: val pixels and labels, the FP32 network and its answers."""
+    """What every attempt is measured against: val pixels and what is true of them, the FP32 network and its answers."""
 
     model: ov.Model
     spec: InputSpec
     settings: Int8Settings
     calibration: ImageU8
     pixels: ImageU8
-    labels: npt.NDArray[np.int32]
+    values: Values
     reference: ov.CompiledModel
     reference_logits: Logits
     started: float
     trainer: Trainer | None
-    heads: Task | None = None
-    truth: Values | None = None
+    task: Task
 
     def accuracy(self, logits: Logits) -> float:
         """On val; of several heads the joint score."""
-        if self.heads is None or self.truth is None:
-            return accuracy(softmax(logits), self.labels)
-        return self.heads.score(logits, self.truth)
+        return self.task.score(logits, self.values)
 
     @property
     def reference_accuracy(self) -> float:
@@ -151,10 +145,7 @@ class _Bench:
 
     def disagreement(self, logits: Logits) -> float:
         """Share of val images with another answer than FP32's."""
-        task = self.heads
-        if task is None:
-            return float(np.mean(logits.argmax(1) != self.reference_logits.argmax(1)))
-        answers = [task.answers(task.probabilities(one)) for one in (logits, self.reference_logits)]
+        answers = [self.task.answers(self.task.probabilities(one)) for one in (logits, self.reference_logits)]
         return float((answers[0] != answers[1]).any(axis=1).mean())
 
     @property
@@ -193,13 +184,14 @@ def make_int8(
     val: Samples,
     settings: Int8Settings,
     *,
-    heads: Task | None = None,
+    task: Task,
     trainer: Trainer | None = None,
 ) -> Int8Result:
     """Quantise ``model`` (the FP32 IR), measure it on ``val``, and decide.
 
     Where the plain rung is no faster than FP32 the climb ends there: no later one makes a network faster. ``trainer``
-    does the last rung. ``heads``: of a network with several, judged by their joint score. Raises ModelError for a network that NNCF cannot quantise at all.
+    does the last rung. ``task``: what it answers; several heads are judged by their joint score. Raises ModelError for a
+    network that NNCF cannot quantise at all.
     """
     if settings.mode == "off":
         return Int8Result(None, False, "not wanted (--int8 off)", settings=settings)
@@ -218,13 +210,12 @@ def make_int8(
         settings=settings,
         calibration=load_pixels(train.paths, spec),
         pixels=pixels,
-        labels=val.labels,
+        values=val.truth,
         reference=reference,
         reference_logits=ir_logits(reference, pixels, spec),
         started=started,
         trainer=trainer,
-        heads=heads,
-        truth=val.truth,
+        task=task,
     )
     attempts, records = _climb(bench)
     return _decide(bench, attempts, records)
@@ -276,7 +267,7 @@ def _float_layers(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]
         bench.reference_logits[:RANKING_IMAGES],
         bench.spec,
         threads=bench.settings.threads,
-        heads=bench.heads,
+        task=bench.task,
     )
     ranked = [item for item in rank_groups(bench.model, quick, divergence, check=bench.check) if item[2] > 0]
     if not ranked:
@@ -291,15 +282,13 @@ def _float_layers(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]
 
 
 def _accuracy_control(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
-    if bench.heads is not None:
-        raise Skip("accuracy control knows one label per image")
     quantile = _closest(attempts).quantile
     model = control_accuracy(
         bench.model,
         bench.spec,
         bench.calibration,
         val=bench.pixels,
-        metrics=AccuracyMetrics(bench.labels, bench.reference_logits),
+        metrics=AccuracyMetrics(bench.task, bench.values, bench.reference_logits),
         max_drop=bench.settings.max_drop,
         quantile=quantile,
         check=bench.check,
@@ -344,7 +333,7 @@ def _measure(bench: _Bench, attempt: _Attempt) -> _Attempt:
         "top1": top1,
         "drop": top1_f32 - top1,
         "disagreement": bench.disagreement(logits),
-        "kl": kl(bench.reference_logits, logits, bench.heads),
+        "kl": kl(bench.reference_logits, logits, bench.task),
         "speed_ratio": speed["ratio"],
         "speed_ratio_ci95": [speed["ratio_low"], speed["ratio_high"]],
         "speed_ratio_range": [speed["ratio_min"], speed["ratio_max"]],
@@ -375,7 +364,7 @@ def _decide(bench: _Bench, attempts: list[_Attempt], records: list[dict[str, Any
         rungs=tuple(records),
         chosen=kept.name if kept else None,
         calibration_images=len(bench.calibration),
-        val_images=len(bench.labels),
+        val_images=len(bench.values),
         top1_f32=bench.reference_accuracy,
         seconds=round(time.monotonic() - bench.started, 1),
         settings=settings,
@@ -389,7 +378,7 @@ def _reason(bench: _Bench, attempts: list[_Attempt], kept: _Attempt | None) -> s
     if kept is None:
         best = min(attempts, key=lambda attempt: attempt.record["drop"]).record
         reason = (
-            f"accuracy falls by {best['drop']:.4f} on {len(bench.labels)} val images at best ({best['name']}), "
+            f"accuracy falls by {best['drop']:.4f} on {len(bench.values)} val images at best ({best['name']}), "
             f"limit {settings.max_drop:g}"
         )
         if len(attempts) == 1 and not attempts[0].faster and not settings.regardless_of_speed:

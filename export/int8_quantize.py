@@ -18,8 +18,7 @@ from edgedistill.errors import ModelError
 from edgedistill.export.inference import Logits, compile_ir, ir_logits
 from edgedistill.export.quiet import quiet_nncf
 from edgedistill.images import ImageU8, InputSpec, normalize
-from edgedistill.metrics import softmax
-from edgedistill.tasks import Task
+from edgedistill.tasks import Task, Values
 
 os.environ.setdefault("NNCF_CI", "1")  # or it sends usage statistics; read once, when it is imported
 import nncf
@@ -119,21 +118,23 @@ def control_accuracy(
 
 
 class AccuracyMetrics:
-    """What accuracy control is told: accuracy on all of val, and on a part of it what ranks layers.
+    """What accuracy control is told: accuracy on all of val (of several heads the joint score), and on a part of it what
+    ranks layers.
 
-    Where val is small a layer changes the top-1 of a handful of images or of none, so layers are ranked by how close
-    the probabilities stay to FP32's: minus KL, in nats. ``labels``: int [N]; ``reference``: FP32's logits [N, C].
+    Where val is small a layer changes the answers for a handful of images or for none, so layers are ranked by how close
+    the probabilities stay to FP32's: minus KL, in nats. ``values``: float32 [N, V], what is true; ``reference``: FP32's
+    logits [N, C].
     """
 
-    def __init__(self, labels: np.ndarray[Any, Any], reference: Logits) -> None:
-        self.labels, self.reference = labels, reference
-        self.by_kl = len(labels) < SMALL_VAL
+    def __init__(self, task: Task, values: Values, reference: Logits) -> None:
+        self.task, self.values, self.reference = task, values, reference
+        self.by_kl = len(values) < SMALL_VAL
 
     def of(self, rows: np.ndarray[Any, Any], logits: Logits) -> tuple[float, list[float]]:
         """(the metric, its value for each image); higher is better. ``logits``: of the images ``rows``."""
-        right = (logits.argmax(1) == self.labels[rows]).astype(np.float64)
-        values = -kl_per_image(self.reference[rows], logits) if self.by_kl else right
-        metric = right.mean() if len(rows) == len(self.labels) else values.mean()
+        right = self.task.right(self.task.probabilities(logits), self.values[rows]).astype(np.float64)
+        values = -self.task.divergence(self.reference[rows], logits) if self.by_kl else right
+        metric = right.mean() if len(rows) == len(self.values) else values.mean()
         return float(metric), values.tolist()
 
 
@@ -152,16 +153,9 @@ def _advanced(*, correct_bias: bool, quantile: bool) -> Any:
     return parameters
 
 
-def kl_per_image(reference: Logits, logits: Logits) -> np.ndarray[Any, Any]:
-    """KL(reference || other) of each image in nats, float64 [N]."""
-    p, q = (np.clip(softmax(values), 1e-12, 1.0) for values in (reference, logits))
-    return np.sum(p * (np.log(p) - np.log(q)), axis=1)
-
-
-def kl(reference: Logits, logits: Logits, heads: Task | None = None) -> float:
+def kl(reference: Logits, logits: Logits, task: Task) -> float:
     """Mean over images of KL(reference || other) in nats; with several heads their sum."""
-    values = kl_per_image(reference, logits) if heads is None else heads.divergence(reference, logits)
-    return float(np.mean(values))
+    return float(np.mean(task.divergence(reference, logits)))
 
 
 def float_layer_count(quantised: ov.Model) -> int:
@@ -251,12 +245,10 @@ def with_float(quantised: ov.Model, original: ov.Model, names: Sequence[str]) ->
     return copy
 
 
-def divergence_on(
-    pixels: ImageU8, reference: Logits, spec: InputSpec, *, threads: int | None, heads: Task | None = None
-) -> Any:
+def divergence_on(pixels: ImageU8, reference: Logits, spec: InputSpec, *, task: Task, threads: int | None) -> Any:
     """A function from a network to its mean KL from ``reference`` on these images."""
 
     def of(model: ov.Model) -> float:
-        return kl(reference, ir_logits(compile_ir(model, threads=threads), pixels, spec), heads)
+        return kl(reference, ir_logits(compile_ir(model, threads=threads), pixels, spec), task)
 
     return of

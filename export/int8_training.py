@@ -235,8 +235,8 @@ def prove(
     spec = training.network.spec
     pixels = load_pixels(training.lesson.samples.thinned(PROOF_IMAGES).paths, spec)
     expected = ir_logits(compile_ir(with_weights(pattern, converted), threads=training.threads), pixels, spec)
-    apart = kl(expected, torch_logits(simulation.model.eval(), pixels, spec))
-    quantisation = kl(expected, torch_logits(module, pixels, spec))
+    apart = kl(expected, torch_logits(simulation.model.eval(), pixels, spec), training.network.task)
+    quantisation = kl(expected, torch_logits(module, pixels, spec), training.network.task)
     if not apart <= max(PROOF_SHARE * quantisation, 1e-5):
         unknown = f"; not found in torch: {', '.join(simulation.unknown[:3])}" if simulation.unknown else ""
         raise Skip(

@@ -37,9 +37,19 @@ from edgedistill.export.int8_quantize import (
 from edgedistill.export.network import random_images
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Head, Task, sigmoid
 from edgedistill.training.models import create_model
 
 SPEC = InputSpec(32, 32)
+TASK = Task.single(("a", "b", "c", "d"))
+# The same four outputs as two classes, a label that may apply and a value beside them.
+HEADS = Task(
+    (
+        Head("shade", "softmax", ("dark", "light")),
+        Head("labels", "sigmoid", ("spot",)),
+        Head("size", "regression", mean=5.0, std=2.0),
+    )
+)
 SETTINGS = Int8Settings(threads=1, timing_rounds=1, timing_seconds=0.001)
 
 
@@ -143,7 +153,9 @@ def staged(
 
 
 def run(model: ov.Model, samples: Samples, *, trainer: Any = None, **changes: Any) -> Int8Result:
-    return make_int8(model, SPEC, samples, samples, dataclasses.replace(SETTINGS, **changes), trainer=trainer)
+    return make_int8(
+        model, SPEC, samples, samples, dataclasses.replace(SETTINGS, **changes), task=TASK, trainer=trainer
+    )
 
 
 def test_fast_and_accurate_is_shipped_at_once(
@@ -281,7 +293,7 @@ def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("mode", "count"), [("off", 24), ("auto", 0), ("on", 3)])
 def test_without_images_there_is_no_int8(model: ov.Model, samples: Samples, mode: Any, count: int) -> None:
     few = Samples("train", samples.ids[:count], samples.paths[:count], samples.labels[:count])
-    result = make_int8(model, SPEC, few, samples, dataclasses.replace(SETTINGS, mode=mode))
+    result = make_int8(model, SPEC, few, samples, dataclasses.replace(SETTINGS, mode=mode), task=TASK)
     assert result.model is None and not result.shipped and not result.rungs and result.reason
 
 
@@ -318,7 +330,7 @@ def test_the_layer_that_quantisation_ruins_is_ranked_first(model: ov.Model, samp
     layer = next(op for op in ruined.get_ops() if op.get_friendly_name() == name)
     layer.input(1).replace_source_output(opset8.negative(layer.input_value(1)).output(0))
     reference = ir_logits(compile_ir(model, threads=1), pixels, SPEC)
-    divergence = divergence_on(pixels, reference, SPEC, threads=1)
+    divergence = divergence_on(pixels, reference, SPEC, task=TASK, threads=1)
     ranked = rank_groups(model, ruined, divergence)
     assert ranked[0][0] == "blocks.2" and ranked[0][2] > 10 * abs(ranked[1][2])
     assert {group for group, _, _ in ranked} >= {GATES, "first convolution", "classifier", "blocks.0", "blocks.1"}
@@ -328,13 +340,13 @@ def test_the_layer_that_quantisation_ruins_is_ranked_first(model: ov.Model, samp
 def test_accuracy_control_is_told_accuracy_and_ranks_by_kl(model: ov.Model, samples: Samples) -> None:
     pixels = load_pixels(samples.paths, SPEC)
     reference = ir_logits(compile_ir(model, threads=1), pixels, SPEC)
-    metrics = AccuracyMetrics(samples.labels, reference)
+    metrics = AccuracyMetrics(TASK, samples.truth, reference)
     rows = np.arange(len(reference))
     wrong = -reference
     assert metrics.of(rows, reference)[0] == 1.0 and metrics.of(rows, wrong)[0] < 1.0
     part, values = metrics.of(rows[:5], wrong[:5])
-    assert part == pytest.approx(-kl(reference[:5], wrong[:5])) and len(values) == 5
-    many = AccuracyMetrics(np.tile(samples.labels, 50), np.tile(reference, (50, 1)))
+    assert part == pytest.approx(-kl(reference[:5], wrong[:5], TASK)) and len(values) == 5
+    many = AccuracyMetrics(TASK, np.tile(samples.truth, (50, 1)), np.tile(reference, (50, 1)))
     assert many.of(rows[:5], reference[:5])[0] == 1.0, "a large val ranks by accuracy itself"
 
 
@@ -342,9 +354,48 @@ def test_accuracy_control_ends_within_the_budget(model: ov.Model, samples: Sampl
     """NNCF's own loop, for real: FP32's own answers are the labels, so no drop at all is allowed."""
     pixels = load_pixels(samples.paths, SPEC)
     reference = ir_logits(compile_ir(model, threads=1), pixels, SPEC)
-    metrics = AccuracyMetrics(samples.labels, reference)
+    metrics = AccuracyMetrics(TASK, samples.truth, reference)
     found = control_accuracy(model, SPEC, pixels, val=pixels, metrics=metrics, max_drop=0.0, quantile=False)
     assert (ir_logits(compile_ir(found, threads=1), pixels, SPEC).argmax(1) == samples.labels).all()
+
+
+def test_accuracy_control_of_several_heads_is_told_their_joint_score(model: ov.Model, samples: Samples) -> None:
+    """What a head gets wrong counts, what is not known does not; layers are ranked by the heads' KL added up."""
+    pixels = load_pixels(samples.paths, SPEC)
+    reference = ir_logits(compile_ir(model, threads=1), pixels, SPEC)
+    truth = np.concatenate([HEADS.answers(HEADS.probabilities(reference)), reference[:, 3:]], axis=1)
+    truth = truth.astype(np.float32)
+    wrong, rows = reference.copy(), np.arange(len(reference))
+    wrong[:6, 2] *= -1
+    assert AccuracyMetrics(HEADS, truth, reference).of(rows, wrong)[0] == pytest.approx(1 - 6 / len(rows))
+    unknown = truth.copy()
+    unknown[:2, 1] = np.nan
+    metrics = AccuracyMetrics(HEADS, unknown, reference)
+    assert metrics.of(rows, wrong)[0] == pytest.approx(1 - 4 / len(rows))
+    part, values = metrics.of(rows[:8], wrong[:8])
+    p, q = sigmoid(reference[:6, 2]), sigmoid(wrong[:6, 2])
+    expected = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    np.testing.assert_allclose(values, [*-expected, 0, 0], atol=1e-6)
+    assert part == pytest.approx(np.mean(values)) and part < 0
+
+
+def test_the_ladder_ends_within_the_joint_budget_of_several_heads(
+    model: ov.Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP32's own answers are the truth. The first rungs turn them round, so NNCF's own loop has to answer, for real."""
+    pixels = load_pixels(samples.paths, SPEC)
+    reference = ir_logits(compile_ir(model, threads=1), pixels, SPEC)
+    truth = np.concatenate([HEADS.answers(HEADS.probabilities(reference)), reference[:, 3:]], axis=1)
+    told = dataclasses.replace(samples, values=truth.astype(np.float32))
+    staged(monkeypatch, cured_by="nothing")
+    monkeypatch.setattr(int8, "control_accuracy", control_accuracy)
+    settings = dataclasses.replace(SETTINGS, max_drop=0.0, max_rung="accuracy-control")
+    found = make_int8(model, SPEC, told, told, settings, task=HEADS)
+    assert found.rungs[-1]["rung"] == "accuracy-control"
+    assert found.chosen == "NNCF accuracy control" and found.top1_f32 == 1.0 and found.rungs[-1]["drop"] == 0.0
+    assert found.model is not None
+    answers = ir_logits(compile_ir(found.model, threads=1), pixels, SPEC)
+    assert HEADS.score(answers, told.truth) == 1.0
 
 
 def test_suspects_of_a_mobilenet_are_stem_gates_and_classifier() -> None:

@@ -24,6 +24,7 @@ from edgedistill.export.int8_training import Int8Training, Lesson, find_lesson, 
 from edgedistill.export.network import Network
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
 from edgedistill.training.losses import LossSettings
 from edgedistill.training.settings import TrainSettings
 
@@ -230,4 +231,5 @@ def test_a_network_from_elsewhere_has_no_lesson(network: Network, samples: Sampl
 
 def test_kl_is_zero_for_equal_answers_only() -> None:
     logits = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    assert kl(logits, logits + 1) == pytest.approx(0, abs=1e-6) and kl(logits, -logits) > 0.1
+    task = Task.single(CLASSES)
+    assert kl(logits, logits + 1, task) == pytest.approx(0, abs=1e-6) and kl(logits, -logits, task) > 0.1

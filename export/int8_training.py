@@ -38,10 +38,12 @@ from edgedistill.export.int8_quantize import QUANTIZABLE, kl
 from edgedistill.export.network import Network
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
 from edgedistill.training.depthwise import quick_depthwise
+from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.loop import Job, train
-from edgedistill.training.losses import LossSettings, Targets, make_targets
+from edgedistill.training.losses import HardLoss, LossSettings, Targets, make_targets
 from edgedistill.training.optimizers import Phase
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device
@@ -59,23 +61,31 @@ MODULE = "__module."
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What the student learned from. ``labels``: int32 [N]; ``soft_log_probs``: float32 [N, C] at T=1, or None for a
-    student of labels alone."""
+    """What the student learned from. ``task``: its heads. ``soft``: float32 [N, D], log-probabilities at T=1, with several
+    heads their scores (see heads.scores_of); None for a student of labels alone. ``drawn``: int32 [N], what
+    balanced sampling draws equally often; of one label per image an index into ``class_names``."""
 
     samples: Samples
-    class_count: int
-    soft_log_probs: npt.NDArray[np.float32] | None
+    task: Task
+    soft: npt.NDArray[np.float32] | None
     settings: TrainSettings
     loss: LossSettings
+    drawn: npt.NDArray[np.int32]
+    class_names: tuple[str, ...]
+
+    @property
+    def heads(self) -> Task | None:
+        """None where every image has one label."""
+        return None if self.task.is_single else self.task
 
     def targets(self) -> Targets:
-        return make_targets(
-            self.samples.labels,
-            self.class_count,
-            soft_log_probs=self.soft_log_probs,
-            temperature=self.loss.temperature,
-            label_smoothing=self.settings.label_smoothing,
-        )
+        how: dict[str, float] = {
+            "temperature": self.loss.temperature,
+            "label_smoothing": self.settings.label_smoothing,
+        }
+        if self.heads is not None:
+            return make_task_targets(self.heads, self.samples.truth, soft_scores=self.soft, **how)
+        return make_targets(self.samples.labels, self.task.width, soft_log_probs=self.soft, **how)
 
 
 def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
@@ -83,8 +93,6 @@ def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
 
     ``train``: the train images as they lie on this machine. Raises Skip where settings or soft labels are not at hand.
     """
-    if network.heads is not None:
-        raise Skip("training with quantisation knows one label per image")
     saved = dict(network.settings)
     if not saved:
         raise Skip("the network was not trained here, so there are neither its settings nor its soft labels")
@@ -103,11 +111,18 @@ def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
             saved.get("loss", "ce"),
             float(saved.get("soft_weight", 0.0)) if distilled else 0.0,
             float(saved.get("soft_temperature", 1.0)),
-            settings.loss_against(train.labels, len(network.classes)),
+            _hard_loss(settings, network, train),
         )
     except (EdgedistillError, TypeError, ValueError) as error:
         raise Skip(f"the training cannot be taken up: {error}") from error
-    return Lesson(train, len(network.classes), soft, settings, loss)
+    drawn = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[rows]
+    return Lesson(train, network.task, soft, settings, loss, drawn, dataset.class_names)
+
+
+def _hard_loss(settings: TrainSettings, network: Network, train: Samples) -> HardLoss:
+    if network.heads is not None:
+        return settings.loss_against_heads(network.heads, train.truth)
+    return settings.loss_against(train.labels, len(network.classes))
 
 
 def _soft_labels_folder(run: Path) -> Path:
@@ -183,14 +198,14 @@ def _job(training: Int8Training, folder: Path, rows: npt.NDArray[np.int64], *, e
         checkpoint_minutes=1e6,
         tensorboard=False,
     )
-    labels = lesson.samples.labels[rows]
+    labels = lesson.drawn[rows]
     draw = Draw(
         rows=np.arange(len(rows)),
         labels=labels,
         batch_size=settings.batch_size,
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "int8 training"),
-        weights=settings.sampling_weights(labels, training.network.classes),
+        weights=settings.sampling_weights(labels, lesson.class_names),
     )
     paths = np.array([str(lesson.samples.paths[row]) for row in rows])
     return Job(
@@ -204,6 +219,7 @@ def _job(training: Int8Training, folder: Path, rows: npt.NDArray[np.int64], *, e
         loss=lesson.loss,
         spec=spec,
         augment=settings.augmentation(spec),
+        task=lesson.heads,
     )
 
 

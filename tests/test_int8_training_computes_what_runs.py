@@ -24,7 +24,7 @@ from edgedistill.export.int8_training import Int8Training, Lesson, find_lesson, 
 from edgedistill.export.network import Network
 from edgedistill.export.samples import Samples, load_pixels
 from edgedistill.images import InputSpec
-from edgedistill.tasks import Task
+from edgedistill.tasks import Head, Task
 from edgedistill.training.losses import LossSettings
 from edgedistill.training.settings import TrainSettings
 
@@ -112,7 +112,8 @@ def lesson(samples: Samples, **changes: Any) -> Lesson:
         augment="none",
     )
     soft = np.log(np.full((len(samples), 3), 1 / 3, np.float32))
-    return Lesson(samples, 3, soft, dataclasses.replace(settings, **changes), LossSettings("ce", 0.2, 1.0))
+    settings, loss = dataclasses.replace(settings, **changes), LossSettings("ce", 0.2, 1.0)
+    return Lesson(samples, Task.single(CLASSES), soft, settings, loss, samples.labels, CLASSES)
 
 
 def ranges(model: ov.Model) -> list[list[float]]:
@@ -181,6 +182,29 @@ def test_training_ends_in_the_same_graph_with_other_weights(
         for name, model in (("before", pattern), ("after", trained))
     }
     assert accuracy["after"] > accuracy["before"] + 0.1
+
+
+def test_every_head_is_trained(fused: nn.Module, pattern: ov.Model, samples: Samples, tmp_path: Path) -> None:
+    """A class and a label that may apply, on the same three outputs; of a quarter of the images nothing is known."""
+    task = Task((Head("blue", "softmax", ("no", "yes")), Head("labels", "sigmoid", ("red",))))
+    values = np.stack([samples.labels == 0, samples.labels == 2], axis=1).astype(np.float32)
+    values[::4] = np.nan
+    told = dataclasses.replace(samples, values=values)
+    network = Network(fused, "net", task.outputs, SPEC, 1.0, "", "", heads=task)
+    scores = np.full((len(samples), 3), 0.5, np.float32)
+    taught = dataclasses.replace(lesson(told, lr=1.0), task=task, soft=scores)
+    targets = taught.targets()
+    assert targets.hard[1, 2] == float(samples.labels[1] == 2) and torch.isnan(targets.hard[0]).all()
+    torch.testing.assert_close(targets.soft[1], torch.tensor([0.5, 0.5, torch.sigmoid(torch.tensor(0.5))]))
+    trained = Int8Training(fused, network, taught, epochs=8, folder=tmp_path, threads=1)(pattern, 600.0)
+    pixels, known = load_pixels(samples.paths, SPEC), ~np.isnan(values[:, 0])
+    shares = {}
+    for name, model in (("before", pattern), ("after", trained)):
+        logits = ir_logits(compile_ir(model, threads=1), pixels, SPEC)
+        shares[name] = (task.answers(task.probabilities(logits)) == values)[known].mean(axis=0)
+    often = np.maximum(values[known].mean(axis=0), 1 - values[known].mean(axis=0))
+    assert (shares["after"] > np.maximum(shares["before"], often) - 0.02).all(), "no head may pay for the other"
+    assert shares["after"].sum() > shares["before"].sum() + 0.1
 
 
 def test_a_network_that_torch_does_not_mirror_is_not_trained(

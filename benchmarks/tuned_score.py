@@ -34,11 +34,12 @@ from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.score import score
 from edgedistill.benchmarks.target import BASE, OWN
 from edgedistill.benchmarks.timing import CandidateError, Spread, Worker, WorkerCase, interleave
-from edgedistill.benchmarks.tuner.cascade import metric_of
 from edgedistill.benchmarks.tuner.space import PRECISIONS, Host, Student
 from edgedistill.benchmarks.tuner.students import find_students
+from edgedistill.benchmarks.tuner.truth import Answers, Truth, predicted_answers
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
-from edgedistill.data.manifest import Dataset, read_dataset
+from edgedistill.benchmarks.tuner.valset import truth_of
+from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.runtime import Bundle, Engine
 from edgedistill.runtime.bundle import (
@@ -51,6 +52,7 @@ from edgedistill.runtime.bundle import (
     stage_precisions,
     write_deploy,
 )
+from edgedistill.tasks import Task
 
 FORMAT = "edgedistill-tuned-score"
 MARGIN = 0.03
@@ -159,14 +161,14 @@ def slow_stage(name: str, deploy: Path, students: Sequence[Student], folder: Pat
     return Contender(f"{name}: its slow stage alone", "slow-stage", path, sized)
 
 
-def answers(deploy: Path, paths: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(answers, stages), int64 [N] each, of the whole runtime."""
+def answers(deploy: Path, paths: Sequence[str], task: Task) -> tuple[Answers, npt.NDArray[np.int64]]:
+    """(answers int64 [N, A], stages int64 [N]) of the whole runtime."""
     with Engine(Bundle.load(deploy), cache_dir=False) as engine:
         predictions = list(engine.map(paths))
     bad = next((one.error for one in predictions if one.error is not None), None)
     if bad is not None:
         raise ModelError(bad)
-    return np.array([one.index for one in predictions]), np.array([one.stage for one in predictions])
+    return predicted_answers(task, predictions), np.array([one.stage for one in predictions])
 
 
 def speeds(
@@ -228,16 +230,15 @@ class Judged:
 def judge(
     contenders: Sequence[Contender],
     rates: dict[str, list[float]],
-    dataset: Dataset,
+    paths: Sequence[str],
+    truth: Truth,
     *,
     metric: str,
     w: float,
     fps_target: float,
 ) -> list[Judged]:
-    """Every contender on every test image. ONNX Runtime and the naive program get the answers of the FP32 IR that they
+    """Every contender on every test image with a known label. ONNX Runtime and the naive program get the answers of the FP32 IR that they
     run, which the export's certificate holds equal to it. ``metric``: 'accuracy' or 'macro-f1'."""
-    rows = dataset.rows("test")
-    paths, labels = [str(path) for path in dataset.paths[rows]], dataset.labels[rows]
     seen: dict[str, tuple[float, float, list[float]]] = {}
     judged = []
     for one in contenders:
@@ -245,26 +246,22 @@ def judge(
         precision = deployed_precision(config.throughput, len(config.stages))
         key = repr((config.stages, precision))
         if key not in seen:
-            found, stage = answers(one.deploy, paths)
+            found, stage = answers(one.deploy, paths, truth.task)
             shares = [float(np.mean(stage == number)) for number in range(len(config.stages))]
-            seen[key] = (*measured(found, labels, len(dataset.class_names), metric), shares)
+            seen[key] = (*measured(found, truth, metric), shares)
         value, margin, shares = seen[key]
         fps = Spread.of(rates[one.name])
         judged.append(Judged(one, precision, value, margin, shares, fps, score(value, fps.median, fps_target, w)))
     return judged
 
 
-def measured(
-    found: npt.NDArray[np.int64], labels: npt.NDArray[np.integer[Any]], classes: int, metric: str
-) -> tuple[float, float]:
-    """(metric, half of its 95% interval over images) of answers int [N]."""
-    labels = labels.astype(np.int64)
-    value = metric_of(found, labels, classes, metric)
+def measured(found: Answers, truth: Truth, metric: str) -> tuple[float, float]:
+    """(metric, half of its 95% interval over images) of answers int [N, A]."""
+    value, count = truth.metric(found, metric), len(truth)
     if metric == "accuracy":
-        return value, Z * math.sqrt(value * (1 - value) / len(labels))
-    rng = np.random.default_rng(0)
-    drawn = (rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES))
-    return value, Z * float(np.std([metric_of(found[rows], labels[rows], classes, metric) for rows in drawn]))
+        return value, Z * math.sqrt(value * (1 - value) / count)
+    rng, of_rows = np.random.default_rng(0), truth.scorer(found, metric)
+    return value, Z * float(np.std([of_rows(rng.integers(0, count, count)) for _ in range(RESAMPLES)]))
 
 
 def figures(judged: Sequence[Judged], records: dict[str, dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -345,11 +342,13 @@ def main() -> int:
         contenders += [one for student in students for one in fixed_settings(student, folder, host)]
         f32 = next(one.deploy for one in contenders if one.kind == "fixed")  # of the first student
         contenders.append(Contender(NAIVE, "naive", f32, students[0], "latency", BASE))
-        test = [str(path) for path in dataset.paths[dataset.rows("test")]]
+        judged_rows, truth = truth_of(dataset, "test", students[0].task)
+        test = [str(path) for path in dataset.paths[judged_rows]]
         fed = [test[row] for row in np.random.default_rng(0).permutation(len(test))[:FED_IMAGES]]
         rates = speeds(contenders, fed, rounds=options.rounds, seconds=options.seconds, threads=host.cores)
         fps_target = objective["fps_target"] or NAIVE_TIMES * Spread.of(rates[NAIVE]).median
-        judged = judge(contenders, rates, dataset, metric=objective["metric"], w=objective["w"], fps_target=fps_target)
+        weighed = {"metric": objective["metric"], "w": objective["w"], "fps_target": fps_target}
+        judged = judge(contenders, rates, test, truth, **weighed)
     promised = figures(judged, records, len(test))
     record = {
         "machine": machine,

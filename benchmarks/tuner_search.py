@@ -34,18 +34,18 @@ from edgedistill.benchmarks.command import exit_with, module_command, module_par
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.timing import Slice
-from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
+from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve
 from edgedistill.benchmarks.tuner.heats import between_heats, polish
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case, still_held
 from edgedistill.benchmarks.tuner.search import Search
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving, servings
 from edgedistill.benchmarks.tuner.students import find_students
+from edgedistill.benchmarks.tuner.truth import Answers, Truth, answers_of
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.benchmarks.tuner.valset import open_val
 from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import DecodeMode
-from edgedistill.metrics import fit_temperature
 
 FORMAT = "edgedistill-tuner-search"
 STABLE, STABLE_SHARE = 0.01, 0.95
@@ -82,12 +82,12 @@ class Costs:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A space whose true figures are known. ``logits``: float32 [N, C] of each variant; ``fps``: of each variant that has
+    """A space whose true figures are known. ``logits``: float32 [N, D] of each variant; ``fps``: of each variant that has
     one, served as the runtime does unasked; ``gains``: of each student, what another serving multiplies it by."""
 
     students: tuple[Student, ...]
     host: Host
-    labels: npt.NDArray[np.int32]
+    truth: Truth
     objective: Objective
     logits: dict[Variant, npt.NDArray[np.float32]]
     fps: dict[Variant, float]
@@ -97,18 +97,19 @@ class Table:
 
     @cached_property
     def temperatures(self) -> dict[Variant, float]:
-        return {variant: fit_temperature(logits, self.labels) for variant, logits in self.logits.items()}
+        return {variant: self.truth.fit_temperature(logits) for variant, logits in self.logits.items()}
 
-    def answers(self, deployment: Deployment) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(answers, stage), int64 [N] each."""
-        first = deployment.stages[0]
+    def answers(self, deployment: Deployment) -> tuple[Answers, npt.NDArray[np.int64]]:
+        """(answers int64 [N, A], stage int64 [N])."""
+        first, task = deployment.stages[0], self.truth.task
         if len(deployment.stages) == 1:
-            answers = self.logits[first].argmax(axis=1)
-            return answers, np.zeros(len(answers), np.int64)
+            return answers_of(task, self.logits[first], self.temperatures[first]), np.zeros(len(self.truth), np.int64)
+        last = deployment.stages[1]
         return cascade_answers(
             self.logits[first],
-            self.logits[deployment.stages[1]],
-            temperature=self.temperatures[first],
+            self.logits[last],
+            task,
+            temperatures=(self.temperatures[first], self.temperatures[last]),
             threshold=deployment.exit_threshold or 0.0,
         )
 
@@ -124,7 +125,7 @@ class Table:
 
     def true_value(self, deployment: Deployment) -> float:
         answers, _ = self.answers(deployment)
-        metric = metric_of(answers, self.labels, len(self.students[0].labels), self.objective.metric)
+        metric = self.truth.metric(answers, self.objective.metric)
         return self.objective.value(metric, self.true_fps(deployment))
 
     def at(self, level: float) -> Table:
@@ -144,8 +145,8 @@ class Table:
         curve = exit_curve(
             self.logits[fast],
             self.logits[slow],
-            self.labels,
-            temperature=self.temperatures[fast],
+            self.truth,
+            temperatures=(self.temperatures[fast], self.temperatures[slow]),
             metric=self.objective.metric,
         ).thinned(CURVE_POINTS)
         seconds = [1 / self.stage_fps(fast, way) + curve.passed_on / self.stage_fps(slow, way) for way in ways]
@@ -181,14 +182,14 @@ def read_table(folders: Sequence[Path]) -> Table:
     logits = {}
     for row in records[0]["variants"]:
         variant = Variant(row["student"], row["variant"].split()[1], (row["size"][0], row["size"][1]))
-        kept = journals[0].kept_logits(f"{variant.key}, reduced", (len(val.labels), len(students[0].labels)))
+        kept = journals[0].kept_logits(f"{variant.key}, reduced", (len(val), val.truth.task.width))
         if kept is not None:
             logits[variant] = kept
     goal = {key: objective[key] for key in ("w", "fps_target", "metric", "scope")}
     heats = [heat for journal in journals for heat in recorded_heats(journal.rows)]
     fps, gains = speeds_of(heats, students, host, list(logits))
     logits = {variant: logits[variant] for variant in fps}  # what no tuning had the time to measure cannot be replayed
-    return Table(students, host, val.labels, Objective(**goal), logits, fps, gains, noise_of(heats), costs_of(journals))
+    return Table(students, host, val.truth, Objective(**goal), logits, fps, gains, noise_of(heats), costs_of(journals))
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,7 +330,7 @@ class ReplayBench:
         self._luck = {label: float(self.rng.normal(0, self.table.noise.heat)) for label in sorted(labels)}
         yield [_Replayed(self, case) for case in cases]
 
-    def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def answers(self, case: Case) -> tuple[Answers, npt.NDArray[np.int64]]:
         return self.table.answers(case.deployment)
 
     def shared_decoding(self, fast: Variant, slow: Variant, decode: DecodeMode) -> float:
@@ -465,7 +466,7 @@ def searched(table: Table, name: str, *, minutes: float, seed: int) -> Deploymen
         search = Search(
             students=table.students,
             host=table.host,
-            labels=table.labels,
+            truth=table.truth,
             objective=table.objective,
             bench=bench,
             journal=Journal(Path(folder), {}, resume=False, clock=bench.clock),

@@ -3,7 +3,8 @@
 OUT/stages/NAME/     FP32 IR, INT8 where accuracy allows, certificate of each candidate
 OUT/deploy.json      the first candidate in FP32: the folder works before it is tuned
 OUT/candidates.json  their names and hashes, what they were trained on
-OUT/val.csv          id, path, label, sha256 of the val images; val-images.txt: their paths, for rsync --files-from
+OUT/val.csv          id, path, label, sha256 of the val images, and a column for each head where they have more than one
+                     label; val-images.txt: their paths, for rsync --files-from
 OUT/val/             the images themselves, with ``with_images`` or where they are members of shards
 """
 
@@ -147,12 +148,12 @@ def _write_val(val: ValSet, folder: Path) -> Path:
     """val.csv and val-images.txt; returns the folder that their paths are relative to."""
     parents = {str(path.parent.absolute()) for path in val.paths}
     root = Path(os.path.commonpath(sorted(parents)))
-    labels = Bundle.load(folder).labels
-    rows = [
-        (id, path.absolute().relative_to(root).as_posix(), labels[label], sha256_file(path))
-        for id, path, label in zip(val.ids, val.paths, val.labels.tolist(), strict=True)
-    ]
-    write_val(folder, rows)
+    rows = []
+    for row, (id, path, cells) in enumerate(zip(val.ids, val.paths, val.cells, strict=True)):
+        label = val.truth.task.joint_label(val.truth.values[row])
+        more = () if val.truth.task.is_single else cells
+        rows.append((id, path.absolute().relative_to(root).as_posix(), label, sha256_file(path), *more))
+    write_val(folder, rows, columns=val.columns)
     return root
 
 

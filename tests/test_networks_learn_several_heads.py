@@ -20,10 +20,17 @@ from typer.testing import CliRunner
 
 from edgedistill import task_metrics
 from edgedistill.artifacts import RunDir, read_array, read_json, write_array
+from edgedistill.benchmarks.tuner import valset
+from edgedistill.benchmarks.tuner.students import find_students
+from edgedistill.benchmarks.tuner.valset import open_val
 from edgedistill.cli import app
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.data.soft_label_store import check_store, parse_store
 from edgedistill.errors import ArtifactError, DataError, UsageError
+from edgedistill.export.int8_training import find_lesson
+from edgedistill.export.network import load_network
+from edgedistill.export.prepare import PrepareSettings, prepare_candidates
+from edgedistill.export.samples import find_images
 from edgedistill.report import write_report
 from edgedistill.runtime import Classifier
 from edgedistill.student import StudentSettings
@@ -471,10 +478,33 @@ def test_soft_labels_of_heads_are_read_as_written(store: str, tmp_path: Path) ->
         read_scores(tmp_path, dataset, 40, entries)  # type: ignore[arg-type]
 
 
-def test_the_tuner_refuses_several_labels(attributes: Path, many: Path, cli: Cli) -> None:
-    for run in (attributes, many):
-        result = cli("tune", run / "openvino", "--fps-target", "100", check=False)
-        assert result.returncode == 2 and "several labels per image" in result.stderr
+def test_candidates_are_prepared_with_every_head_of_val(
+    attributes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(valset, "FEWEST", 5)
+    settings = PrepareSettings((attributes,), tmp_path / "bundle", with_images=True, int8=False)
+    folder = prepare_candidates(settings)
+    header = next(csv.reader((folder / "val.csv").open(encoding="utf-8")))
+    assert header == ["id", "path", "label", "sha256", "softmax:color", "softmax:shape", "regression@0.1:size"]
+    students, dataset = find_students([folder]), dataset_of(attributes)
+    val, rows = open_val(students, None), dataset.rows("val")
+    assert students[0].task == read_model(attributes / "model.pt").task and dataset.values is not None
+    assert list(val.ids) == dataset.ids[rows].tolist()
+    np.testing.assert_array_equal(val.truth.values, dataset.values[rows])
+    assert all(path.is_relative_to(folder / "val") for path in val.paths)
+
+
+def test_int8_is_trained_on_what_the_student_learned(many: Path) -> None:
+    network, manifest = load_network(many / "model.pt", image_size=None), many / "dataset.csv"
+    train = find_images(network, manifest=manifest, data=None).calibration
+    lesson = find_lesson(network, manifest, train)
+    dataset = dataset_of(many)
+    rows, targets = dataset.rows("train"), lesson.targets()
+    assert dataset.values is not None and lesson.loss.name == "kl" and lesson.loss.soft_weight > 0
+    np.testing.assert_array_equal(targets.hard.numpy(), dataset.values[rows])
+    stored = read_soft_labels(many / "soft_labels", dataset)[rows]
+    np.testing.assert_allclose(targets.soft.numpy(), sigmoid(stored, lesson.loss.temperature), atol=1e-6)
+    np.testing.assert_array_equal(lesson.drawn, dataset.sampling_labels[rows])
 
 
 def test_a_run_of_other_label_columns_is_not_resumed(attributes: Path, photos_csv: Path, cli: Cli) -> None:

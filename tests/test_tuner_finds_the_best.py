@@ -20,7 +20,7 @@ import pytest
 from edgedistill.artifacts import read_jsonl
 from edgedistill.benchmarks.score import Objective, score
 from edgedistill.benchmarks.timing import CandidateError, Slice, percentiles_ms
-from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
+from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve
 from edgedistill.benchmarks.tuner.chance import Rival, closest_rival, metric_margin, optimism
 from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
 from edgedistill.benchmarks.tuner.journal import Journal
@@ -36,6 +36,7 @@ from edgedistill.benchmarks.tuner.space import (
     servings,
     variants_of,
 )
+from edgedistill.benchmarks.tuner.truth import Truth
 from edgedistill.benchmarks.tuner.tune import finish, host_notes, pareto
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.images import DecodeMode, InputSpec
@@ -60,6 +61,8 @@ def student(name: str) -> Student:
 
 
 STUDENTS = [student("small"), student("large")]
+TRUTH = Truth.single(LABELS, STUDENTS[0].labels)
+TASK = TRUTH.task
 TARGET = Objective(fps_target=2500.0)
 
 
@@ -87,8 +90,9 @@ def true_fps(deployment: Deployment) -> float:
     passed_on = 0.0
     if len(stages) == 2:
         fast, slow = (simulated_logits(stage) for stage in stages)
-        temperature = fit_temperature(fast, LABELS)
-        _, stage = cascade_answers(fast, slow, temperature=temperature, threshold=deployment.exit_threshold or 0.0)
+        temperatures = fit_temperature(fast, LABELS), 1.0
+        threshold = deployment.exit_threshold or 0.0
+        _, stage = cascade_answers(fast, slow, TASK, temperatures=temperatures, threshold=threshold)
         passed_on = float(stage.mean())
     cost = seconds(stages[0]) + passed_on * (seconds(stages[1]) if len(stages) == 2 else 0.0)
     serving = BATCH_SPEED[deployment.serving.batch]
@@ -144,10 +148,11 @@ class SimulatedBench:
     def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         found = [simulated_logits(stage) for stage in case.deployment.stages]
         if len(found) == 1:
-            answers, stage = found[0].argmax(axis=1), np.zeros(IMAGES, np.int64)
+            answers, stage = found[0].argmax(axis=1)[:, None], np.zeros(IMAGES, np.int64)
         else:
+            first, last = case.temperatures
             answers, stage = cascade_answers(
-                *found, temperature=case.temperatures[0], threshold=case.deployment.exit_threshold or 0.0
+                *found, TASK, temperatures=(first, last), threshold=case.deployment.exit_threshold or 0.0
             )
         return ((answers + 1) % CLASSES if self.wrong_accuracy else answers), stage
 
@@ -184,7 +189,7 @@ def search(folder: Path, bench: SimulatedBench, *, resume: bool = False, **chang
     values: dict[str, Any] = {
         "students": STUDENTS,
         "host": HOST,
-        "labels": LABELS,
+        "truth": TRUTH,
         "objective": TARGET,
         "bench": bench,
         "journal": Journal(folder, {"what": "simulation"}, resume=resume, clock=bench.clock),
@@ -205,16 +210,15 @@ def exhaustive_best(found: Search, *, level: float = 1.0) -> float:
     best = 0.0
     variants = [v for one in STUDENTS for v in variants_of(one, HOST)]
     logits = {variant: simulated_logits(variant) for variant in variants}
-    accuracy = {v: metric_of(logits[v].argmax(axis=1), LABELS, CLASSES, "accuracy") for v in variants}
+    accuracy = {v: TRUTH.metric(logits[v].argmax(axis=1)[:, None], "accuracy") for v in variants}
     for variant, serving in itertools.product(variants, servings(HOST)):
         fps = level * true_fps(Deployment((variant,), serving))
         best = max(best, found.objective.value(accuracy[variant], fps))
     for fast, slow in itertools.permutations(variants, 2):
         if accuracy[slow] <= accuracy[fast]:
             continue
-        curve = exit_curve(
-            logits[fast], logits[slow], LABELS, temperature=fit_temperature(logits[fast], LABELS)
-        ).thinned(32)
+        temperatures = fit_temperature(logits[fast], LABELS), 1.0
+        curve = exit_curve(logits[fast], logits[slow], TRUTH, temperatures=temperatures).thinned(32)
         cost = 1 / true_fps(Deployment((fast,), Serving(2, 2, 2))), 1 / true_fps(Deployment((slow,), Serving(2, 2, 2)))
         # Smoothed: the best single point of a noisy curve is luck, which the search leaves alone on purpose.
         for metric, passed_on in zip(curve.smoothed, curve.passed_on, strict=True):
@@ -304,7 +308,7 @@ def test_accuracy_is_that_of_the_stored_logits(tmp_path: Path) -> None:
     outcome = found.run()
     for deployment in found.measured():
         answers, _ = found.bench.answers(found.case(deployment, "throughput"))
-        assert found.metric(deployment) == pytest.approx(float((answers == LABELS).mean()), abs=1e-12)
+        assert found.metric(deployment) == pytest.approx(float((answers[:, 0] == LABELS).mean()), abs=1e-12)
         fitted = [fit_temperature(simulated_logits(stage), LABELS) for stage in deployment.stages]
         assert found.temperatures(deployment) == pytest.approx(fitted), "temperatures are each student's own, on val"
     singles = {d.stages[0]: found.metric(d) for d in found.measured() if len(d.stages) == 1}
@@ -500,6 +504,17 @@ def test_one_network_is_served_in_the_way_that_measured_best(
     assert len(speeds) > 1 and outcome.chosen.serving.batch == max(speeds, key=speeds.__getitem__)
 
 
+def test_a_network_that_nothing_competes_with_is_served_in_the_best_way(tmp_path: Path) -> None:
+    """No INT8 form, no BF16, no other size: what is left to choose is how it is served."""
+    alone = dataclasses.replace(student("small"), int8_sha256=None)
+    host = dataclasses.replace(HOST, bf16=False)
+    bench = SimulatedBench()
+    found = search(tmp_path, bench, students=[alone], host=host, sizes=(224,), minutes=3.0)
+    outcome = found.run()
+    assert outcome.chosen.stages == found.reference.stages and outcome.chosen.serving == Serving(2, 2, 2)
+    assert finish(found, outcome, bench, found.journal)["reached"]
+
+
 def test_speed_is_not_given_up_for_nothing(tmp_path: Path) -> None:
     """A target out of reach makes all scores tie."""
     found = search(tmp_path, SimulatedBench(noise=0.01), objective=Objective(fps_target=1e7))
@@ -543,7 +558,7 @@ def test_a_rival_that_val_does_not_tell_apart_is_named(tmp_path: Path) -> None:
     assert rival is not None and not rival.told_apart
     names = [{stage.student for stage in d.stages} for d in (outcome.chosen, rival.deployment)]
     assert names[0] != names[1], "of other students"
-    hits = [found.expected_answers(d)[0] == LABELS for d in (outcome.chosen, rival.deployment)]
+    hits = [found.expected_answers(d)[0][:, 0] == LABELS for d in (outcome.chosen, rival.deployment)]
     paired = hits[0].astype(float) - hits[1].astype(float)
     assert rival.behind == pytest.approx(paired.mean())
     # A normal interval of a mean of paired differences; that of two accuracies apart would be far wider.
@@ -583,9 +598,18 @@ def test_the_margin_is_the_metrics_own(tmp_path: Path) -> None:
     margins = {}
     for metric in ("accuracy", "macro-f1"):
         objective = dataclasses.replace(TARGET, metric=metric)
-        found = search(tmp_path / metric, SimulatedBench(), objective=objective, labels=rare, minutes=3.0)
+        found = search(
+            tmp_path / metric,
+            SimulatedBench(),
+            objective=objective,
+            truth=Truth.single(rare, STUDENTS[0].labels),
+            minutes=3.0,
+        )
         outcome = found.run()
-        found.expected_answers = lambda _: (np.where(np.arange(IMAGES) % 25 == 0, 1, 0), np.zeros(IMAGES, np.int64))  # type: ignore[method-assign, assignment]
+        found.expected_answers = lambda _: (
+            np.where(np.arange(IMAGES) % 25 == 0, 1, 0)[:, None],
+            np.zeros(IMAGES, np.int64),
+        )  # type: ignore[method-assign, assignment]
         margins[metric] = metric_margin(found, outcome.chosen)
     assert margins["accuracy"] == pytest.approx(1.96 * np.sqrt(0.98 * 0.02 / IMAGES), rel=0.15)
     assert margins["macro-f1"] > 2 * margins["accuracy"]

@@ -22,6 +22,7 @@ from edgedistill.benchmarks.tuner.heats import polish
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case, deploy_config
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Serving, Student, Variant, default_serving, servings
+from edgedistill.benchmarks.tuner.truth import Truth
 from edgedistill.benchmarks.tuner.tune import incumbent
 from edgedistill.benchmarks.tuner_search import (
     Costs,
@@ -77,7 +78,17 @@ def made_table() -> Table:
     }
     objective = Objective(fps_target=3000.0)
     noise, costs = Noise(0.15, 0.1, REST), Costs(1.5, 2.0, 1.7)
-    return Table(students, HOST, labels, objective, logits, fps, gains_of(batches), noise, costs)
+    return Table(
+        students,
+        HOST,
+        Truth.single(labels, students[0].labels),
+        objective,
+        logits,
+        fps,
+        gains_of(batches),
+        noise,
+        costs,
+    )
 
 
 def gains_of(batches: dict[str, dict[int, float]]) -> dict[str, dict[Serving, float]]:
@@ -125,7 +136,14 @@ def doubling_table() -> Table:
             fps[variant] = speed * faster * (PX / size) ** 0.6
     batches = {name: {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.93, 16: 0.9} for name in ("one", "two", "three", "four")}
     batches[doubles] = {1: 1.0, 2: 1.5, 4: 2.0, 8: 2.4, 16: 2.6}
-    return dataclasses.replace(made, students=students, labels=labels, logits=logits, fps=fps, gains=gains_of(batches))
+    return dataclasses.replace(
+        made,
+        students=students,
+        truth=Truth.single(labels, students[0].labels),
+        logits=logits,
+        fps=fps,
+        gains=gains_of(batches),
+    )
 
 
 def test_a_student_that_pays_in_batches_only_is_found() -> None:
@@ -149,7 +167,7 @@ def unlike_table() -> Table:
         large, int8 = variant.student == "large", variant.precision == "int8"
         margin = (1.4 if large and int8 else 3.2 if large else 1.4) * (0.5 + 0.5 * variant.size[0] / PX) - hardness
         scores = rng.normal(0, 0.25, (IMAGES, CLASSES))
-        scores[np.arange(IMAGES), made.labels] += margin
+        scores[np.arange(IMAGES), made.truth.codes[:, 0]] += margin
         logits[variant] = (3 * scores).astype(np.float32)
         fps[variant] = (300.0 if large else 1000.0) * (3.0 if int8 else 1.0) * (PX / variant.size[0]) ** 0.6
     quiet = Noise(0.0, 0.0, (0.0,))

@@ -27,12 +27,13 @@ from edgedistill.benchmarks.candidates import cascade_record, preparation_us
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.tuned_score import fixed_settings, measured, slow_stage, tunings
 from edgedistill.benchmarks.tuner import TuneSettings, measure, tune, valset
-from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve, metric_of
+from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import RealBench
 from edgedistill.benchmarks.tuner.picture import draw_pareto
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Variant, default_serving
 from edgedistill.benchmarks.tuner.students import BEFORE, find_students
+from edgedistill.benchmarks.tuner.truth import Truth
 from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT, _in_place, _reject_below
 from edgedistill.benchmarks.tuner.valset import open_val, write_val
 from edgedistill.benchmarks.unused_images import write_unused
@@ -467,18 +468,19 @@ def test_every_threshold_of_the_curve_is_what_the_runtime_would_answer() -> None
     fast, slow = rng.normal(0, 1, (200, 4)), rng.normal(0, 1, (200, 4))
     fast[np.arange(200), labels] += 1.0
     slow[np.arange(200), labels] += 2.0
-    temperature = fit_temperature(fast, labels)
+    temperature, truth = fit_temperature(fast, labels), Truth.single(labels, ("a", "b", "c", "d"))
     for metric in ("accuracy", "macro-f1"):
-        curve = exit_curve(fast, slow, labels, temperature=temperature, metric=metric)
+        curve = exit_curve(fast, slow, truth, temperatures=(temperature, 1.0), metric=metric)
         for point in range(0, len(curve), 17):
+            threshold = float(curve.threshold[point])
             answers, stage = cascade_answers(
-                fast, slow, temperature=temperature, threshold=float(curve.threshold[point])
+                fast, slow, truth.task, temperatures=(temperature, 1.0), threshold=threshold
             )
             assert stage.mean() == pytest.approx(curve.passed_on[point])
-            assert metric_of(answers, labels, 4, metric) == pytest.approx(curve.metric[point])
+            assert truth.metric(answers, metric) == pytest.approx(curve.metric[point])
     answers = slow.argmax(axis=1)
     probabilities = np.eye(4)[answers]
-    assert metric_of(answers, labels, 4, "macro-f1") == pytest.approx(macro_f1(probabilities, labels))
+    assert truth.metric(answers[:, None], "macro-f1") == pytest.approx(macro_f1(probabilities, labels))
 
 
 def cascade_bundle(folder: Path, *, threshold: float, slow_px: int = 64) -> Path:
@@ -519,13 +521,16 @@ def test_the_runtime_and_the_stored_logits_agree_on_a_cascade(run: Path, tmp_pat
     stages = (Variant("dull", "f32", (32, 32)), Variant("sharp", "f32", (64, 64)))
     logits = [bench.logits(stage, "reduced") for stage in stages]
     temperature = fit_temperature(logits[0], val.labels)
-    confidence = np.sort(exit_curve(logits[0], logits[1], val.labels, temperature=temperature).threshold)
+    temperatures = (temperature, 1.0)
+    confidence = np.sort(exit_curve(logits[0], logits[1], val.truth, temperatures=temperatures).threshold)
     threshold = float(confidence[len(confidence) // 2])
     deployment = Deployment(stages, default_serving(host), "reduced", threshold)
     from edgedistill.benchmarks.tuner.measure import Case
 
-    answers, stage = bench.answers(Case(deployment, (temperature, 1.0), (), "files"))
-    expected, expected_stage = cascade_answers(logits[0], logits[1], temperature=temperature, threshold=threshold)
+    answers, stage = bench.answers(Case(deployment, temperatures, (), "files"))
+    expected, expected_stage = cascade_answers(
+        logits[0], logits[1], val.truth.task, temperatures=temperatures, threshold=threshold
+    )
     assert (answers == expected).all() and (stage == expected_stage).all()
     assert 0 < stage.mean() < 1
 
@@ -725,8 +730,9 @@ def test_tunings_are_judged_by_the_metric_that_they_were_tuned_for(tmp_path: Pat
         tunings([a, a])
     with pytest.raises(UsageError, match="unlike things"):
         tunings([a, c])
-    labels, answers = np.array([0] * 90 + [1] * 10), np.zeros(100, np.int64)
-    accuracy, margin = measured(answers, labels, 2, "accuracy")
+    labels, answers = np.array([0] * 90 + [1] * 10), np.zeros((100, 1), np.int64)
+    truth = Truth.single(labels, ("a", "b"))
+    accuracy, margin = measured(answers, truth, "accuracy")
     assert (accuracy, margin) == (0.9, pytest.approx(0.0588))
-    f1, margin = measured(answers, labels, 2, "macro-f1")
-    assert f1 == pytest.approx(macro_f1(np.eye(2)[answers], labels)) and 0.005 < margin < 0.03
+    f1, margin = measured(answers, truth, "macro-f1")
+    assert f1 == pytest.approx(macro_f1(np.eye(2)[answers[:, 0]], labels)) and 0.005 < margin < 0.03

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.benchmarks.tuner.cascade import metric_of
 from edgedistill.benchmarks.tuner.known import Known
 from edgedistill.benchmarks.tuner.space import Deployment
 
@@ -59,10 +58,9 @@ def closest_rival(known: Known, chosen: Deployment) -> Rival | None:
 
 def metric_margin(known: Known, chosen: Deployment) -> float:
     """Half the 95% interval of the chosen one's metric, over val images drawn anew."""
-    answers, classes, count = known.expected_answers(chosen)[0], len(known.students[0].labels), len(known.labels)
+    metric, count = known.scorer(chosen), len(known.truth)
     rng = np.random.default_rng(known.seed)
-    drawn = (rng.integers(0, count, count) for _ in range(RESAMPLES))
-    found = [metric_of(answers[rows], known.labels[rows], classes, known.objective.metric) for rows in drawn]
+    found = [metric(rng.integers(0, count, count)) for _ in range(RESAMPLES)]
     low, high = np.quantile(found, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(high - low) / 2
 
@@ -70,15 +68,14 @@ def metric_margin(known: Known, chosen: Deployment) -> float:
 def _interval(known: Known, chosen: Deployment, other: Deployment) -> tuple[float, float]:
     """Of the difference of their values at the speeds that were measured."""
     pair = (chosen, other)
-    answers = [known.expected_answers(deployment)[0] for deployment in pair]
+    metrics = [known.scorer(deployment) for deployment in pair]
     rates = [speed.fps if (speed := known.speed(deployment)) else 0.0 for deployment in pair]
-    classes, metric, count = len(known.students[0].labels), known.objective.metric, len(known.labels)
+    count = len(known.truth)
     rng, differences = np.random.default_rng(known.seed), np.empty(RESAMPLES)
     for number in range(RESAMPLES):
         rows = rng.integers(0, count, count)
         first, second = (
-            known.objective.value(metric_of(found[rows], known.labels[rows], classes, metric), fps, p99_ms=0.0)
-            for found, fps in zip(answers, rates, strict=True)
+            known.objective.value(metric(rows), fps, p99_ms=0.0) for metric, fps in zip(metrics, rates, strict=True)
         )
         differences[number] = first - second
     low, high = np.quantile(differences, [(1 - COVERED) / 2, (1 + COVERED) / 2])
@@ -91,15 +88,14 @@ def optimism(known: Known, deployments: Sequence[Deployment], *, seed: int = 0) 
     For resampled val images the best of ``deployments`` is chosen anew (with the speeds that were measured), and its
     metric on the resample is held against its metric on all images; the mean difference, 0 or more.
     """
-    answers = [known.expected_answers(deployment)[0] for deployment in deployments]
+    metrics = [known.scorer(deployment) for deployment in deployments]
     speeds = [known.speed(deployment) for deployment in deployments]
     fps = [speed.fps if speed else 0.0 for speed in speeds]
     whole = [known.metric(deployment) for deployment in deployments]
-    classes, metric = len(known.students[0].labels), known.objective.metric
-    rng, excess = np.random.default_rng(seed), []
+    count, rng, excess = len(known.truth), np.random.default_rng(seed), []
     for _ in range(RECHOSEN):
-        rows = rng.integers(0, len(known.labels), len(known.labels))
-        values = [metric_of(found[rows], known.labels[rows], classes, metric) for found in answers]
+        rows = rng.integers(0, count, count)
+        values = [metric(rows) for metric in metrics]
         scored = [
             known.objective.value(value, rate, p99_ms=0.0, reference=known.reference_metric)
             for value, rate in zip(values, fps, strict=True)

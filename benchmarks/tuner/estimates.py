@@ -179,7 +179,11 @@ class Estimates(Known):
         first, second = fast.deployment.stages[0], slow.deployment.stages[0]
         one, other = self.outputs[first, decode], self.outputs[second, decode]
         curve = exit_curve(
-            one.logits, other.logits, self.labels, temperature=one.temperature, metric=self.objective.metric
+            one.logits,
+            other.logits,
+            self.truth,
+            temperatures=(one.temperature, other.temperature),
+            metric=self.objective.metric,
         ).thinned(points)
         # Decoding costs the same however the networks are served.
         served = (slow.deployment, slow.deployment.served(default_serving(self.host)))

@@ -10,6 +10,8 @@ from edgedistill.benchmarks.tuner.chance import Rival, metric_margin
 from edgedistill.benchmarks.tuner.search import TIE_SCORE, Outcome, Search
 from edgedistill.benchmarks.tuner.space import Deployment, Variant, default_serving
 
+# Of a head of each kind: its figure, and what it is called.
+SHOWN_FIGURE = {"softmax": ("accuracy", "accuracy"), "sigmoid": ("map", "mAP"), "regression": ("mae", "MAE")}
 PRECISION_NAMES = {"f32": "FP32", "bf16": "BF16", "int8": "INT8"}
 
 
@@ -76,7 +78,7 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float, rival: Riv
     chosen, objective = outcome.chosen, search.objective
     speed = search.speed(chosen)
     fps = speed.fps if speed else 0.0
-    metric, count = search.metric(chosen), len(search.labels)
+    metric, count = search.metric(chosen), len(search.truth)
     sentences = [f"Chosen: {words(chosen)}. {objective.metric.capitalize()} {metric:.4f} on val, {fps:.0f} FPS "
                  f"({objective.scope}). Goal: {objective.describe()}{_reached(search, chosen)}."]  # fmt: skip
     steps = steps_to(search, chosen)
@@ -85,6 +87,8 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float, rival: Riv
     for before, after in itertools.pairwise(steps):
         sentences.append(f"- {after.what}: {_change(search, before, after)}.")
     sentences += _given_up(search, chosen)
+    if not search.truth.task.is_single:
+        sentences.append(_heads(search, chosen))
     if len(outcome.tied) > 1:
         limit = f"{TIE_SCORE:g}" if objective.goal == "score" else "the noise"
         sentences.append(
@@ -102,6 +106,21 @@ def explanation(search: Search, outcome: Outcome, *, optimism: float, rival: Riv
     return sentences
 
 
+def _heads(search: Search, chosen: Deployment) -> str:
+    """What the figure for all heads means, and each head's own."""
+    task, now, before = search.truth.task, search.head_figures(chosen), search.head_figures(search.reference)
+    own = []
+    for head in task.heads:
+        figure, name = SHOWN_FIGURE[head.kind]
+        if figure in now[head.name]:
+            own.append(f"{head.name} {name} {now[head.name][figure]:.4f} ({before[head.name][figure]:.4f})")
+    said = "An image counts as right when every known label of it is; macro-F1 is the mean over heads."
+    if len(chosen.stages) > 1:
+        surest = "its least sure head" if len(task.class_heads) > 1 else "its likeliest label"
+        said += f" The confidence of the first network is that of {surest}, as in both runtimes."
+    return f"{said} Each head's own, and the reference's: {', '.join(own)}."
+
+
 def _by_chance(search: Search, rival: Rival) -> str:
     what = "score" if search.objective.goal == "score" else search.objective.metric
     by = f"{abs(rival.behind):.4f} {'lower' if rival.behind >= 0 else 'higher'}"
@@ -112,7 +131,7 @@ def _by_chance(search: Search, rival: Rival) -> str:
             "chosen one has fewer networks or is plainer."
         )
     return (
-        f"{len(search.labels)} val images do not tell the chosen one from {words(rival.deployment)}, whose {what} is "
+        f"{len(search.truth)} val images do not tell the chosen one from {words(rival.deployment)}, whose {what} is "
         f"{by}: over images drawn anew, the same for both, the difference lies between {rival.low:+.4f} and "
         f"{rival.high:+.4f} in 95 of 100. Which of the two was chosen is chance; more val images would tell."
     )

@@ -88,7 +88,7 @@ class Journal:
         self.add("logits", key=key, file=name, **values)
 
     def kept_logits(self, key: str, shape: tuple[int, int]) -> npt.NDArray[np.float32] | None:
-        """float32 [N, C] of an earlier call; None where there are none, or they are damaged."""
+        """float32 [N, D] of an earlier call; None where there are none, or they are damaged."""
         row = self.find("logits", key=key)
         if row is None or not isinstance(row.get("file"), str):
             return None

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.timing import CandidateError, Slice, interleave
-from edgedistill.benchmarks.tuner.cascade import cascade_answers, metric_of
+from edgedistill.benchmarks.tuner.cascade import cascade_answers
 from edgedistill.benchmarks.tuner.heats import Look, Speed, heat_error_of, latencies, percentiles, polish, speed_of
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Bench, Case, Mode, still_held
@@ -32,28 +32,30 @@ from edgedistill.benchmarks.tuner.space import (
     default_serving,
     variants_of,
 )
+from edgedistill.benchmarks.tuner.truth import Answers, Ints, Truth, answers_of
 from edgedistill.errors import ModelError
 from edgedistill.images import DecodeMode
-from edgedistill.metrics import fit_temperature
 
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """One variant on val. ``logits``: float32 [N, C]; ``temperature``: fitted on them; ``metric``: accuracy or macro-F1."""
+    """One variant on val. ``logits``: float32 [N, D]; ``temperature``: fitted on them; ``answers``: int64 [N, A] at that
+    temperature; ``metric``: accuracy or macro-F1."""
 
     logits: npt.NDArray[np.float32]
     temperature: float
+    answers: Answers
     metric: float
 
 
 @dataclass(eq=False)
 class Known:
-    """Of one tuning. ``labels``: int [N]; ``incumbent``: the deployment that is in place; ``say``: told (phase, best so far);
+    """Of one tuning. ``truth``: of the val images; ``incumbent``: the deployment that is in place; ``say``: told (phase, best so far);
     ``left_out``: why, by the key of a network or the label of a case; ``ran_with``: settings read back, by label."""
 
     students: Sequence[Student]
     host: Host
-    labels: npt.NDArray[np.int32]
+    truth: Truth
     objective: Objective
     bench: Bench
     journal: Journal
@@ -92,20 +94,32 @@ class Known:
         if len(deployment.stages) == 1:
             return self.outputs[deployment.stages[0], deployment.decode].metric
         answers, _ = self.expected_answers(deployment)
-        return metric_of(answers, self.labels, self._classes, self.objective.metric)
+        return self.truth.metric(answers, self.objective.metric)
 
-    def expected_answers(self, deployment: Deployment) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(answers int64 [N], stage int64 [N]) on val."""
+    def scorer(self, deployment: Deployment) -> Callable[[Ints], float]:
+        """Its metric as a function of the val images that count, rows which may repeat."""
+        return self.truth.scorer(self.expected_answers(deployment)[0], self.objective.metric)
+
+    def expected_answers(self, deployment: Deployment) -> tuple[Answers, npt.NDArray[np.int64]]:
+        """(answers int64 [N, A], stage int64 [N]) on val."""
         found = [self.outputs[stage, deployment.decode] for stage in deployment.stages]
         if len(found) == 1:
-            answers = found[0].logits.argmax(axis=1)
-            return answers, np.zeros(len(answers), np.int64)
+            return found[0].answers, np.zeros(len(self.truth), np.int64)
+        fast, slow = found
         return cascade_answers(
-            found[0].logits,
-            found[1].logits,
-            temperature=found[0].temperature,
+            fast.logits,
+            slow.logits,
+            self.truth.task,
+            temperatures=(fast.temperature, slow.temperature),
             threshold=deployment.exit_threshold or 0.0,
         )
+
+    def head_figures(self, deployment: Deployment) -> dict[str, dict[str, float]]:
+        """Each head's own figures on val by name; of a cascade those of whichever stage answers."""
+        found = [self.outputs[stage, deployment.decode] for stage in deployment.stages]
+        shares = [self.truth.task.probabilities(one.logits, one.temperature) for one in found]
+        stage = self.expected_answers(deployment)[1]
+        return self.truth.head_figures(np.where(stage[:, None] == 0, shares[0], shares[-1]))
 
     def temperatures(self, deployment: Deployment) -> tuple[float, ...]:
         return tuple(self.outputs[stage, deployment.decode].temperature for stage in deployment.stages)
@@ -183,8 +197,8 @@ class Known:
         return max((look.level for look in looks), default=-1)
 
     @property
-    def _classes(self) -> int:
-        return len(self.students[0].labels)
+    def _logits_shape(self) -> tuple[int, int]:
+        return len(self.truth), self.truth.task.width
 
     @property
     def _limit_s(self) -> float:
@@ -202,7 +216,7 @@ class Known:
         if (variant, decode) in self.outputs:
             return self.outputs[variant, decode]
         key = f"{variant.key}, {decode}"
-        known = self.journal.kept_logits(key, (len(self.labels), self._classes)) if known is None else known
+        known = self.journal.kept_logits(key, self._logits_shape) if known is None else known
         if known is None:
             try:
                 known = self.bench.logits(variant, decode)
@@ -213,8 +227,9 @@ class Known:
                 self.journal.add("failed", key=key, reason=str(error))
                 return None
             self.journal.keep_logits(key, known)
-        metric = metric_of(known.argmax(axis=1), self.labels, self._classes, self.objective.metric)
-        found = Outputs(known, fit_temperature(known, self.labels), metric)
+        temperature = self.truth.fit_temperature(known)
+        answers = answers_of(self.truth.task, known, temperature)
+        found = Outputs(known, temperature, answers, self.truth.metric(answers, self.objective.metric))
         self.outputs[variant, decode] = found
         return found
 

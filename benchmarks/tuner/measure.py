@@ -21,10 +21,11 @@ from edgedistill.benchmarks.score import Objective
 from edgedistill.benchmarks.target import OWN
 from edgedistill.benchmarks.timing import CandidateError, Slice, Worker, WorkerCase
 from edgedistill.benchmarks.tuner.space import Deployment, Host, Student, Variant, default_serving
+from edgedistill.benchmarks.tuner.truth import Answers, predicted_answers, predicted_logits
 from edgedistill.benchmarks.tuner.valset import ValSet
 from edgedistill.errors import ArtifactError, ModelError
 from edgedistill.images import DecodeMode, EncodedImage, image_size, read_bytes
-from edgedistill.runtime import Engine
+from edgedistill.runtime import Engine, Prediction
 from edgedistill.runtime.bundle import (
     Bundle,
     DeployConfig,
@@ -92,7 +93,7 @@ class Bench(Protocol):
     def clock(self) -> float: ...
     def logits(self, variant: Variant, decode: DecodeMode) -> npt.NDArray[np.float32]: ...
     def prepared(self, cases: Sequence[Case]) -> Any: ...
-    def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+    def answers(self, case: Case) -> tuple[Answers, npt.NDArray[np.int64]]: ...
     def shared_decoding(self, fast: Variant, slow: Variant, decode: DecodeMode) -> float: ...
     def decoding_differs(self, variant: Variant) -> bool: ...
 
@@ -195,26 +196,20 @@ class RealBench:
         return time.perf_counter()
 
     def logits(self, variant: Variant, decode: DecodeMode) -> npt.NDArray[np.float32]:
-        """float32 [N, C]: log-probabilities at temperature 1 (logits up to a constant) of the whole runtime, from files.
+        """float32 [N, D]: what the whole runtime answers at temperature 1, from files (see ``predicted_logits``).
 
         Raises ModelError for a network that cannot run at that size or precision, and for an image that cannot be read.
         """
         deployment = Deployment((variant,), default_serving(self._host), decode)
         predictions = self._predictions(Case(deployment, (1.0,), (), "files"))
-        found = np.stack([prediction.probabilities for prediction in predictions]).astype(np.float64)
-        # In float32 two probabilities may round to the same number: the runtime's answer decides.
-        logits = np.log(np.maximum(found, np.finfo(np.float32).tiny)).astype(np.float32)
-        answers = np.array([prediction.index for prediction in predictions])
-        for row in np.flatnonzero(logits.argmax(axis=1) != answers).tolist():
-            logits[row, answers[row]] = np.nextafter(logits[row].max(), np.float32(np.inf))
-        return logits
+        return predicted_logits(self._val.truth.task, predictions)
 
-    def answers(self, case: Case) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(answers int64 [N], stage int64 [N]) of the deployable as it is written, over all val images."""
+    def answers(self, case: Case) -> tuple[Answers, npt.NDArray[np.int64]]:
+        """(answers int64 [N, A], stage int64 [N]) of the deployable as it is written, over all val images."""
         predictions = self._predictions(case)
-        return np.array([p.index for p in predictions]), np.array([p.stage for p in predictions])
+        return predicted_answers(self._val.truth.task, predictions), np.array([p.stage for p in predictions])
 
-    def _predictions(self, case: Case) -> list[Any]:
+    def _predictions(self, case: Case) -> list[Prediction]:
         bundle = Bundle.load(self._write(case))
         with Engine(bundle, cache_dir=False) as engine:
             predictions = list(engine.map(self._val.paths))

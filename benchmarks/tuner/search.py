@@ -89,13 +89,12 @@ class Search(Estimates):
     # ---- accuracy ----
 
     def _judge(self) -> None:
-        shape = (len(self.labels), self._classes)
         for number, variant in enumerate(self.variants):
             key = f"{variant.key}, reduced"
             if self.journal.find("failed", key=key):
                 self.left_out[variant.key] = str((self.journal.find("failed", key=key) or {}).get("reason"))
                 continue
-            known = self.journal.kept_logits(key, shape)
+            known = self.journal.kept_logits(key, self._logits_shape)
             late = self.journal.elapsed_s > JUDGE_UNTIL * self._limit_s
             if known is None and late and number > 0:
                 self.left_out[variant.key] = "no time left to measure its accuracy"
@@ -130,9 +129,12 @@ class Search(Estimates):
             if not more:
                 break
             measured += more
-        # Without one comparison nothing that follows is worth its time.
-        measured = measured or self.rung("screen", 0, wanted, rounds=6, until=FINAL_UNTIL, most_s=0.1)
-        if not measured and (wanted or any("no time" in reason for reason in self.left_out.values())):
+        # Without one comparison nothing that follows is worth its time. Where the reference has no rival, ways to serve it
+        # are compared.
+        late = any("no time" in reason for reason in self.left_out.values())
+        alone = not wanted and not late
+        measured = measured or self.rung("screen", 0, wanted, rounds=6, until=FINAL_UNTIL, most_s=0.1, always=alone)
+        if not measured and not alone:
             raise TooShortError(
                 f"--minutes {self.minutes:g} is too short for one round: {self.journal.elapsed_s:.0f} s went by before two "
                 f"deployments were compared; deploy.json is as it was. Give more --minutes, with --resume to keep what "

@@ -13,6 +13,7 @@ from edgedistill.images import DecodeMode, InputSpec
 from edgedistill.runtime.bundle import precision_name
 from edgedistill.runtime.network import usable_cores
 from edgedistill.runtime.processor import cpu_info
+from edgedistill.tasks import Task
 
 PRECISIONS = ("f32", "bf16", "int8")
 # Of the resolution that a student was trained at. A student often gains from a larger picture than it was trained on
@@ -41,7 +42,8 @@ class Host:
 
 @dataclass(frozen=True)
 class Student:
-    """One exported network. ``model``: its FP32 IR inside ``root``; ``spec``: as it was trained and exported."""
+    """One exported network. ``model``: its FP32 IR inside ``root``; ``spec``: as it was trained and exported. ``labels``: a
+    name for each of its outputs; ``heads``: what they are where it gives more than one label per image."""
 
     name: str
     root: Path
@@ -53,6 +55,11 @@ class Student:
     temperature: float = 1.0
     dataset_hash: str = ""
     architecture: str = ""
+    heads: Task | None = None
+
+    @property
+    def task(self) -> Task:
+        return self.heads or Task.single(self.labels)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -13,12 +13,14 @@ from edgedistill.errors import ArtifactError, DataError, EdgedistillError, Model
 from edgedistill.runtime.bundle import (
     DEPLOY_FORMAT,
     Bundle,
+    ModelMetadata,
     int8_path,
     model_sha256,
     read_deploy,
     read_ir,
     read_metadata,
 )
+from edgedistill.tasks import MANY, Head, Task
 
 CANDIDATES_FORMAT = "edgedistill-candidates"
 CANDIDATES = "candidates.json"
@@ -53,7 +55,7 @@ def find_students(paths: Sequence[Path]) -> list[Student]:
     """All stages of all folders, the ones of the first deploy.json in front; names are made unique.
 
     Raises UsageError for a path that cannot be a bundle, ArtifactError or ModelError for a damaged one, and DataError
-    when two students have different classes.
+    when two students have different classes or heads.
     """
     students: list[Student] = []
     for folder in dict.fromkeys(folder for path in paths for folder in _folders(path)):
@@ -71,6 +73,11 @@ def find_students(paths: Sequence[Path]) -> list[Student]:
             raise DataError(
                 f"{other.root / other.model}: classes {list(other.labels)[:8]}, but {first.root / first.model} has "
                 f"{list(first.labels)[:8]}; tune networks of one data set together"
+            )
+        if other.heads != first.heads:
+            raise DataError(
+                f"{other.root / other.model}: its heads are others than those of {first.root / first.model} (kind, weight, "
+                "threshold or scale); tune networks of one data set and one task together"
             )
     return students
 
@@ -146,6 +153,7 @@ def _read_student(folder: Path, model: str, known: dict[str, str]) -> Student:
         temperature=metadata.temperature,
         dataset_hash=metadata.dataset_hash,
         architecture=metadata.architecture,
+        heads=_heads(metadata),
     )
     for name, got in ((model, student.sha256), (_int8_name(model), student.int8_sha256)):
         if got is not None and got != known.get(name, got):
@@ -153,13 +161,16 @@ def _read_student(folder: Path, model: str, known: dict[str, str]) -> Student:
                 f"{folder / name}: sha256 {got[:12]}..., expected {known[name][:12]}...: it is damaged or from another "
                 "export; copy or export it again"
             )
-    if metadata.multi_label or metadata.heads is not None:
-        raise UsageError(
-            f"{path}: several labels per image; the tuner judges networks that give one. Measure this one with bench-fps"
-        )
     if not metadata.own:
         raise ModelError(f"{path}: was not exported by edgedistill; the tuner needs its own metadata; export it again")
     return student
+
+
+def _heads(metadata: ModelMetadata) -> Task | None:
+    """None where every image gets one label."""
+    if metadata.multi_label:
+        return Task((Head(MANY, "sigmoid", metadata.labels, threshold=metadata.threshold),))
+    return metadata.heads
 
 
 def run_of(student: Student) -> Path | None:

@@ -98,7 +98,7 @@ def tune(settings: TuneSettings) -> TuneResult:
         search = Search(
             students=students,
             host=host,
-            labels=val.labels,
+            truth=val.truth,
             objective=settings.objective,
             bench=bench,
             journal=journal,
@@ -251,6 +251,19 @@ def finish(search: Search, outcome: Outcome, bench: Bench, journal: Journal) -> 
         "reference": search.reference.key,
         "cascade": _cascade(search, chosen),
         "scopes": scopes,
+        "heads": _heads(search, chosen),
+    }
+
+
+def _heads(search: Search, chosen: Deployment) -> dict[str, Any] | None:
+    """Each head's figures on val; None where every image has one label."""
+    if search.truth.task.is_single:
+        return None
+    pair = {"chosen": chosen, "reference": search.reference}
+    figures = {role: search.head_figures(deployment) for role, deployment in pair.items()}
+    return {
+        name: {role: {key: round(value, 6) for key, value in found[name].items()} for role, found in figures.items()}
+        for name in figures["chosen"]
     }
 
 
@@ -306,7 +319,7 @@ def _verified(search: Search, case: Case, bench: Bench) -> dict[str, Any]:
     """The deployable as it will be written, over all val images, against what the stored logits promise."""
     answers, stages = bench.answers(case)
     expected, expected_stages = search.expected_answers(case.deployment)
-    other = float(np.mean(answers != expected))
+    other = float(np.mean((answers != expected).any(axis=1)))
     shares = [round(float(np.mean(stages == number)), 4) for number in range(len(case.deployment.stages))]
     if other > ALLOWED_OTHER_ANSWERS:
         raise ModelError(
@@ -315,7 +328,7 @@ def _verified(search: Search, case: Case, bench: Bench) -> dict[str, Any]:
         )
     return {
         "other_answers": round(other, 5),
-        "accuracy": round(float(np.mean(answers == search.labels)), 6),
+        "accuracy": round(search.truth.metric(answers, "accuracy"), 6),
         "shares": shares,
         "expected_shares": [
             round(float(np.mean(expected_stages == number)), 4) for number in range(len(case.deployment.stages))

@@ -314,13 +314,16 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
 
 
 def _look_for_noisy_labels(run: RunDir, dataset: Dataset, soft_labels: Path) -> None:
-    """noisy_labels.csv, which the report shows; of images with one label each."""
-    if dataset.task is not None:
-        return
+    """noisy_labels.csv, which the report shows."""
     path = run.root / "noisy_labels.csv"
     suspects = write_noisy_labels(path, dataset, read_soft_labels(soft_labels, dataset))
     if suspects:
-        console.note(f"{suspects} training images look like another class to a teacher that never saw them: {path}")
+        what = (
+            "training images look like another class"
+            if dataset.task is None
+            else "labels of training images look wrong"
+        )
+        console.note(f"{suspects} {what} to a teacher that never saw them: {path}")
 
 
 def _architectures(settings: TeachSettings | DistillSettings) -> dict[str, TeacherSettings]:

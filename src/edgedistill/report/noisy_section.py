@@ -15,8 +15,6 @@ ANCHOR, TITLE = "noisy-labels", "Labels that look wrong"
 
 def noisy_section(record: RunRecord) -> Section:
     path = record.run.root / "noisy_labels.csv"
-    if record.dataset is not None and record.dataset.task is not None:
-        return Section(ANCHOR, TITLE, (Text("Not looked for: the images carry several labels."),))
     if not path.exists():
         return Section(
             ANCHOR,
@@ -33,8 +31,9 @@ def noisy_section(record: RunRecord) -> Section:
         return Section(ANCHOR, TITLE, (Callout("good", "No held-out teacher confidently contradicts a label."),))
     shown = suspects[:MAX_PICTURES]
     paths = paths_of(record, [row["id"] for row in shown])
+    what = "labels of training images" if "head" in suspects[0] else "training images"
     lead = Text(
-        f"{len(suspects):,} training images look like another class to the teacher that never saw them (more like it "
+        f"{len(suspects):,} {what} look like another class to the teacher that never saw them (more like it "
         f"than that class's own images on average); these are the {len(shown)} clearest. All are in noisy_labels.csv, the "
         "clearest first. Correct them where they are wrong; 'distill --drop-noisy 0.02' leaves out the clearest 2%."
     )
@@ -42,13 +41,15 @@ def noisy_section(record: RunRecord) -> Section:
 
 
 def _picture(row: dict[str, str], path: str | None) -> Picture:
+    """The head, where images have several labels, stands before what it says."""
     data, problem = thumbnail(path)
+    head = f"{row['head']}: " if "head" in row else ""
     return Picture(
         data=data,
         name=shorten(row["id"], 60),
-        predicted=shorten(row["suggested"], 40),
+        predicted=shorten(head + row["suggested"], 40),
         predicted_probability=float(row["suggested_probability"]),
-        true=shorten(row["label"], 40),
+        true=shorten(head + row["label"], 40),
         true_probability=float(row["self_confidence"]),
         problem=problem,
     )

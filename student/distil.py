@@ -252,7 +252,8 @@ class _Lesson:
     """What the teachers left for the student. ``soft``: float32 [len(dataset), C] log-probabilities; None: hard labels.
 
     ``folds``: int16 [len(dataset)], which fold's teachers labelled an image. ``dropped``: rows whose labels look wrong.
-    ``teachers``: only if their networks are needed; ``temperatures``: by the sha256 of their files, if calibrated.
+    ``teachers``: only if their networks are needed; ``temperatures``: by the sha256 of their files, if calibrated;
+    ``view_temperatures``: where they judge single views of the student's (the same unless they label by several views).
     ``unlabelled``: follow the labelled rows in the store.
     """
 
@@ -260,6 +261,7 @@ class _Lesson:
     folds: npt.NDArray[np.int16] | None = None
     teachers: tuple[TeacherFile, ...] = ()
     temperatures: dict[str, float] | None = None
+    view_temperatures: dict[str, float] | None = None
     dropped: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     unlabelled: Unlabelled | None = None
 
@@ -275,21 +277,26 @@ def _lesson(
     folds = read_folds(folder, dataset)
     needed = settings.live_teachers or settings.views or settings.calibrate_soft_labels or settings.unlabelled
     teachers = tuple(find_teachers(folder, dataset)) if needed else ()
-    temperatures = None
+    temperatures = view_temperatures = None
     if settings.calibrate_soft_labels:
         file = cache / "teacher_temperatures.json"
         temperatures = on_main(lambda: teacher_temperatures(teachers, dataset, cache=file, device=device))
+        view_temperatures = temperatures
+        if settings.live_teachers or settings.views:
+            view_temperatures = on_main(
+                lambda: teacher_temperatures(teachers, dataset, cache=file, device=device, one_view=True)
+            )
         by_fold = {teacher.fold: temperatures[teacher.sha256] for teacher in teachers}
         if len(by_fold) < len(teachers):
             raise UsageError(
                 "--calibrate-soft-labels: several teachers labelled each fold; it knows one teacher a fold"
             )
-        soft = calibrated(soft, folds, by_fold)
+        soft = calibrated(soft, folds, by_fold, task=dataset.task)
     dropped = np.zeros(0, np.int64)
     if settings.drop_noisy:
         dropped = rows_to_drop(find_noisy_labels(dataset, soft), dataset, settings.drop_noisy)
         console.note(f"--drop-noisy: {len(dropped)} of {len(dataset.rows('train'))} training images are left out")
-    lesson = _Lesson(soft, folds, teachers, temperatures, dropped)
+    lesson = _Lesson(soft, folds, teachers, temperatures, view_temperatures, dropped)
     if not settings.unlabelled:
         return lesson
     return dataclasses.replace(lesson, unlabelled=_unlabelled(settings, dataset, lesson, device=device, cache=cache))
@@ -336,7 +343,7 @@ def _unlabelled(
 
 def _judge(settings: StudentSettings, dataset: Dataset, lesson: _Lesson, device: torch.device) -> LiveTeachers:
     half = trains_in_half(settings, device)
-    teachers = open_teachers(lesson.teachers, dataset, device=device, half=half, temperatures=lesson.temperatures)
+    teachers = open_teachers(lesson.teachers, dataset, device=device, half=half, temperatures=lesson.view_temperatures)
     if lesson.folds is None:
         raise UsageError("live teachers need soft labels: their folds say who may judge which image")
     folds = lesson.folds[_final_rows(settings, dataset, lesson)]
@@ -353,7 +360,9 @@ def _views(
         "dataset_hash": dataset.hash,
         "augmentation": settings_dict(settings.augment_settings()),
         "input_spec": job.pixels.to_dict(),
-        "teachers": [[t.sha256, t.weight, (lesson.temperatures or {}).get(t.sha256, 1.0)] for t in lesson.teachers],
+        "teachers": [
+            [t.sha256, t.weight, (lesson.view_temperatures or {}).get(t.sha256, 1.0)] for t in lesson.teachers
+        ],
     }
     seed = derive(settings.seed, "student")
     return open_views(
@@ -383,8 +392,8 @@ def _identity(
     more: dict[str, Any] = {"soft_labels": labels}
     if lesson.teachers and (settings.live_teachers or settings.views):
         more["teachers"] = [teacher.sha256 for teacher in lesson.teachers]
-        if lesson.temperatures is not None:
-            more["teacher_temperatures"] = [lesson.temperatures[teacher.sha256] for teacher in lesson.teachers]
+        if lesson.view_temperatures is not None:
+            more["teacher_temperatures"] = [lesson.view_temperatures[teacher.sha256] for teacher in lesson.teachers]
     if larger_views is not None:
         more["view_size"] = [larger_views.height, larger_views.width]
     if len(lesson.dropped):

@@ -126,34 +126,104 @@ def tiny_dataset(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="session")
-def taught_run(tiny_dataset, tmp_path_factory):
-    """A run with two teachers of 40 px (the student has 32) and the labels that they wrote."""
+def lively_network(dataset, network, seed):
+    """An untrained network whose answers differ from image to image by whole logits: without this by 0.0001."""
     import torch
 
+    from edgedistill.training.models import create_model, input_spec_for
+    from edgedistill.training.predict import predict_logits, reestimate_batch_norm
+
+    torch.manual_seed(seed)
+    model, spec = create_model("test_efficientnet", pretrained=None, **network), input_spec_for("test_efficientnet", 40)
+    reestimate_batch_norm(model, dataset.paths, spec, batch_size=44, limit=44, seed=0)
+    logits = predict_logits(model, dataset.paths, spec)
+    with torch.no_grad():
+        layer, scale = model.get_classifier(), 1.5 / float(logits.std(axis=0).mean())
+        layer.weight *= scale
+        layer.bias.copy_(-scale * torch.from_numpy(logits.mean(axis=0)))
+    return model
+
+
+def teach_tiny(dataset, root, *, settings=None, architectures=("",)):
+    """A run with two teachers of 40 px (the student has 32) and uniform soft labels in their name.
+
+    ``architectures``: folders of the teachers, of which several lie in each fold.
+    """
     from edgedistill.artifacts import RunDir, sha256_file
     from edgedistill.training.checkpoints import write_model
-    from edgedistill.training.models import create_model, input_spec_for, model_kwargs_for
+    from edgedistill.training.heads import scores_of
+    from edgedistill.training.models import input_spec_for, model_kwargs_for
     from edgedistill.training.soft_labels import FoldResult, ids_hash, write_soft_labels
 
-    run, results = RunDir(tmp_path_factory.mktemp("taught")), []
+    run, results, teachers = RunDir(root), [], []
+    width = len(dataset.outputs)
+    network = {"class_count": width, "image_size": 40, "drop_rate": 0.0, "drop_path_rate": 0.0}
     for fold in range(2):
-        torch.manual_seed(fold)
-        network = {"class_count": 3, "image_size": 40, "drop_rate": 0.0, "drop_path_rate": 0.0}
-        write_model(
-            run.teacher(fold) / "model.pt",
-            create_model("test_efficientnet", pretrained=None, **network),
-            architecture="test_efficientnet",
-            model_kwargs=model_kwargs_for("test_efficientnet", **network),
-            classes=tiny_dataset.class_names,
-            input_spec=input_spec_for("test_efficientnet", 40),
-            dataset_hash=tiny_dataset.hash,
-            settings={},
-        )
-        own = tiny_dataset.ids[tiny_dataset.folds == fold]
-        others = tiny_dataset.ids[(tiny_dataset.splits == "train") & (tiny_dataset.folds != fold)]
-        log_probs = np.full((len(own), 3), np.log(1 / 3), np.float32)
-        digest = sha256_file(run.teacher(fold) / "model.pt")
-        results.append(FoldResult(fold, own, log_probs, ids_hash(others), 1, 1, "test_efficientnet", digest))
-    write_soft_labels(run.soft_labels, tiny_dataset, results)
+        own = dataset.ids[dataset.folds == fold]
+        others = dataset.ids[(dataset.splits == "train") & (dataset.folds != fold)]
+        zeros = np.zeros((len(own), width), np.float32)
+        scores = np.full_like(zeros, np.log(1 / width)) if dataset.task is None else scores_of(dataset.task, zeros)
+        for number, label in enumerate(architectures):
+            path = run.teacher(fold, label) / "model.pt"
+            write_model(
+                path,
+                lively_network(dataset, network, fold + 2 * number),
+                architecture="test_efficientnet",
+                model_kwargs=model_kwargs_for("test_efficientnet", **network),
+                classes=dataset.outputs,
+                input_spec=input_spec_for("test_efficientnet", 40),
+                dataset_hash=dataset.hash,
+                settings=settings or {},
+                task=dataset.task,
+            )
+            result = FoldResult(fold, own, scores, ids_hash(others), 1, 1, "test_efficientnet", sha256_file(path))
+            teachers.append(result.teacher() | {"label": label})
+        results.append(result)
+    write_soft_labels(run.soft_labels, dataset, results, teachers=teachers)
     return run
+
+
+@pytest.fixture(scope="session")
+def taught_run(tiny_dataset, tmp_path_factory):
+    return teach_tiny(tiny_dataset, tmp_path_factory.mktemp("taught"))
+
+
+@pytest.fixture(scope="session")
+def teach_run():
+    return teach_tiny
+
+
+@pytest.fixture
+def torch_judges(monkeypatch):
+    """Teachers judge with torch: converting each to OpenVINO takes longer than all that such a test asks of it."""
+    from edgedistill.student import live_teachers
+
+    def opened(model, spec, *, device, half, name):
+        return live_teachers._TorchNetwork(model.to(device).eval(), half=half)
+
+    monkeypatch.setattr(live_teachers, "open_network", opened)
+
+
+@pytest.fixture(scope="session")
+def heads_dataset(tiny_dataset):
+    """The same images with a colour, two labels that may apply and a size; of some the colour is not known."""
+    import dataclasses
+
+    from edgedistill.tasks import Head, Task
+
+    numbers = np.arange(len(tiny_dataset))
+    task = Task(
+        (
+            Head("color", "softmax", ("blue", "green", "red")),
+            Head("tags", "sigmoid", ("odd", "late")),
+            Head("size", "regression", weight=0.5),
+        )
+    )
+    color = np.where(numbers % 11 == 5, np.nan, tiny_dataset.labels)
+    values = np.column_stack([color, numbers % 2, numbers > 20, 10 + numbers % 7]).astype(np.float32)
+    return dataclasses.replace(tiny_dataset, task=task, values=values)
+
+
+@pytest.fixture(scope="session")
+def heads_run(heads_dataset, tmp_path_factory):
+    return teach_tiny(heads_dataset, tmp_path_factory.mktemp("heads"))

@@ -177,6 +177,12 @@ def read_input_spec(path: Path) -> InputSpec:
     return InputSpec.from_dict(load_tensors(path, format=MODEL_FORMAT).get("input_spec", {}))
 
 
+def read_tta(path: Path) -> str:
+    """The views by which the teacher of a model.pt answers ('': the whole picture; see training.views), without building
+    its network. Raises ArtifactError."""
+    return str(dict(load_tensors(path, format=MODEL_FORMAT).get("settings", {})).get("tta", ""))
+
+
 def _build(path: Path, architecture: Any, kwargs: Any) -> Any:
     """timm also takes names and options that download or read other files: a model.pt may not use them."""
     timm = all_networks()

@@ -34,6 +34,7 @@ from edgedistill.student.unlabelled import (
     find_images,
     joined,
     label_images,
+    takes_class_cap,
     unlabelled_targets,
     without_known,
 )
@@ -74,9 +75,9 @@ class StudentSettings(TrainSettings):
     no temperature is fitted, since nothing is left to fit it on.
     ``views``: as ``live_teachers`` for so many views per image, fixed beforehand and labelled once; the student trains
     on just these. ``unlabelled``: a folder of images and videos without labels ('': none), labelled by all teachers
-    together, ``unlabelled_share`` of each batch; only answers of at least ``unlabelled_min_confidence``, of no class
-    more than ``unlabelled_class_cap`` times the mean over classes, of a video every ``unlabelled_frame_step``-th frame
-    (see student.unlabelled).
+    together, ``unlabelled_share`` of each batch; only answers of at least ``unlabelled_min_confidence`` (in every head),
+    of no class more than ``unlabelled_class_cap`` times the mean over classes (of no joint answer of several heads; no cap
+    where several labels apply), of a video every ``unlabelled_frame_step``-th frame (see student.unlabelled).
     """
 
     role: ClassVar[str] = "student"
@@ -116,16 +117,6 @@ class StudentSettings(TrainSettings):
                 self.hard_loss == "ldam" and bool(self.unlabelled) and self.distillation and self.soft_weight < 1,
                 "ldam needs one true class per image, and unlabelled images have none; give --hard-loss ce",
             ),
-        ]
-
-    def single_label_only(self) -> list[tuple[bool, str]]:
-        return [
-            *super().single_label_only(),
-            (self.live_teachers, "--live-teachers"),
-            (self.calibrate_soft_labels, "--calibrate-soft-labels"),
-            (self.drop_noisy > 0, "--drop-noisy"),
-            (self.views > 0, "--views"),
-            (bool(self.unlabelled), "--unlabelled"),
         ]
 
     def doubts(self) -> list[str]:
@@ -333,11 +324,17 @@ def _unlabelled(
             temperatures=lesson.temperatures,
         )
     )
+    if not takes_class_cap(dataset.task) and settings.unlabelled_class_cap != StudentSettings.unlabelled_class_cap:
+        console.warn(
+            f"--unlabelled-class-cap {settings.unlabelled_class_cap:g} changes nothing: with several labels per image no "
+            "one answer can crowd out the others"
+        )
     return choose(
         labelled,
         min_confidence=settings.unlabelled_min_confidence,
         class_cap=settings.unlabelled_class_cap,
         seed=settings.seed,
+        task=dataset.task,
     )
 
 
@@ -348,7 +345,7 @@ def _judge(settings: StudentSettings, dataset: Dataset, lesson: _Lesson, device:
         raise UsageError("live teachers need soft labels: their folds say who may judge which image")
     folds = lesson.folds[_final_rows(settings, dataset, lesson)]
     nobodys = np.full(0 if lesson.unlabelled is None else len(lesson.unlabelled), -1, np.int16)
-    return LiveTeachers(teachers, np.concatenate([folds, nobodys]), settings.soft_temperature)
+    return LiveTeachers(teachers, np.concatenate([folds, nobodys]), settings.soft_temperature, dataset.task)
 
 
 def _views(
@@ -374,6 +371,7 @@ def _views(
         wanted=wanted,
         root=root / "views",
         device=device,
+        task=dataset.task,
     )
 
 
@@ -431,7 +429,7 @@ def _job(
         raise DataError("the data set has no training images; freeze it again")
     targets, paths = _targets(settings, dataset, rows, lesson), dataset.paths[rows]
     if lesson.unlabelled is not None:
-        targets = joined(targets, unlabelled_targets(lesson.unlabelled, settings.soft_temperature))
+        targets = joined(targets, unlabelled_targets(lesson.unlabelled, settings.soft_temperature, dataset.task))
         paths = np.concatenate([paths, lesson.unlabelled.paths])
     return Job(
         title=folder.name.replace("-hard-labels", ", hard labels"),

@@ -4,7 +4,8 @@ Function matching (Beyer et al., 2106.05237) asks the teacher about the student'
 judged by the teachers that did not train on it. CutMix takes its partners from the image's own fold, so that one
 held-out teacher may judge the mixed image too; the batch itself is drawn as always, from all folds (whole batches from
 one fold would give batch normalisation and each gradient fewer unlike images). Images that no teacher trained on (val,
-unlabelled) are judged by all of them together.
+unlabelled) are judged by all of them together. Networks with several heads are averaged head by head: probabilities of
+classes and labels, values as they are.
 
 Views are made at the resolution of the largest teacher and reduced for the student: a teacher of 128 px that was shown
 the student's 96 px enlarged saw blur that it had never met, and misled (ELPV, CutMix on every batch: a student of 0.678
@@ -28,19 +29,22 @@ from edgedistill.artifacts import sha256_file
 from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, EdgedistillError, UsageError
 from edgedistill.images import InputSpec
+from edgedistill.tasks import Task
+from edgedistill.training.answers import scores_of_shares, shares_of, tempered
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.losses import to_device
 from edgedistill.training.models import to_channels_last
 from edgedistill.training.predict import at_size, network_input
 from edgedistill.training.seeds import generator
 from edgedistill.training.soft_labels import blend_of, ids_hash, read_folds, read_teachers
+from edgedistill.training.views import WHOLE, View, views_of
 
 ENGINE_TOLERANCE = 1e-3  # of a logit, between torch and the engine that stands in for it on a CPU
 TRIAL_IMAGES = 4
 
 
 class Network(Protocol):
-    """float32 [B, 3, H, W], normalised, -> float32 logits [B, C] on the same device."""
+    """float32 [B, 3, H, W], normalised, -> float32 logits [B, C] ([B, D] of several heads) on the same device."""
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor: ...
 
@@ -50,6 +54,7 @@ class Teacher:
     """A network that never saw the images of ``fold``, and the pixels that it expects.
 
     ``temperature``: its own, under which it is calibrated. ``weight``: its share among the architectures of a fold.
+    ``views``: of a photograph, whose mean is its answer; a view that the student is shown is judged as it is.
     """
 
     fold: int
@@ -57,6 +62,7 @@ class Teacher:
     spec: InputSpec
     temperature: float = 1.0
     weight: float = 1.0
+    views: tuple[View, ...] = (WHOLE,)
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,12 @@ def open_teachers(
     with console.progress("opening teachers", len(files)) as bar:
         for file in files:
             loaded = read_model(file.path)
-            if loaded.classes != dataset.class_names or loaded.dataset_hash != dataset.hash:
+            if loaded.classes != dataset.outputs or loaded.dataset_hash != dataset.hash:
                 raise ArtifactError(f"{file.path}: trained on other classes or another data set than this run's")
             network = open_network(loaded.model, loaded.input_spec, device=device, half=half, name=str(file.path))
             temperature = 1.0 if temperatures is None else temperatures[file.sha256]
-            teachers.append(Teacher(file.fold, network, loaded.input_spec, temperature, file.weight))
+            views = views_of(str(loaded.settings.get("tta", "")))
+            teachers.append(Teacher(file.fold, network, loaded.input_spec, temperature, file.weight, views))
             bar.update(bar.task_ids[0], advance=1)
     return teachers
 
@@ -198,15 +205,17 @@ class _OpenVinoNetwork:
 class LiveTeachers:
     """``folds``: int16 [N], for each row of the store the fold that held it out; -1: nobody trained on it.
 
-    ``temperature``: of the probabilities that are returned.
+    ``temperature``: of the probabilities that are returned. ``task``: where the networks have several heads.
     """
 
     teachers: Sequence[Teacher]
     folds: npt.NDArray[np.int16]
     temperature: float
+    task: Task | None = None
 
     def __call__(self, images: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """float32 [B, C] probabilities for [B, H, W, 3] RGB images 0-255 on the device, uint8 or float.
+        """float32 [B, C] probabilities (of several heads their shares, [B, D]: see training.answers) for [B, H, W, 3] RGB
+        images 0-255 on the device, uint8 or float.
 
         ``rows``: int64 [B], of the store: which image each one shows (its partner lies in the same fold).
         """
@@ -221,12 +230,14 @@ class LiveTeachers:
         judges = [teacher for teacher in self.teachers if fold in (-1, teacher.fold) and teacher.weight > 0]
         if not judges:
             raise EdgedistillError(f"live teachers: nobody held out fold {fold}")
-        logits = [judge.network(teacher_view(images, judge.spec)) / judge.temperature for judge in judges]
-        if len(logits) > 1:  # the ensemble is a mean of probabilities, as in the evaluation
-            shares = [judge.weight / sum(judge.weight for judge in judges) for judge in judges]
-            parts = [share * torch.softmax(each, dim=1) for share, each in zip(shares, logits, strict=True)]
-            logits = [torch.stack(parts).sum(dim=0).clamp_min(1e-12).log()]
-        return torch.softmax(logits[0] / self.temperature, dim=1)
+        scores = [
+            tempered(self.task, judge.network(teacher_view(images, judge.spec)), judge.temperature) for judge in judges
+        ]
+        if len(scores) > 1:  # the ensemble is a mean of probabilities, as in the evaluation
+            weights = [judge.weight / sum(judge.weight for judge in judges) for judge in judges]
+            parts = [weight * shares_of(self.task, each) for weight, each in zip(weights, scores, strict=True)]
+            scores = [scores_of_shares(self.task, torch.stack(parts).sum(dim=0))]
+        return shares_of(self.task, scores[0], self.temperature)
 
 
 def teacher_view(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:

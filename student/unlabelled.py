@@ -1,8 +1,9 @@
 """Photographs without labels, and frames of camera recordings: labelled by the teacher ensemble, mixed into each batch.
 
-What SSLD (2103.05959) gained most from, beside a longer schedule. The ensemble is the mean of the teachers' probabilities;
-images of which it is unsure are left out, and no class may crowd out the others. Nothing of the test split may be among
-them: that is proven by content (sha256) before anything is labelled.
+What SSLD (2103.05959) gained most from, beside a longer schedule. The ensemble is the mean of the teachers' probabilities
+(of values where a head is a regression), each teacher's over the views by which it labelled its fold; images of which it is
+unsure are left out, and no class may crowd out the others. Nothing of the test split may be among them: that is proven by
+content (sha256) before anything is labelled, and what merely looks like a test image (a re-encoded copy) is left out.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ from edgedistill.data.manifest import Dataset, hash_files
 from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES, ImageU8, InputSpec, load_image
 from edgedistill.student.live_teachers import Teacher, TeacherFile, open_teachers
+from edgedistill.tasks import Task
+from edgedistill.training.answers import confidences, joint_answers, scores_of_shares, shares_of, tempered
+from edgedistill.training.checkpoints import read_tta
 from edgedistill.training.loader import Draw, core_count, cycled
 from edgedistill.training.losses import Targets
 from edgedistill.training.predict import network_input
 from edgedistill.training.seeds import generator
+from edgedistill.training.views import seen_through, zoomed
 
 FORMAT = "edgedistill-unlabelled"
 LABELLING_BATCH = 64
@@ -42,7 +47,8 @@ PART_IMAGES = 4 * LABELLING_BATCH  # labelled between two writes: what a kill ca
 
 @dataclass(frozen=True, eq=False)
 class Unlabelled:
-    """``paths``: str [M]; ``sha256``: bytes [M]; ``log_probs``: float32 [M, C] of the teacher ensemble at T=1."""
+    """``paths``: str [M]; ``sha256``: bytes [M]; ``log_probs``: float32 [M, C] of the teacher ensemble at T=1; with
+    several heads its scores, [M, D] (see training.answers)."""
 
     paths: npt.NDArray[np.str_]
     sha256: npt.NDArray[np.bytes_]
@@ -140,9 +146,7 @@ def label_images(
     """
     wanted = {
         "images": hashlib.sha256(digests.tobytes()).hexdigest(),
-        "teachers": [
-            [file.sha256, file.weight, 1.0 if temperatures is None else temperatures[file.sha256]] for file in files
-        ],
+        "teachers": [_judge_key(file, temperatures) for file in files],
     }
     if not _is_labelled(cache, wanted):
 
@@ -151,7 +155,7 @@ def label_images(
             return [teacher for teacher in teachers if teacher.weight > 0]
 
         key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-        parts = _label_parts(paths, judges, len(dataset.class_names), cache / f"parts-{key[:16]}", device)
+        parts = _label_parts(paths, judges, dataset, cache / f"parts-{key[:16]}", device)
         write_array(cache / "log_probs.npy", np.concatenate([read_array(part) for part in parts]))
         write_json(cache / "meta.json", wanted, format=FORMAT)
         shutil.rmtree(parts[0].parent)
@@ -166,6 +170,13 @@ def label_images(
     return found.take(np.flatnonzero(~unreadable))
 
 
+def _judge_key(file: TeacherFile, temperatures: Mapping[str, float] | None) -> list[Any]:
+    """What a teacher's answers depend on."""
+    views = read_tta(file.path)
+    key: list[Any] = [file.sha256, file.weight, 1.0 if temperatures is None else temperatures[file.sha256]]
+    return [*key, views] if views else key
+
+
 def _is_labelled(cache: Path, wanted: dict[str, Any]) -> bool:
     if not (cache / "meta.json").exists():
         return False
@@ -176,18 +187,18 @@ def _is_labelled(cache: Path, wanted: dict[str, Any]) -> bool:
 def _label_parts(
     paths: npt.NDArray[np.str_],
     open_judges: Callable[[], list[Teacher]],
-    width: int,
+    dataset: Dataset,
     folder: Path,
     device: torch.device,
 ) -> list[Path]:
-    """Files of float32 [<= PART_IMAGES, width] in the order of ``paths``; those that lie there already are kept."""
+    """Files of float32 [<= PART_IMAGES, C] in the order of ``paths``; those that lie there already are kept."""
     starts = range(0, len(paths), PART_IMAGES)
     files = [folder / f"{start:010d}.npy" for start in starts]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     if not missing:
         return files
     judges = open_judges()
-    specs = list(dict.fromkeys(judge.spec for judge in judges))
+    specs = list(dict.fromkeys(zoomed(judge.spec, view.zoom) for judge in judges for view in judge.views))
 
     with ThreadPoolExecutor(core_count()) as pool, console.progress("labelling unlabelled images", len(paths)) as bar:
 
@@ -197,9 +208,9 @@ def _label_parts(
 
         ahead = start(missing[0])
         for number, following in itertools.zip_longest(missing, missing[1:]):
-            images = dict(zip(specs, map(list, ahead), strict=True))
+            pictures = dict(zip(specs, map(list, ahead), strict=True))
             ahead = start(following) if following is not None else []
-            write_array(files[number], _log_mean(judges, [images[judge.spec] for judge in judges], width, device))
+            write_array(files[number], _log_mean(judges, pictures, dataset, device))
             bar.update(bar.task_ids[0], completed=min((number + 1) * PART_IMAGES, len(paths)))
     return files
 
@@ -213,61 +224,90 @@ def _read(path: np.str_, spec: InputSpec) -> ImageU8 | None:
 
 
 def _log_mean(
-    judges: Sequence[Teacher], pixels: Sequence[Sequence[ImageU8 | None]], width: int, device: torch.device
+    judges: Sequence[Teacher],
+    pictures: Mapping[InputSpec, Sequence[ImageU8 | None]],
+    dataset: Dataset,
+    device: torch.device,
 ) -> npt.NDArray[np.float32]:
-    """float32 [N, width], NaN where an image is damaged. ``pixels``: the N images as each of the judges expects them."""
-    readable = [
-        row for row, images in enumerate(zip(*pixels, strict=True)) if all(image is not None for image in images)
-    ]
-    log_probs = np.full((len(pixels[0]), width), np.nan, np.float32)
+    """float32 [N, C], NaN where an image is damaged. ``pictures``: the N images in all sizes that the judges' views need."""
+    images = list(zip(*pictures.values(), strict=True))
+    readable = [row for row, sizes in enumerate(images) if all(image is not None for image in sizes)]
+    log_probs = np.full((len(images), len(dataset.outputs)), np.nan, np.float32)
     if readable:
-        answers = [
-            _probabilities(judge, [images[row] for row in readable], device)
-            for judge, images in zip(judges, pixels, strict=True)
-        ]
-        mean = np.average(answers, axis=0, weights=[judge.weight for judge in judges])
-        log_probs[readable] = np.log(np.clip(mean, 1e-12, None))
+        usable = {spec: [some[row] for row in readable] for spec, some in pictures.items()}
+        answers = [_shares(judge, usable, dataset.task, device) for judge in judges]
+        mean = torch.from_numpy(np.average(answers, axis=0, weights=[judge.weight for judge in judges]))
+        log_probs[readable] = scores_of_shares(dataset.task, mean).numpy()
     return log_probs
 
 
-def _probabilities(judge: Teacher, pixels: Sequence[Any], device: torch.device) -> npt.NDArray[np.float64]:
-    """float64 [N, C] for N images uint8 [H, W, 3] BGR."""
+def _shares(
+    judge: Teacher, pictures: Mapping[InputSpec, Sequence[Any]], task: Task | None, device: torch.device
+) -> npt.NDArray[np.float64]:
+    """float64 [N, C], what a judge says of N images uint8 [H, W, 3] BGR: the mean over its views, then tempered, as the
+    stored soft labels are."""
     parts = []
-    for start in range(0, len(pixels), LABELLING_BATCH):
-        images = torch.from_numpy(np.stack(pixels[start : start + LABELLING_BATCH])).to(device).flip(-1)
-        logits = judge.network(network_input(images, judge.spec)) / judge.temperature
-        parts.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
+    for start in range(0, len(next(iter(pictures.values()))), LABELLING_BATCH):
+        scores = []
+        for view in judge.views:
+            size = np.stack(pictures[zoomed(judge.spec, view.zoom)][start : start + LABELLING_BATCH])
+            images = torch.from_numpy(seen_through(size, view, judge.spec)).to(device).flip(-1)
+            scores.append(judge.network(network_input(images, judge.spec)))
+        if len(scores) > 1:
+            mean = torch.stack([shares_of(task, each.double()) for each in scores]).mean(dim=0)
+            scores = [scores_of_shares(task, mean)]
+        parts.append(shares_of(task, tempered(task, scores[0], judge.temperature).double()).cpu().numpy())
     return np.concatenate(parts)
 
 
-def choose(images: Unlabelled, *, min_confidence: float, class_cap: float, seed: int) -> Unlabelled:
+def choose(
+    images: Unlabelled, *, min_confidence: float, class_cap: float, seed: int, task: Task | None = None
+) -> Unlabelled:
     """Those of which the ensemble is sure enough, no class with more than ``class_cap`` times the mean over classes.
 
-    Too many of a class are drawn by ``seed``, not by confidence: the surest are the easiest. Raises DataError when
-    nothing is left.
+    Of several heads the least sure one counts, and the cap is for what the softmax heads answer together, in times the mean
+    over the joint answers that occur (one softmax head: over its classes); without such a head (several labels per image)
+    there is no cap. Too many of a class are drawn by ``seed``, not by confidence: the surest are the easiest. Raises
+    DataError when nothing is left.
     """
-    probabilities = np.exp(images.log_probs)
-    sure = np.flatnonzero(probabilities.max(axis=1) >= min_confidence)
+    shares = shares_of(task, torch.from_numpy(images.log_probs))
+    confidence = confidences(task, shares).numpy()
+    sure = np.flatnonzero(confidence >= min_confidence)
     if not len(sure):
         raise DataError(
             f"--unlabelled: of {len(images)} images the teachers are sure of none (--unlabelled-min-confidence "
-            f"{min_confidence:g}, the surest has {probabilities.max():.2f}); lower it, or leave --unlabelled out"
+            f"{min_confidence:g}, the surest has {confidence.max():.2f}); lower it, or leave --unlabelled out"
         )
-    answers = probabilities[sure].argmax(axis=1)
-    cap = max(1, int(class_cap * len(sure) / probabilities.shape[1]))
-    kept = []
-    for label in np.unique(answers):
-        members = sure[answers == label]
-        kept.append(generator(seed, "unlabelled", int(label)).permutation(members)[:cap])
-    chosen = np.sort(np.concatenate(kept))
+    chosen = sure
+    if takes_class_cap(task):
+        answers = joint_answers(task, shares).numpy()[sure]
+        cap = max(1, int(class_cap * len(sure) / _class_count(task, shares, answers)))
+        kept = []
+        for label in np.unique(answers):
+            members = sure[answers == label]
+            kept.append(generator(seed, "unlabelled", int(label)).permutation(members)[:cap])
+        chosen = np.sort(np.concatenate(kept))
     console.note(f"--unlabelled: {len(chosen)} of {len(images)} images; the teachers are sure of {len(sure)}")
     return images.take(chosen)
 
 
-def unlabelled_targets(images: Unlabelled, temperature: float) -> Targets:
-    """The ensemble's probabilities stand in for the hard label too; the soft ones are at ``temperature``."""
-    log_probs = torch.from_numpy(images.log_probs)
-    return Targets(torch.softmax(log_probs, dim=1), torch.softmax(log_probs / temperature, dim=1))
+def takes_class_cap(task: Task | None) -> bool:
+    """Whether an image has one answer that ``choose`` can count: labels that apply or not can each be common."""
+    return task is None or any(head.kind == "softmax" for head in task.heads)
+
+
+def _class_count(task: Task | None, shares: torch.Tensor, answers: npt.NDArray[np.int64]) -> int:
+    """Over how many classes the cap's mean goes. Of several heads not over all combinations: most never occur."""
+    if task is None:
+        return shares.shape[1]
+    widths = [head.width for head in task.heads if head.kind == "softmax"]
+    return widths[0] if len(widths) == 1 else len(np.unique(answers))
+
+
+def unlabelled_targets(images: Unlabelled, temperature: float, task: Task | None = None) -> Targets:
+    """The ensemble's probabilities and values stand in for the hard label too; the soft ones are at ``temperature``."""
+    scores = torch.from_numpy(images.log_probs)
+    return Targets(shares_of(task, scores), shares_of(task, scores, temperature))
 
 
 def joined(first: Targets, second: Targets) -> Targets:

@@ -2,7 +2,8 @@
 
 Function matching at the price of one pass: the student then trains on exactly these views, one of an image's M drawn
 each time that the image comes. Files in views/KEY/ of the run (KEY: what the views depend on): meta.json, seeds.npy
-int64 [N, M], log_probs.npy float16 [N, M, C] at T=1 (a probability of 0.5 is off by at most 0.0003).
+int64 [N, M], log_probs.npy float16 [N, M, C] at T=1 (a probability of 0.5 is off by at most 0.0003); with several heads
+their scores [N, M, D] (see training.answers).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.errors import ArtifactError
 from edgedistill.images import ImageU8
 from edgedistill.student.live_teachers import LiveTeachers
+from edgedistill.tasks import Task
+from edgedistill.training.answers import scores_of_shares
 from edgedistill.training.loader import Augmentation, ImageStore, Views, decode_of
 from edgedistill.training.processes import on_main
 from edgedistill.training.seeds import generator
@@ -30,6 +33,7 @@ from edgedistill.training.seeds import generator
 FORMAT = "edgedistill-views"
 PART_IMAGES = 256  # labelled between two writes: what a kill can cost
 BATCH = 64
+LEAST_PROBABILITY = 1e-7
 
 
 def open_views(
@@ -42,11 +46,12 @@ def open_views(
     wanted: dict[str, Any],
     root: Path,
     device: torch.device,
+    task: Task | None = None,
 ) -> Views:
     """The views of all rows of ``store``; labelled now where they are not yet, going on where a kill stopped.
 
     ``teachers``: opens them, only if they are needed, at temperature 1 and with the fold of each row: who may judge an
-    image may judge its views. ``wanted``: plain values on which the views depend (images, augmentation, teachers). The
+    image may judge its views. ``task``: where they have several heads. ``wanted``: plain values on which the views depend (images, augmentation, teachers). The
     main process labels, all read. Raises ArtifactError for a damaged folder.
     """
     key = hashlib.sha256(json.dumps(wanted | {"views": count, "seed": seed}, sort_keys=True).encode()).hexdigest()
@@ -56,7 +61,7 @@ def open_views(
     def label() -> None:
         if (folder / "meta.json").exists():
             return
-        _label(store, augment, teachers(), seeds, folder, device=device)
+        _label(store, augment, teachers(), seeds, folder, device=device, task=task)
         write_array(folder / "seeds.npy", seeds)
         write_json(folder / "meta.json", wanted | {"views": count, "seed": seed}, format=FORMAT)
         for part in folder.glob("part-*.npy"):
@@ -78,6 +83,7 @@ def _label(
     folder: Path,
     *,
     device: torch.device,
+    task: Task | None,
 ) -> None:
     rows = np.arange(len(seeds))
     parts = []
@@ -86,7 +92,8 @@ def _label(
             part = folder / f"part-{start:010d}.npy"
             if not part.exists():
                 members = rows[start : start + PART_IMAGES]
-                write_array(part, _log_probs(store, augment, teachers, members, seeds[members], device=device))
+                found = _log_probs(store, augment, teachers, members, seeds[members], device=device, task=task)
+                write_array(part, found)
             parts.append(part)
             bar.update(bar.task_ids[0], completed=min(start + PART_IMAGES, len(rows)))
     write_array(folder / "log_probs.npy", np.concatenate([read_array(part) for part in parts]))
@@ -100,15 +107,17 @@ def _log_probs(
     seeds: npt.NDArray[np.int64],
     *,
     device: torch.device,
+    task: Task | None,
 ) -> npt.NDArray[np.float16]:
-    """float16 [n, M, C] for the images ``rows`` and their ``seeds`` [n, M]."""
+    """float16 [n, M, C], scores for the images ``rows`` and their ``seeds`` [n, M]."""
     flat_rows, flat_seeds = np.repeat(rows, seeds.shape[1]), seeds.ravel()
     answers = []
     for start in range(0, len(flat_rows), BATCH):
         some = slice(start, start + BATCH)
         pixels = np.stack([view(store, augment, r, s) for r, s in zip(flat_rows[some], flat_seeds[some], strict=True)])
         images = torch.from_numpy(pixels).to(device)
-        answers.append(teachers(images, flat_rows[some]).clamp_min(1e-7).log().cpu().numpy())
+        shares = teachers(images, flat_rows[some])
+        answers.append(scores_of_shares(task, shares, least=LEAST_PROBABILITY).cpu().numpy())
     return np.concatenate(answers).reshape(len(rows), seeds.shape[1], -1).astype(np.float16)
 
 

@@ -22,6 +22,7 @@ from edgedistill.student.live_teachers import (
     open_teachers,
     teacher_view,
 )
+from edgedistill.tasks import Head, Task
 from edgedistill.training import loop
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.losses import Targets
@@ -89,6 +90,48 @@ def test_each_image_is_judged_by_its_held_out_teacher_and_val_by_all():
     softened = dataclasses.replace(judge, temperature=2.0)(torch.zeros(6, 8, 8, 3, dtype=torch.uint8), rows).numpy()
     roots = np.sqrt(answers)
     assert np.allclose(softened, roots / roots.sum(axis=1, keepdims=True), atol=1e-5)
+
+
+def test_every_head_is_judged_by_its_held_out_teachers():
+    task = Task((Head("color", "softmax", ("a", "b")), Head("tags", "sigmoid", ("x",)), Head("size", "regression")))
+
+    def says(*scores):
+        return lambda inputs: torch.tensor(scores).expand(len(inputs), 4)
+
+    spec = InputSpec(height=8, width=8)
+    teachers = [
+        Teacher(0, says(2.0, 0.0, 4.0, 1.0), spec, temperature=2.0, weight=3.0),  # two architectures in fold 0
+        Teacher(0, says(0.0, 0.0, 0.0, 5.0), spec, weight=1.0),
+        Teacher(1, says(0.0, 6.0, -2.0, -3.0), spec),
+    ]
+    judge = LiveTeachers(teachers, np.array([0, 1, -1], np.int16), 1.0, task)
+    answers = judge(torch.zeros(3, 8, 8, 3, dtype=torch.uint8), np.array([1, 0, 2])).numpy()
+
+    def shares(color, tag, size):
+        first, other = np.exp(color) / np.exp(color).sum(), 1 / (1 + np.exp(-tag))
+        return np.array([*first, other, size])
+
+    one, two, three = shares([1.0, 0.0], 2.0, 1.0), shares([0.0, 0.0], 0.0, 5.0), shares([0.0, 6.0], -2.0, -3.0)
+    assert np.allclose(answers, [three, (3 * one + two) / 4, (3 * one + two + three) / 5], atol=1e-6)
+    softened = dataclasses.replace(judge, temperature=2.0)(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), np.array([1]))
+    assert np.allclose(softened.numpy(), [shares([0.0, 3.0], -1.0, -3.0)], atol=1e-6)
+
+
+@pytest.mark.usefixtures("torch_judges")
+def test_a_student_with_several_heads_learns_from_live_teachers(heads_dataset, heads_run, tmp_path, monkeypatch):
+    asked, real = [], LiveTeachers.__call__
+
+    def judged(self, images, rows):
+        asked.append(real(self, images, rows))
+        return asked[-1]
+
+    monkeypatch.setattr(LiveTeachers, "__call__", judged)
+    run, settings = RunDir(tmp_path), dataclasses.replace(SETTINGS, epochs=1)
+    train_student(settings, heads_dataset, run, soft_labels=heads_run.soft_labels, out=run.model, resume=False)
+    assert len(read_model(run.model).settings["teachers"]) == 2
+    answers = torch.cat(asked)
+    assert answers.shape[1] == 6 and torch.allclose(answers[:, :3].sum(dim=1), torch.ones(len(answers)), atol=1e-5)
+    assert ((answers[:, 3:5] > 0) & (answers[:, 3:5] < 1)).all()
 
 
 def test_teachers_see_the_students_pixels_at_their_own_size_and_scale():

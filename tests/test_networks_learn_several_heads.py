@@ -37,6 +37,7 @@ from edgedistill.student import StudentSettings
 from edgedistill.task_metrics import Scored
 from edgedistill.tasks import Head, Task, sigmoid, softmax
 from edgedistill.teacher import read_blend
+from edgedistill.training.answers import confidences, scores_of_shares, shares_of
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.heads import make_task_targets, read_scores, scores_from, scores_of, task_loss, write_scores
 from edgedistill.training.losses import LossSettings, make_targets
@@ -195,15 +196,29 @@ def test_class_weights_are_each_softmax_heads_own() -> None:
 
 def test_what_needs_one_label_per_image_is_refused() -> None:
     settings = StudentSettings(hard_loss="soft-f1", live_teachers=True, drop_noisy=0.1)
-    with pytest.raises(UsageError, match="--hard-loss soft-f1, --live-teachers, --drop-noisy: for one label per image"):
+    with pytest.raises(UsageError, match="--hard-loss soft-f1: for one label per image"):
         settings.refuse_for(TASK)
     settings.refuse_for(None)
+    StudentSettings(views=2, unlabelled="folder", drop_noisy=0.1, calibrate_soft_labels=True).refuse_for(TASK)
     weighted = TrainSettings(name="x", class_weights="inverse", balanced_sampling=False)
     weighted.refuse_for(TASK)
     with pytest.raises(
         UsageError, match="--class-weights inverse: for one label per image, and these images have labels"
     ):
         weighted.refuse_for(Task((TASK.heads[1],)))
+
+
+def test_shares_are_the_targets_and_go_back_to_scores() -> None:
+    scores = scores_of(TASK, np.random.default_rng(0).normal(size=(3, 6)))
+    targets = make_task_targets(TASK, VALUES, soft_scores=scores, temperature=3.0)
+    assert torch.allclose(shares_of(TASK, torch.from_numpy(scores), 3.0), targets.soft, atol=1e-6)
+    again = scores_of_shares(TASK, shares_of(TASK, torch.from_numpy(scores).double()))
+    np.testing.assert_allclose(again.numpy(), scores, atol=1e-5)
+    own = shares_of(Task.single(("a", "b", "c")), torch.from_numpy(scores[:, :3]), 2.0)
+    assert torch.equal(own, shares_of(None, torch.from_numpy(scores[:, :3]), 2.0))
+    certain = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0, 9.0]])
+    assert torch.isfinite(scores_of_shares(TASK, certain)).all()
+    assert float(confidences(TASK, torch.tensor([[0.7, 0.2, 0.1, 0.9, 0.4, 9.0]]))[0]) == pytest.approx(0.6)
 
 
 def test_scores_of_a_mean_over_views_have_its_probabilities() -> None:
@@ -424,7 +439,11 @@ def test_several_teachers_of_attributes_are_evaluated_and_reported(voted: RunDir
     assert blend is not None
     np.testing.assert_allclose(read_array(voted.evaluation / "teacher.probs.npy"), blend(own), atol=1e-4)
     assert read_model(voted.model).input_spec.height == 40
-    assert not (voted.root / "noisy_labels.csv").exists()
+    dataset = dataset_of(voted.root)
+    with (voted.root / "noisy_labels.csv").open(newline="") as file:
+        noisy = list(csv.DictReader(file))
+    assert {row["id"] for row in noisy} == set(dataset.ids[dataset.rows("train")].tolist())
+    assert {row["head"] for row in noisy} <= {"color", "shape"}
     page = write_report(voted).read_text(encoding="utf-8")
     assert "Each architecture out of fold" in page and "could not be understood" not in page
 

@@ -14,12 +14,12 @@ from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.student import LIVE_DEFAULTS, StudentSettings, train_student, views
 from edgedistill.student.live_teachers import LiveTeachers, Teacher
-from edgedistill.tasks import Head, Task
+from edgedistill.tasks import sigmoid, softmax
 from edgedistill.training import loop
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.loader import Draw, Schedule, Views, batches, open_store, prepared_spec
 from edgedistill.training.loop import Job, seen_targets
-from edgedistill.training.losses import LossSettings, make_targets
+from edgedistill.training.losses import LossSettings, Targets, make_targets
 from edgedistill.training.optimizers import Phase
 from edgedistill.training.predict import network_input
 from edgedistill.training.processes import Part
@@ -188,10 +188,36 @@ def test_options_that_contradict_each_other_are_told():
         result = CliRunner().invoke(app, [*arguments, flag, value])
         assert isinstance(result.exception, UsageError)
         assert f"--no-distillation and {flag} contradict each other" in str(result.exception)
-    heads = Task((Head("mask", "softmax", ("no", "yes")), Head("age", "regression")))
-    for settings in (StudentSettings(views=2), StudentSettings(unlabelled="folder")):
-        with pytest.raises(UsageError, match=r"for one label per image, and these images have mask, age"):
-            settings.refuse_for(heads)
+
+
+@pytest.mark.usefixtures("torch_judges")
+def test_views_of_several_heads_keep_what_each_head_said(heads_dataset, heads_run, tmp_path):
+    run, settings = RunDir(tmp_path), dataclasses.replace(SETTINGS, epochs=1, extra_epochs=0)
+    train_student(settings, heads_dataset, run, soft_labels=heads_run.soft_labels, out=run.model, resume=False)
+    folder = next(path.parent for path in (tmp_path / "views").rglob("seeds.npy"))
+    found = Views(read_array(folder / "seeds.npy"), read_array(folder / "log_probs.npy"))
+    rows = heads_dataset.rows("train")
+    assert found.log_probs.shape == (len(rows), 3, 6)
+    spec = InputSpec(height=40, width=40)  # the teachers', larger than the student's
+    store = open_store(heads_dataset.paths[rows], prepared_spec(spec), cache_gib=None)
+    teachers = [read_model(heads_run.teacher(fold) / "model.pt") for fold in range(2)]
+    for row, number in itertools.product((0, 7, 20), range(3)):
+        pixels = views.view(store, settings.augmentation(spec), row, found.seeds[row, number])[None]
+        teacher = teachers[heads_dataset.folds[rows[row]]]
+        with torch.no_grad():
+            scores = teacher.model(network_input(torch.from_numpy(pixels), teacher.input_spec))
+        said = heads_dataset.task.probabilities(found.log_probs[row, number][None].astype(np.float32))
+        assert np.allclose(said, heads_dataset.task.probabilities(scores.numpy()), atol=4e-3)
+    draw = Draw(np.arange(32), np.zeros(32, np.int32), 8, balanced=False, seed=0)
+    augment = settings.augmentation(spec)
+    batch = next(batches(store, Schedule([draw]), augment, spec=spec, seed=9, workers=0, views=found))
+    hard = torch.zeros(8, 6)
+    job = dataclasses.replace(make_job(store, augment, found), task=heads_dataset.task)
+    soft = seen_targets(job, batch, Targets(hard, hard)).soft
+    chosen = found.log_probs[batch.rows, batch.views].astype(np.float32)
+    assert np.allclose(soft[:, :3], softmax(chosen[:, :3], 2.0), atol=1e-6)
+    assert np.allclose(soft[:, 3:5], sigmoid(chosen[:, 3:5], 2.0), atol=1e-6)
+    assert np.array_equal(soft[:, 5], chosen[:, 5])
 
 
 def test_views_and_live_teachers_exclude_each_other():

@@ -213,7 +213,7 @@ class Views:
     """M augmented views of each row of the store, fixed beforehand: the only ones that batches then show.
 
     ``seeds``: int64 [N, M], of the augmentation; the lowest bit says how to decode. ``log_probs``: float16 [N, M, C],
-    what the teachers said of each.
+    what the teachers said of each; with several heads their scores [N, M, D] (see training.answers).
     """
 
     seeds: npt.NDArray[np.int64]

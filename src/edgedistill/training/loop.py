@@ -30,6 +30,7 @@ from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import accuracy, log_loss, macro_f1, softmax
 from edgedistill.tasks import Task, Values
+from edgedistill.training.answers import shares_of
 from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, save_tensors
 from edgedistill.training.depthwise import quick_depthwise
 from edgedistill.training.heads import task_loss, validation_metrics
@@ -74,7 +75,8 @@ class Judge(Protocol):
     """Soft targets for a batch as the network sees it, augmented and mixed.
 
     ``folds``: int16 [N], of the rows of the store; images are mixed with images of their own fold. Called with images
-    [B, H, W, 3] RGB 0-255 on the device and their rows, int64 [B]; returns float32 [B, C] probabilities there.
+    [B, H, W, 3] RGB 0-255 on the device and their rows, int64 [B]; returns float32 [B, C] probabilities there (with
+    several heads the shares [B, D] of training.answers).
     """
 
     @property
@@ -264,8 +266,8 @@ def seen_targets(job: Job, batch: Batch, targets: Targets) -> Targets:
     """``targets`` with the soft labels of the very views that the batch shows, where they are stored."""
     if job.views is None or batch.views is None:
         return targets
-    log_probs = torch.from_numpy(job.views.log_probs[batch.rows, batch.views].astype(np.float32))
-    soft = torch.softmax(log_probs / job.loss.temperature, dim=1)
+    scores = torch.from_numpy(job.views.log_probs[batch.rows, batch.views].astype(np.float32))
+    soft = shares_of(job.task, scores, job.loss.temperature)
     return Targets(targets.hard, to_device(soft.numpy(), targets.hard.device))
 
 

@@ -132,7 +132,7 @@ def mean_over_views(
     """
     total: npt.NDArray[Any] = np.zeros(())
     for view in views:
-        total = total + answer(_seen(pictures[view.zoom], view, spec))
+        total = total + answer(seen_through(pictures[view.zoom], view, spec))
     return total / len(views)
 
 
@@ -146,8 +146,8 @@ def zoomed(spec: InputSpec, zoom: float) -> InputSpec:
     return spec.resized(round(spec.height * zoom), round(spec.width * zoom))
 
 
-def _seen(pictures: ImageU8, view: View, spec: InputSpec) -> ImageU8:
-    """The view's window of pictures [N, H * zoom, W * zoom, 3], at the network's size."""
+def seen_through(pictures: ImageU8, view: View, spec: InputSpec) -> ImageU8:
+    """The view's window of pictures uint8 [N, H * zoom, W * zoom, 3], at the network's size."""
     top = round((pictures.shape[1] - spec.height) * view.top)
     left = round((pictures.shape[2] - spec.width) * view.left)
     window = pictures[:, top : top + spec.height, left : left + spec.width]

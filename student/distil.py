@@ -37,6 +37,7 @@ from edgedistill.student.unlabelled import (
     takes_class_cap,
     unlabelled_targets,
     without_known,
+    without_like_test,
 )
 from edgedistill.student.views import open_views
 from edgedistill.training.checkpoints import read_input_spec, read_model, write_model
@@ -312,6 +313,7 @@ def _unlabelled(
     settings: StudentSettings, dataset: Dataset, lesson: _Lesson, *, device: torch.device, cache: Path
 ) -> Unlabelled:
     paths, digests = on_main(lambda: find_unlabelled(settings, dataset, cache))
+    paths, digests = on_main(lambda: without_like_test(paths, digests, dataset, cache=cache / "unlabelled"))
     labelled = on_main(
         lambda: label_images(
             paths,

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_array, read_json, sha256_file, write_array, write_json
+from edgedistill.data import duplicates
 from edgedistill.data.manifest import Dataset, hash_files
 from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES, ImageU8, InputSpec, load_image
@@ -80,6 +82,14 @@ def find_images(folder: Path, *, frames: Path, frame_step: int) -> npt.NDArray[n
     for path in files:
         if path.suffix.lower() in VIDEO_SUFFIXES:
             images += extract_frames(path, frames / f"{path.stem}-{sha256_file(path)[:12]}-{frame_step}", frame_step)
+    unread = [path for path in files if path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    if unread:
+        counts = Counter(path.suffix.lower() or "without a suffix" for path in unread)
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+        console.warn(
+            f"--unlabelled: {len(unread)} files are none that can be read and are left out ({kinds}), first {unread[0]}; "
+            "convert images to JPEG or PNG, and unpack archives"
+        )
     if not images:
         raise DataError(f"--unlabelled {folder}: no image and no video in it")
     return np.array([str(path) for path in images])
@@ -126,6 +136,37 @@ def without_known(paths: npt.NDArray[np.str_], dataset: Dataset) -> tuple[npt.ND
     fresh = np.flatnonzero(splits == "")
     first = np.sort(np.unique(digests[fresh], return_index=True)[1])
     return paths[fresh[first]], digests[fresh[first]]
+
+
+def without_like_test(
+    paths: npt.NDArray[np.str_], digests: npt.NDArray[np.bytes_], dataset: Dataset, *, cache: Path
+) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.bytes_]]:
+    """``paths`` and ``digests`` without near-duplicates of test images (data.duplicates), which are warned about.
+
+    The evaluation would judge the student on what it has as good as seen. ``cache``: a folder that keeps what was found,
+    so that the images are compared once. Raises DataError when nothing is left.
+    """
+    test, file = dataset.rows("test"), cache / "like_test.json"
+    wanted = {
+        "images": hashlib.sha256(digests.tobytes()).hexdigest(),
+        "test": hashlib.sha256(dataset.sha256[test].tobytes()).hexdigest(),
+    }
+    saved = read_json(file, format=FORMAT) if file.exists() else {}
+    if {key: saved.get(key) for key in wanted} != wanted:
+        pairs = duplicates.near_duplicates_across(paths.tolist(), dataset.paths[test].tolist())
+        if pairs is None:
+            console.warn(
+                "--unlabelled: so many images look alike that copies of test images are found by content alone"
+            )
+            pairs = duplicates.NO_PAIRS
+        saved = wanted | {"rows": np.unique(pairs[:, 0]).tolist()}
+        write_json(file, saved, format=FORMAT)
+    rows = [int(row) for row in saved["rows"]]
+    if rows:
+        console.warn(f"--unlabelled: {len(rows)} images look like test images and are left out, first {paths[rows[0]]}")
+    if len(rows) == len(paths):
+        raise DataError("--unlabelled: every image looks like one of the test split; give other images")
+    return np.delete(paths, rows), np.delete(digests, rows)
 
 
 def label_images(

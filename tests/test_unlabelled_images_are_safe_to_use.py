@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edgedistill.artifacts import RunDir, sha256_file
+from edgedistill.data import duplicates
 from edgedistill.errors import DataError, UsageError
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.student.live_teachers import find_teachers
@@ -22,12 +23,16 @@ from edgedistill.student.unlabelled import (
     label_images,
     unlabelled_targets,
     without_known,
+    without_like_test,
 )
+from edgedistill.tasks import Head, Task
 from edgedistill.training.checkpoints import read_model
+from edgedistill.training.heads import scores_from
 from edgedistill.training.loader import Draw
 from edgedistill.training.losses import make_targets
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.seeds import generator
+from edgedistill.training.views import predict_probabilities, views_of
 
 CPU = torch.device("cpu")
 SETTINGS = StudentSettings(
@@ -123,6 +128,51 @@ def test_all_teachers_label_together_and_are_asked_once(tiny_dataset, taught_run
     assert label_images(paths, digests, files, tiny_dataset, **options).hash == found.hash
 
 
+@pytest.mark.usefixtures("torch_judges")
+def test_the_mean_over_all_teachers_goes_head_by_head(heads_dataset, teach_run, folder, tmp_path):
+    run = teach_run(heads_dataset, tmp_path / "run", architectures=("", "other"))  # two in each fold
+    weights = (0.25, 0.75, 0.5, 0.5)
+    files = [
+        dataclasses.replace(file, weight=weight)
+        for file, weight in zip(find_teachers(run.soft_labels, heads_dataset), weights, strict=True)
+    ]
+    paths, digests = without_known(find_images(folder, frames=tmp_path, frame_step=10), heads_dataset)
+    options = {"device": CPU, "half": False, "temperatures": None}
+    found = label_images(paths, digests, files, heads_dataset, cache=tmp_path / "cache", **options)
+    task, shares = heads_dataset.task, []
+    for file in files:
+        loaded = read_model(file.path)
+        shares.append(task.probabilities(predict_logits(loaded.model, paths, loaded.input_spec)))
+    mean = np.average(shares, axis=0, weights=weights)  # values of the regression head in its own units
+    assert found.log_probs.shape == (13, 6)
+    assert np.allclose(task.probabilities(found.log_probs), mean, atol=2e-3)
+    halves = dict.fromkeys((file.sha256 for file in files), 0.5)
+    sharper = label_images(
+        paths, digests, files[:1], heads_dataset, cache=tmp_path / "sharp", **options | {"temperatures": halves}
+    )
+    loaded = read_model(files[0].path)
+    expected = task.probabilities(predict_logits(loaded.model, paths, loaded.input_spec), 0.5)
+    assert np.allclose(task.probabilities(sharper.log_probs), expected, atol=2e-3)
+
+
+@pytest.mark.usefixtures("torch_judges")
+@pytest.mark.parametrize("heads", [False, True])
+def test_teachers_label_by_the_views_that_labelled_their_fold(request, heads, teach_run, folder, tmp_path):
+    data = request.getfixturevalue("heads_dataset" if heads else "tiny_dataset")
+    run = teach_run(data, tmp_path / "run", settings={"tta": "flip,scales"})
+    files = find_teachers(run.soft_labels, data)[:1]
+    paths, digests = without_known(find_images(folder, frames=tmp_path, frame_step=10), data)
+    options = {"device": CPU, "half": False, "temperatures": {files[0].sha256: 2.0}}
+    found = label_images(paths, digests, files, data, cache=tmp_path / "cache", **options)
+    loaded, views = read_model(files[0].path), views_of("flip,scales")
+    mean = predict_probabilities(loaded.model, paths, loaded.input_spec, views=views, task=data.task)
+    task = data.task or Task.single(data.class_names)
+    expected = task.probabilities(scores_from(task, mean), 2.0)  # as the stored labels are tempered
+    assert np.allclose(task.probabilities(found.log_probs), expected, atol=2e-3)
+    one = task.probabilities(predict_logits(loaded.model, paths, loaded.input_spec), 2.0)
+    assert np.abs(one - expected).max() > 5e-3
+
+
 def test_a_kill_while_labelling_costs_one_part_at_most(tiny_dataset, taught_run, folder, tmp_path, monkeypatch):
     from edgedistill.student import unlabelled
 
@@ -131,15 +181,15 @@ def test_a_kill_while_labelling_costs_one_part_at_most(tiny_dataset, taught_run,
     options = {"device": CPU, "half": False, "temperatures": None}
     whole = label_images(paths, digests, files, tiny_dataset, cache=tmp_path / "whole", **options)
     monkeypatch.setattr(unlabelled, "PART_IMAGES", 4)
-    judged, judge = [], unlabelled._probabilities
+    judged, judge = [], unlabelled._shares
 
-    def until_killed(teacher, pixels, device):
-        judged.append(len(pixels))
+    def until_killed(teacher, pictures, task, device):
+        judged.append(len(pictures[teacher.spec]))
         if judged[:-1] == [4, 4, 4]:  # two teachers: the first part is whole, the second has one answer
             raise KeyboardInterrupt
-        return judge(teacher, pixels, device)
+        return judge(teacher, pictures, task, device)
 
-    monkeypatch.setattr(unlabelled, "_probabilities", until_killed)
+    monkeypatch.setattr(unlabelled, "_shares", until_killed)
     with pytest.raises(KeyboardInterrupt):
         label_images(paths, digests, files, tiny_dataset, cache=tmp_path / "killed", **options)
     judged[:] = [0]
@@ -190,6 +240,94 @@ def test_unsure_answers_and_crowding_classes_are_left_out(capsys):
         choose(images, min_confidence=0.95, class_cap=1.0, seed=0)
 
 
+HEADS = Task(
+    (
+        Head("a", "softmax", ("x", "y")),
+        Head("b", "softmax", ("p", "q")),
+        Head("tag", "sigmoid", ("t",)),
+        Head("v", "regression"),
+    )
+)
+
+
+def answered(task, *groups):
+    """Images with these shares, so many of each: (count, shares)."""
+    shares = np.concatenate([np.tile(np.array(row, float), (count, 1)) for count, row in groups])
+    names = np.array([f"{number}.png" for number in range(len(shares))])
+    return Unlabelled(names, names.astype("S64"), scores_from(task, shares))
+
+
+def test_the_least_sure_head_and_the_joint_answer_decide():
+    images = answered(
+        HEADS,
+        (40, [0.9, 0.1, 0.9, 0.1, 0.95, 3.0]),
+        (4, [0.1, 0.9, 0.9, 0.1, 0.05, 3.0]),
+        (1, [0.9, 0.1, 0.1, 0.9, 0.95, 3.0]),
+        (7, [0.9, 0.1, 0.55, 0.45, 0.95, 3.0]),  # unsure of b
+        (7, [0.9, 0.1, 0.9, 0.1, 0.4, 3.0]),  # unsure of the tag
+    )
+    chosen = choose(images, min_confidence=0.8, class_cap=1.0, seed=0, task=HEADS)
+    numbers = np.array([int(Path(path).stem) for path in chosen.paths.tolist()])
+    counts = [(numbers < 40).sum(), ((numbers >= 40) & (numbers < 44)).sum(), (numbers == 44).sum()]
+    assert counts == [15, 4, 1] and len(numbers) == 20  # 45 sure images of 3 joint answers
+    with pytest.raises(DataError, match=r"sure of none .*the surest has 0.90"):
+        choose(images, min_confidence=0.95, class_cap=1.0, seed=0, task=HEADS)
+
+
+def test_labels_that_may_apply_together_have_no_cap():
+    task = Task((Head("labels", "sigmoid", ("s", "t")),))
+    images = answered(task, (30, [0.99, 0.02]), (2, [0.01, 0.99]), (3, [0.99, 0.6]))
+    assert len(choose(images, min_confidence=0.9, class_cap=1.0, seed=0, task=task)) == 32
+
+
+def test_pseudo_labels_of_heads_are_shares_and_values():
+    targets = unlabelled_targets(answered(HEADS, (2, [0.8, 0.2, 0.5, 0.5, 0.8, -1.5])), 2.0, HEADS)
+    assert torch.allclose(targets.hard[0], torch.tensor([0.8, 0.2, 0.5, 0.5, 0.8, -1.5]), atol=1e-5)
+    assert torch.allclose(targets.soft[1], torch.tensor([2 / 3, 1 / 3, 0.5, 0.5, 2 / 3, -1.5]), atol=1e-5)
+
+
+def test_files_that_nobody_reads_are_counted_once(folder, tmp_path, capsys):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    for name in ("a.heic", "b.HEIC", "more.tar", "deep/c.gif", "README"):
+        (own / name).write_bytes(b"x")
+    assert len(find_images(own, frames=tmp_path, frame_step=10)) == 14
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("warning") == 1 and "6 files are none that can be read and are left out (2 .heic, " in said
+    assert all(kind in said for kind in ("1 .tar", "1 .gif", "1 .txt", "1 without a suffix", f"first {own}/README"))
+
+
+def test_what_looks_like_a_test_image_is_left_out_and_searched_once(hashed, folder, tmp_path, capsys, monkeypatch):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    tested = hashed.rows("test")
+    for number, row in enumerate(tested[:2]):
+        pixels = cv2.resize(cv2.imread(hashed.paths[row]), (80, 80), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(own / f"again{number}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
+    (own / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    paths, digests = without_known(find_images(own, frames=tmp_path, frame_step=10), hashed)
+    kept, left = without_like_test(paths, digests, hashed, cache=tmp_path / "cache")
+    assert {Path(path).name for path in set(paths.tolist()) - set(kept.tolist())} == {"again0.jpg", "again1.jpg"}
+    assert np.array_equal(left, digests[np.isin(paths, kept)]) and "broken.jpg" in {Path(p).name for p in kept.tolist()}
+    assert f"2 images look like test images and are left out, first {own}/again0.jpg" in capsys.readouterr().err
+    monkeypatch.setattr(duplicates, "near_duplicates_across", lambda *paths: pytest.fail("searched again"))
+    again, _ = without_like_test(paths, digests, hashed, cache=tmp_path / "cache")
+    assert np.array_equal(again, kept)
+    only = np.isin(paths, kept, invert=True)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="every image looks like one of the test split"):
+        without_like_test(paths[only], digests[only], hashed, cache=tmp_path / "other")
+
+
+def test_close_hashes_of_two_sets_are_all_found():
+    hashes = generator(0).integers(0, 2**63, 300, dtype=np.uint64)
+    flips = np.array([np.bitwise_or.reduce(np.uint64(1) << generator(n).choice(64, n % 7, replace=False).astype(np.uint64))
+                      for n in range(300)], np.uint64)  # fmt: skip
+    others = np.concatenate([hashes[::-1] ^ flips, hashes[:3]])
+    expected = np.argwhere(np.bitwise_count(hashes[:, None] ^ others[None, :]) <= duplicates.MAX_HASH_DISTANCE)
+    assert 150 < len(expected) < 300 and np.array_equal(duplicates.close_across(hashes, others), expected)
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 def test_each_batch_has_its_share_and_the_budget_stays(balanced):
     rows, labels = np.arange(50), (np.arange(50) % 5 == 0).astype(np.int32)
@@ -224,6 +362,31 @@ def test_a_student_learns_from_both_and_records_it(hashed, taught_run, folder, t
     saved = read_model(run.model).settings
     assert saved["unlabelled_images"] == 11  # ten images and one frame, each once
     assert len(saved["unlabelled_sha256"]) == 64
+
+
+@pytest.mark.usefixtures("torch_judges")
+@pytest.mark.parametrize("live", [False, True])
+def test_a_student_with_several_heads_learns_from_both(heads_dataset, teach_run, folder, tmp_path, live):
+    digests = np.array([sha256_file(path) for path in heads_dataset.paths])
+    data, run = dataclasses.replace(heads_dataset, sha256=digests), RunDir(tmp_path / "run")
+    labels = teach_run(data, tmp_path / "taught").soft_labels
+    settings = dataclasses.replace(SETTINGS, unlabelled=str(folder), live_teachers=live, soft_weight=0.5)
+    train_student(settings, data, run, soft_labels=labels, out=run.model, resume=False)
+    loaded = read_model(run.model)
+    assert loaded.settings["unlabelled_images"] == 11 and loaded.task == data.task
+
+
+@pytest.mark.usefixtures("torch_judges")
+def test_a_cap_where_several_labels_apply_is_doubted(tiny_dataset, teach_run, folder, tmp_path, capsys):
+    tags = np.column_stack([tiny_dataset.labels == 0, tiny_dataset.labels > 0]).astype(np.float32)
+    data = dataclasses.replace(tiny_dataset, task=Task((Head("labels", "sigmoid", ("s", "t")),)), values=tags)
+    labels, settings = teach_run(data, tmp_path / "taught").soft_labels, dataclasses.replace(SETTINGS, extra_epochs=0)
+    for cap, doubted in ((3.0, False), (1.0, True)):
+        run = RunDir(tmp_path / f"run-{cap}")
+        own = dataclasses.replace(settings, unlabelled=str(folder), unlabelled_class_cap=cap)
+        train_student(own, data, run, soft_labels=labels, out=run.model, resume=False)
+        assert ("--unlabelled-class-cap 1 changes nothing" in capsys.readouterr().err) == doubted
+        assert read_model(run.model).settings["unlabelled_images"] == 11
 
 
 def soft_of(dataset):

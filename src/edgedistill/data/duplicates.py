@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from edgedistill import console
+from edgedistill.errors import ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.images import InputSpec, load_image
 
@@ -41,7 +42,7 @@ NO_PAIRS: Pairs = np.zeros((0, 2), np.int64)
 TOO_MANY_PAIRS = "so many images look alike that near-duplicates are not kept together; byte-equal copies are"
 
 
-def fingerprint(source: Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, Thumbnails]:
+def fingerprint(source: str | Path | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, Thumbnails]:
     """(perceptual hash of 64 bits, grey thumbnail uint8 [64, 64]); decodes the image. Raises ImageError."""
     thumbnail: Thumbnails = cv2.cvtColor(load_image(source, THUMBNAIL, max_pixels=max_pixels), cv2.COLOR_BGR2GRAY)  # type: ignore[assignment]
     bits = imagehash.phash(Image.fromarray(thumbnail)).hash
@@ -90,6 +91,70 @@ def close_hashes(hashes: Hashes) -> Pairs | None:
             active = active[followers[active] >= step]
     keys = np.sort(np.fromiter(found, np.int64, len(found)))
     return np.stack([keys // max(count, 1), keys % max(count, 1)], axis=1)
+
+
+def near_duplicates_across(paths: Sequence[Path | str], others: Sequence[Path | str]) -> Pairs | None:
+    """Row pairs int64 [M, 2] (of ``paths``, of ``others``) that are near-duplicates; None when more than MAX_PAIRS hashes
+    are alike. Images that cannot be read are like none.
+
+    Of all images only hashes are kept, 8 bytes each: thumbnails are made again of the few whose hashes are close.
+    """
+    (hashes, readable), (other_hashes, other_readable) = _readable_hashes(paths), _readable_hashes(others)
+    one, other = np.flatnonzero(readable), np.flatnonzero(other_readable)
+    close = close_across(hashes[one], other_hashes[other])
+    if close is None:
+        return None
+    pairs = np.stack([one[close[:, 0]], other[close[:, 1]]], axis=1)
+    found = [NO_PAIRS]
+    for start in range(0, len(pairs), 1024):
+        some = pairs[start : start + 1024]
+        rows, place = np.unique(some[:, 0], return_inverse=True)
+        other_rows, other_place = np.unique(some[:, 1], return_inverse=True)
+        images = [paths[row] for row in rows] + [others[row] for row in other_rows]
+        thumbnails = np.stack([fingerprint(path)[1] for path in images])
+        alike = correlations(thumbnails, np.stack([place, len(rows) + other_place], axis=1))
+        found.append(some[alike >= MIN_CORRELATION])
+    return np.concatenate(found)
+
+
+def _readable_hashes(paths: Sequence[Path | str]) -> tuple[Hashes, npt.NDArray[np.bool_]]:
+    """Hashes uint64 [N], and whether the image could be read, bool [N]."""
+
+    def look(path: Path | str) -> int | None:
+        try:
+            return fingerprint(path)[0]
+        except ImageError:
+            return None
+
+    hashes, readable = np.zeros(len(paths), np.uint64), np.zeros(len(paths), bool)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, console.progress("looking for duplicates", len(paths)) as bar:
+        for row, value in enumerate(pool.map(look, paths)):
+            hashes[row], readable[row] = value or 0, value is not None
+            bar.update(bar.task_ids[0], advance=1)
+    return hashes, readable
+
+
+def close_across(hashes: Hashes, others: Hashes) -> Pairs | None:
+    """Row pairs int64 [M, 2] of ``hashes`` and ``others`` at most MAX_HASH_DISTANCE bits apart, by the same parts as in
+    ``close_hashes``; None when more than MAX_PAIRS."""
+    found: set[int] = set()
+    for shift, bits in HASH_PARTS:
+        mask = np.uint64((1 << bits) - 1)
+        own, part = (hashes >> np.uint64(shift)) & mask, (others >> np.uint64(shift)) & mask
+        order = np.argsort(part, kind="stable")
+        place = np.searchsorted(part[order], own, side="left")
+        end = np.searchsorted(part[order], own, side="right")
+        active = np.flatnonzero(place < end)
+        while len(active):
+            candidate = order[place[active]]
+            hit = np.bitwise_count(hashes[active] ^ others[candidate]) <= MAX_HASH_DISTANCE
+            found.update((active[hit] * len(others) + candidate[hit]).tolist())
+            if len(found) > MAX_PAIRS:
+                return None
+            place[active] += 1
+            active = active[place[active] < end[active]]
+    keys = np.sort(np.fromiter(found, np.int64, len(found)))
+    return np.stack([keys // max(len(others), 1), keys % max(len(others), 1)], axis=1)
 
 
 def correlations(thumbnails: Thumbnails, pairs: Pairs) -> npt.NDArray[np.float32]:

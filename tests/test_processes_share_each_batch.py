@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ from edgedistill.student import StudentSettings, distil, refuse_several_processe
 from edgedistill.training import processes
 from edgedistill.training.checkpoints import load_tensors
 from edgedistill.training.loader import Draw, ImageStore, Schedule, batches, shared_images
-from edgedistill.training.processes import ALONE, Part, alone_in, check_batch, on_main, part
+from edgedistill.training.processes import ALONE, Part, alone_in, check_batch, on_main, part, to_start
 from edgedistill.training.soft_labels import read_soft_labels
 
 LAUNCHES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
@@ -83,13 +85,13 @@ def test_one_process_is_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT missing: start them with 'torchrun"),
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT missing: start them with 'distill --processes N"),
         ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "x"}, "but MASTER_PORT missing"),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many': expected a whole number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a whole number"),
         (
             {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-            "asked for several processes and started one.*--multi_gpu",
+            "asked for several processes and started one.*--processes N",
         ),
     ],
 )
@@ -116,16 +118,48 @@ def test_live_teachers_want_one_process(monkeypatch):
     refuse_several_processes(StudentSettings())
 
 
-def launcher(name: str) -> list[str]:
-    if name == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    # What 'accelerate launch' runs; the program itself imports timm, which cannot be beside a CPU-only torch.
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "29531"]
+def test_several_processes_are_started_once(monkeypatch):
+    assert to_start(None) == 1 and to_start(1) == 1 and to_start(3) == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert to_start(None) == 1 and to_start(2) == 1  # they are there already
+    with pytest.raises(UsageError, match="--processes 3 inside a launch of 2"):
+        to_start(3)
+
+
+@pytest.mark.parametrize(
+    ("command", "started"),
+    [
+        ("python accelerate-launch --cpu --num_processes 4 -m edgedistill distill --batch-size 8", 4),
+        ("python -m accelerate.commands.launch --num-processes=3 --num_machines 1 -m edgedistill teach", 3),
+        ("python accelerate-launch --cpu --num_processes 4 --num_machines 2 -m edgedistill teach", None),
+        ("python accelerate-launch -m edgedistill distill --processes 2", None),
+    ],
+)
+def test_half_a_launch_is_completed_where_its_number_is_known(monkeypatch, command, started):
+    monkeypatch.setattr(processes.psutil, "Process", lambda pid: SimpleNamespace(cmdline=command.split))
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert to_start(2) == 2
+    if started:
+        assert to_start(None) == started
+    else:
+        with pytest.raises(UsageError, match="--processes N"):
+            to_start(None)
+
+
+ACCELERATE = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 29531"
+# What 'accelerate launch' runs; that program itself imports timm, which cannot be beside a CPU-only torch.
+LAUNCHERS = {
+    "option": [],
+    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2".split(),
+    "accelerate": f"-m accelerate.commands.launch --multi_gpu {ACCELERATE}".split(),
+    "accelerate on a CPU": f"-m accelerate.commands.launch --cpu {ACCELERATE}".split(),
+}
 
 
 def start(*arguments: object, by: str) -> subprocess.Popen[str]:
-    command = [*launcher(by), "-m", "edgedistill", *map(str, arguments)]
+    command = [sys.executable, *LAUNCHERS[by], "-m", "edgedistill", *map(str, arguments)]
+    command += ["--processes", "2"] if by == "option" else []
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -133,20 +167,30 @@ def weights_of(run: RunDir, name: str) -> dict[str, torch.Tensor]:
     return load_tensors(run.root / name, format="edgedistill-model")["state_dict"]
 
 
+@pytest.fixture(scope="module")
+def run_of_one(photos, tmp_path_factory, cli):
+    run = RunDir(tmp_path_factory.mktemp("runs") / "one")
+    cli("distill", "--data", photos, "--out", run.root, *OPTIONS, "--no-distillation")
+    return run
+
+
 @pytest.mark.slow
-def test_two_processes_train_the_weights_of_one(photos, tmp_path, cli):
-    one, two = RunDir(tmp_path / "one"), RunDir(tmp_path / "two")
-    options = [*OPTIONS, "--no-distillation"]
-    cli("distill", "--data", photos, "--out", one.root, *options)
-    process = start("distill", "--data", photos, "--out", two.root, *options, by="torchrun")
-    _, err = process.communicate(timeout=250)
+@pytest.mark.parametrize("by", ["torchrun", "option", "accelerate on a CPU"])
+def test_two_processes_train_the_weights_of_one(photos, tmp_path, run_of_one, by):
+    run = RunDir(tmp_path / "two")
+    process = start("distill", "--data", photos, "--out", run.root, *OPTIONS, "--no-distillation", "--json", by=by)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 0, err
-    ours, theirs = weights_of(two, "model.pt"), weights_of(one, "model.pt")
+    ours, theirs = weights_of(run, "model.pt"), weights_of(run_of_one, "model.pt")
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert torch.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-6), key
-    logged = [read_jsonl(run.hard_label_student / "metrics.jsonl") for run in (one, two)]
-    assert [row["train_loss"] for row in logged[1]] == pytest.approx([row["train_loss"] for row in logged[0]], rel=1e-5)
+    one, two = (read_jsonl(each.hard_label_student / "metrics.jsonl") for each in (run_of_one, run))
+    assert [row["train_loss"] for row in two] == pytest.approx([row["train_loss"] for row in one], rel=1e-5)
+    accuracy = json.loads((run_of_one.evaluation / "evaluation.json").read_text())["models"]["hard_label_student"][
+        "accuracy"
+    ]
+    assert json.loads(out)["evaluation"]["models"]["hard_label_student"]["accuracy"] == accuracy
 
 
 @pytest.mark.slow
@@ -180,13 +224,30 @@ def test_two_killed_processes_resume_exactly(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_the_main_process_ends_all(photos, tmp_path):
+@pytest.mark.parametrize("by", ["torchrun", "option"])
+def test_an_error_of_the_main_process_ends_all_and_is_told_once(photos, tmp_path, by):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "dataset.csv").write_text("nonsense")
-    process = start("distill", "--data", photos, "--out", tmp_path / "run", *OPTIONS, by="torchrun")
+    process = start("distill", "--data", photos, "--out", tmp_path / "run", *OPTIONS, by=by)
     _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "holds a run already; go on with --resume" in err
+    assert process.returncode == 2 if by == "option" else process.returncode != 0
+    assert err.count("holds a run already; go on with --resume") == 1
+
+
+@pytest.mark.slow
+def test_an_interrupt_reaches_all_processes_and_the_work_goes_on_from_there(photos, tmp_path):
+    options = ["--data", photos, "--out", tmp_path / "run", *OPTIONS, "--no-distillation", "--epochs", "2000"]
+    process = start("distill", *options, by="option")
+    metrics, limit = RunDir(tmp_path / "run").hard_label_student / "metrics.jsonl", time.monotonic() + 200
+    while not read_jsonl(metrics) and time.monotonic() < limit:
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.count("interrupted; distill, teach and tune go on with --resume") == 1 and "Traceback" not in err
+    assert len(children) >= 2 and not any(child.is_running() for child in children)
+    assert (metrics.parent / "checkpoint.pt").exists()
 
 
 def test_a_folder_has_one_launch_at_work_and_a_killed_one_frees_it(tmp_path, capsys):

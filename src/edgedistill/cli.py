@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +46,12 @@ TestFraction = Annotated[float, typer.Option(help="Share held out for the final 
 ValFraction = Annotated[float | None, typer.Option(help="Share for calibration and tuning (default: 10% to 20%).")]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Processes on this machine that share every batch (default: 1).")
+]
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+NO_RECIPES_BUSINESS = {"context", "recipe", "data", "out", "resume", "dry_run", "as_json"}
 
 # What the base install leaves out, and the extra that brings it.
 EXTRAS = {
@@ -126,7 +134,17 @@ def _use_recipe(context: typer.Context, name: str | None) -> str | None:
 
 
 def _recipe_options() -> set[str]:
-    return set(inspect.signature(distill).parameters) - {"recipe", "data", "out", "resume", "dry_run", "as_json"}
+    return set(inspect.signature(distill).parameters) - NO_RECIPES_BUSINESS
+
+
+def _share(command: str, context: typer.Context, processes: int | None) -> None:
+    """Where several processes are wanted and this one is none of them: run this very command in them, and end as they do."""
+    from edgedistill.training.processes import launch, to_start
+
+    count = to_start(processes)
+    if count > 1:
+        own_program = context.parent is None  # 'distill ...' in place of 'edgedistill distill ...'
+        raise typer.Exit(launch(count, [command, *sys.argv[1:]] if own_program else sys.argv[1:]))
 
 
 RecipeName = Annotated[
@@ -139,6 +157,7 @@ RecipeName = Annotated[
 @takes_training_options(student=False)
 @takes_label_columns
 def teach(
+    context: typer.Context,
     data: Data,
     out: Out,
     training: TrainingValues,
@@ -158,6 +177,7 @@ def teach(
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     recipe: RecipeName = None,
     resume: Resume = False,
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Train K-fold teachers and store their out-of-fold soft labels: the first half of distill."""
@@ -177,6 +197,7 @@ def teach(
         teacher=first,
         ensemble=ensemble,
     )
+    _share("teach", context, processes)
     path = pipeline.teach(settings, resume=resume)
     _answer({"path": str(path)}, as_json, str(path))
 
@@ -184,6 +205,7 @@ def teach(
 @takes_training_options(student=True)
 @takes_label_columns
 def distill(
+    context: typer.Context,
     data: Data,
     out: Out,
     training: TrainingValues,
@@ -220,6 +242,7 @@ def distill(
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     recipe: RecipeName = None,
     resume: Resume = False,
+    processes: Processes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -266,6 +289,7 @@ def distill(
         plan = make_plan(settings)
         _answer(plan.to_dict(), as_json, plan.table())
         return
+    _share("distill", context, processes)
     result = pipeline.distill(settings, resume=resume)
     answer = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
     _answer(answer, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
@@ -634,7 +658,10 @@ def _run(application: typer.Typer) -> None:
     try:
         application()
     except EdgedistillError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if error.told:
+            time.sleep(1)  # a launcher ends all processes with the first; the one that tells is not to be cut short
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").split(".")[0])
@@ -642,6 +669,9 @@ def _run(application: typer.Typer) -> None:
             raise
         print(f'error: {error.name} is not installed; pip install "edgedistill[{extra}]"', file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the command again with --resume", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as stopped:  # typer makes one of the other
+        if isinstance(stopped, SystemExit) and stopped.code != INTERRUPTED:
+            raise
+        if "RANK" not in os.environ:  # of several processes the one that started them says so
+            print("interrupted; distill, teach and tune go on with --resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 
 class EdgedistillError(Exception):
-    """A job failed for a reason the user can act on. The command line prints it and exits with ``exit_code``."""
+    """A job failed for a reason the user can act on. The command line prints it and exits with ``exit_code``.
+
+    ``told``: another process of the same launch prints it.
+    """
 
     exit_code = 1
+    told = False
 
 
 class UsageError(EdgedistillError):

@@ -1,7 +1,7 @@
 """One training over several processes: each takes its share of every global batch, and their gradients are averaged.
 
-``accelerate launch`` or ``torchrun`` start the processes and say in the environment who is who. All of them run the
-same code; the main one alone looks at the folders and writes files, and what it finds or decides reaches the others
+``--processes N``, ``accelerate launch`` or ``torchrun`` start the processes and say in the environment who is who. All
+of them run the same code; the main one alone looks at the folders and writes files, and what it finds or decides reaches the others
 through ``on_main``. With one process all of this is nothing.
 """
 
@@ -11,14 +11,17 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import logging
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy.typing as npt
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,7 +34,7 @@ T = TypeVar("T")
 
 # The main process may label or evaluate for hours while the others wait; a launcher ends them all when one fails.
 PATIENCE = timedelta(days=7)
-HOW = "start them with 'torchrun --nproc_per_node N -m edgedistill distill ...'"
+HOW = "start them with 'distill --processes N ...' or 'torchrun --nproc_per_node N -m edgedistill distill ...'"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def on_main(work: Callable[[], T]) -> T:
     dist.broadcast_object_list(answer, src=0, group=_join())
     value, failure = answer[0]
     if failure is not None:
+        failure.told = not this.main
         raise failure
     return value  # type: ignore[return-value]
 
@@ -174,12 +178,85 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def _refuse_half_a_launch() -> None:
+def _is_half_a_launch() -> bool:
     """On a CPU 'accelerate launch --num_processes 2' sets an address to meet at and then starts one process alone."""
     if os.environ.get("WORLD_SIZE") or "ACCELERATE_USE_CPU" not in os.environ:
-        return
-    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
+        return False
+    return bool(os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"))
+
+
+def _refuse_half_a_launch() -> None:
+    if _is_half_a_launch():
         raise UsageError(
-            "'accelerate launch' was asked for several processes and started one, as it does on a CPU without MPI: "
-            "give it --multi_gpu too (with --device cpu behind the program's name), or use torchrun --nproc_per_node N"
+            "'accelerate launch' was asked for several processes and started one, as it does on a CPU without MPI; say "
+            "how many here too: 'accelerate-launch ... -m edgedistill distill --processes N ...'"
         )
+
+
+def to_start(wanted: int | None) -> int:
+    """How many processes this one is to start with its own command; 1: none. ``wanted``: what --processes says.
+
+    Where 'accelerate launch' was asked for several and started this one alone, as many as it was asked for. Raises
+    UsageError for another number than that of a launch under way, and where nobody says how many.
+    """
+    started = _number("WORLD_SIZE", 0)
+    if started:
+        if wanted not in (None, started):
+            raise UsageError(
+                f"--processes {wanted} inside a launch of {started}; leave --processes away, or start it without launcher"
+            )
+        return 1
+    if wanted is None and _is_half_a_launch():
+        wanted = _asked_of_accelerate()
+        if wanted is None:
+            _refuse_half_a_launch()
+    return wanted or 1
+
+
+def stay_alone() -> None:
+    """One process of half a launch is enough, for what trains nothing."""
+    if _is_half_a_launch():
+        del os.environ["ACCELERATE_USE_CPU"]
+
+
+def _asked_of_accelerate() -> int | None:
+    """--num_processes on the command line of 'accelerate launch', which is our parent and tells it nowhere else. None: it
+    is not there (but in accelerate's own settings), or other machines are to have a share."""
+    try:
+        command = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    given = {}
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        given[name.replace("-", "_")] = value if equals else following
+    count = given.get("__num_processes", "")
+    return int(count) if count.isdecimal() and given.get("__num_machines", "1") == "1" else None
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Run ``edgedistill ARGUMENTS`` in ``count`` processes of this machine; returns its exit code.
+
+    A signal is passed on to all of them. Each has its share of the processor's threads where OMP_NUM_THREADS says
+    nothing.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # accelerate's --cpu
+    logging.disable(logging.CRITICAL)  # the processes themselves say what failed
+    launcher = ["--standalone", "--nproc_per_node", str(count)]
+    try:
+        run(parse_args([*launcher, "-m", "edgedistill", *arguments]))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        if max(codes) > 0:
+            return max(codes)
+        console.warn(f"a process was ended by {signal.Signals(-min(codes)).name}; all are stopped")
+        return 128 - min(codes)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0

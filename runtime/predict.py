@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgedistill import console
 from edgedistill.artifacts import atomic_path
@@ -56,7 +57,8 @@ class Answer:
     """One image: ``labels`` and ``probabilities`` from the likeliest down, or ``error``, which names the image.
 
     Of several labels per image all that apply, in the order of the classes. Of several heads 'HEAD=CLASS' for each
-    class that is answered, and 'HEAD=VALUE' with no probability (None) for values.
+    class that is answered, and 'HEAD=VALUE' with no probability (None) for values. With ``top_k`` above 1 so many of
+    the likeliest classes, of each head.
     """
 
     name: str
@@ -118,14 +120,14 @@ def _answer(prediction: Prediction, engine: Engine | CppEngine, top_k: int) -> A
         return Answer(prediction.name, error=prediction.error)
     labels = engine.labels
     if prediction.index >= 0 and prediction.heads:
-        return _heads_answer(prediction, engine.heads)
+        return _heads_answer(prediction, engine.heads, top_k)
     if prediction.index >= 0 and top_k == 1 and engine.multi_label:
         found = prediction.accepted
         shares = tuple(float(prediction.probabilities[number]) for number in found)
         return Answer(prediction.name, tuple(labels[number] for number in found) or ("none",), shares or (None,))
     if top_k == 1 or prediction.index < 0:
         return Answer(prediction.name, (prediction.label,), (float(prediction.probability),))
-    best = np.argsort(-prediction.probabilities, kind="stable")[:top_k]
+    best = _likeliest(prediction.probabilities, top_k)
     return Answer(
         prediction.name,
         tuple(labels[index] for index in best),
@@ -133,7 +135,11 @@ def _answer(prediction: Prediction, engine: Engine | CppEngine, top_k: int) -> A
     )
 
 
-def _heads_answer(prediction: Prediction, heads: Sequence[Head]) -> Answer:
+def _likeliest(shares: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.int64]:
+    return np.argsort(-shares, kind="stable")[:count]
+
+
+def _heads_answer(prediction: Prediction, heads: Sequence[Head], top_k: int) -> Answer:
     pairs: list[tuple[str, float | None]] = []
     start = 0
     for head, answer in zip(heads, prediction.heads, strict=True):
@@ -141,6 +147,8 @@ def _heads_answer(prediction: Prediction, heads: Sequence[Head]) -> Answer:
         start += head.width
         if answer.value is not None:
             pairs.append((f"{head.name}={answer.value:.6g}", None))
+        elif top_k > 1:
+            pairs += [(f"{head.name}={head.classes[n]}", float(shares[n])) for n in _likeliest(shares, top_k)]
         elif head.kind == "softmax":
             pairs.append((f"{head.name}={answer.label}", answer.probability))
         else:

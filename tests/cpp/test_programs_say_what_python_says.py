@@ -65,6 +65,9 @@ def test_several_labels_and_heads_are_said_alike(both: Callable[..., tuple], mod
     assert (ours.returncode, ours.stdout) == (python.returncode, python.stdout)
     assert {"multi_label": "red ", "heads": "hue=red ", "heads_many": "hues=green "}[model] in ours.stdout
     assert ("blueness=" in ours.stdout) == (model != "multi_label")
+    ours, python = both(model, "photos", "--top-k", "2")
+    assert (ours.returncode, ours.stdout) == (python.returncode, python.stdout)
+    assert all(line.count("hue") == 2 for line in ours.stdout.splitlines() if model == "heads" and "error" not in line)
     ours, python = both(model, "photos", "--json", "--latency")[0], both(model, "photos", "--json")[1]
     for one, other in zip(ours.stdout.splitlines(), python.stdout.splitlines(), strict=True):
         found, expected = json.loads(one), json.loads(other)

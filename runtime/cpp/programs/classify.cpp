@@ -1,6 +1,7 @@
 // edgedistill-classify: `edgedistill predict` without Python. The same options, output lines, CSV, JSON and exit codes:
 // 0 ok, 1 an image could not be read or the job failed, 2 wrong usage.
 #include <CLI/CLI.hpp>
+#include <cstddef>
 #include <cstdio>
 #include <edgedistill/edgedistill.hpp>
 #include <exception>
@@ -44,13 +45,20 @@ struct Said {
     std::optional<float> probability;
 };
 
-std::vector<Said> heads_said(const Prediction& prediction, const std::vector<Head>& heads) {
+std::vector<Said> heads_said(const Prediction& prediction, int top_k, const std::vector<Head>& heads) {
     std::vector<Said> said;
     for (std::size_t place = 0; place < heads.size(); ++place) {
         const Head& head = heads[place];
         const HeadPrediction& answer = prediction.heads[place];
         if (head.kind == HeadKind::regression) {
             said.push_back({head.name + "=" + formatted("%.6g", static_cast<double>(answer.value)), std::nullopt});
+        } else if (top_k > 1) {
+            const auto first = prediction.probabilities.begin() + static_cast<std::ptrdiff_t>(head.first);
+            Prediction of_head;
+            of_head.probabilities.assign(first, first + static_cast<std::ptrdiff_t>(head.width()));
+            for (const Score& score : of_head.top_k(top_k, head.classes)) {
+                said.push_back({head.name + "=" + score.label, score.probability});
+            }
         } else if (head.kind == HeadKind::softmax) {
             said.push_back({head.name + "=" + answer.label, answer.probability});
         } else {
@@ -64,10 +72,10 @@ std::vector<Said> heads_said(const Prediction& prediction, const std::vector<Hea
     return said;
 }
 
-// What is said about an image: labels and probabilities from the likeliest down; of several labels or heads all.
+// What is said about an image: labels and probabilities from the likeliest down (top_k of each head); of several labels all.
 std::vector<Said> said_of(const Prediction& prediction, int top_k, const Labels& labels) {
     if (prediction.index < 0) return {{prediction.label, prediction.probability}};
-    if (!labels.heads->empty()) return heads_said(prediction, *labels.heads);
+    if (!labels.heads->empty()) return heads_said(prediction, top_k, *labels.heads);
     std::vector<Said> said;
     if (top_k == 1 && labels.multi_label) {
         for (const int number : prediction.accepted) {

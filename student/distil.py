@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -103,6 +104,11 @@ class StudentSettings(TrainSettings):
     unlabelled_class_cap: float = 3.0
     unlabelled_frame_step: int = 30
 
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether the teachers' networks are needed, not what they stored alone."""
+        return bool(self.live_teachers or self.views or self.calibrate_soft_labels or self.unlabelled)
+
     def contradictions(self) -> list[tuple[bool, str]]:
         return [
             *super().contradictions(),
@@ -118,15 +124,39 @@ class StudentSettings(TrainSettings):
                 self.hard_loss == "ldam" and bool(self.unlabelled) and self.distillation and self.soft_weight < 1,
                 "ldam needs one true class per image, and unlabelled images have none; give --hard-loss ce",
             ),
+            (
+                self.final_data == "train+val" and not (self.extra_epochs or self.swa_start),
+                "final_data='train+val' is for the last, averaged epochs, and there are none; give --extra-epochs 4, or "
+                "--final-data train",
+            ),
         ]
 
-    def doubts(self) -> list[str]:
-        found = super().doubts()
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        set_apart = [name for name in usual if name.startswith("unlabelled_") and getattr(self, name) != usual[name]]
-        if self.distillation and set_apart and not self.unlabelled:
-            flags = ", ".join("--" + name.replace("_", "-") for name in set_apart)
-            found.append(f"{flags} change nothing without photographs: give --unlabelled FOLDER")
+    def only_with(self) -> list[tuple[tuple[str, ...], bool, str]]:
+        photographs = ("unlabelled_share", "unlabelled_min_confidence", "unlabelled_class_cap", "unlabelled_frame_step")
+        hard = not self.distillation  # without teachers by choice: the command line tells whoever gave their options
+        return [
+            *super().only_with(),
+            (photographs, hard or bool(self.unlabelled), "photographs: give --unlabelled FOLDER"),
+            (("loss", "soft_temperature"), hard or self.soft_weight > 0, "--soft-weight above 0"),
+        ]
+
+    def doubts(self, known: Collection[tuple[str, Any]] = ()) -> list[str]:
+        found = super().doubts(known)
+        sigmoids = self.loss == "ce" and self.hard_loss == "bce" and self.class_weights == "none"  # against soft labels
+        if self.distillation and self.soft_weight == 1 and not sigmoids:
+            asked = {
+                f"--hard-loss {self.hard_loss}": self.hard_loss != "ce",
+                f"--class-weights {self.class_weights}": self.class_weights != "none",
+                f"--label-smoothing {self.label_smoothing:g}": self.label_smoothing > 0,
+            }
+            flags = [flag for flag, given in asked.items() if given]
+            if flags:
+                found.append(
+                    f"{', '.join(flags)}: for labels, and this student learns from soft labels alone (--soft-weight 1); "
+                    "teachers and hard-label students heed it"
+                )
+        if self.distillation and self.soft_weight == 0 and not self.unlabelled:
+            found.append("--soft-weight 0 leaves the soft labels no say; --no-distillation trains no teachers for them")
         return found
 
     def checks(self) -> list[tuple[str, bool, str]]:
@@ -267,8 +297,7 @@ def _lesson(
         raise UsageError("distillation needs soft labels; train teachers first, or choose --no-distillation")
     soft = read_soft_labels(folder, dataset)
     folds = read_folds(folder, dataset)
-    needed = settings.live_teachers or settings.views or settings.calibrate_soft_labels or settings.unlabelled
-    teachers = tuple(find_teachers(folder, dataset)) if needed else ()
+    teachers = tuple(find_teachers(folder, dataset)) if settings.needs_teachers else ()
     temperatures = view_temperatures = None
     if settings.calibrate_soft_labels:
         file = cache / "teacher_temperatures.json"

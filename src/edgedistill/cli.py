@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 the job failed, 2 wrong usage.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -19,7 +20,20 @@ import typer
 from edgedistill import __version__
 from edgedistill.errors import EdgedistillError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
-from edgedistill.options import TrainingValues, listed, takes_label_columns, takes_training_options
+from edgedistill.options import (
+    ASK_FOR_TEACHERS,
+    EPILOG,
+    OF_SOFT_LABELS,
+    OF_TEACHERS,
+    TEACH_EPILOG,
+    TrainingValues,
+    given_flags,
+    idle_options,
+    listed,
+    print_teacher_options,
+    takes_label_columns,
+    takes_training_options,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the work that lies in --out.")]
@@ -51,7 +65,7 @@ Processes = Annotated[
 ]
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
-NO_RECIPES_BUSINESS = {"context", "recipe", "data", "out", "resume", "dry_run", "as_json"}
+NO_RECIPES_BUSINESS = {"context", "recipe", "data", "out", "resume", "dry_run", "as_json", "help_teacher"}
 
 # What the base install leaves out, and the extra that brings it.
 EXTRAS = {
@@ -137,6 +151,38 @@ def _recipe_options() -> set[str]:
     return set(inspect.signature(distill).parameters) - NO_RECIPES_BUSINESS
 
 
+def _idle(context: typer.Context, *, no_distillation: bool, soft_labels: Path | None) -> list[str]:
+    """What stands on the command line and changes nothing. Raises UsageError for what contradicts --no-distillation."""
+    from edgedistill.errors import UsageError
+
+    asking = [name for name in ASK_FOR_TEACHERS if context.params.get(name)]
+    contradicting = given_flags(context, asking)
+    if no_distillation and contradicting:
+        raise UsageError(f"--no-distillation and {contradicting[0]} contradict each other; give one of them")
+    reasons = [
+        (
+            no_distillation,
+            (*OF_TEACHERS, *OF_SOFT_LABELS),
+            "--no-distillation trains no teachers, and learns from labels",
+        ),
+        (
+            soft_labels is not None and not no_distillation,
+            OF_TEACHERS,
+            f"no teachers are trained, since --soft-labels {soft_labels} has what others said",
+        ),
+    ]
+    return idle_options(context, reasons)
+
+
+def _warn_once(doubts: list[str]) -> None:
+    """Of several processes one."""
+    from edgedistill import console
+    from edgedistill.training.processes import on_main
+
+    for doubt in doubts:
+        on_main(functools.partial(console.warn, doubt))
+
+
 def _share(command: str, context: typer.Context, processes: int | None) -> None:
     """Where several processes are wanted and this one is none of them: run this very command in them, and end as they do."""
     from edgedistill.training.processes import launch, to_start
@@ -151,9 +197,13 @@ RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", callback=_use_recipe, is_eager=True, help="Preset by name, FILE.toml, or list."),
 ]
+HelpTeacher = Annotated[
+    bool,
+    typer.Option("--help-teacher", callback=print_teacher_options, is_eager=True, help="List the teachers' options."),
+]
 
 
-@app.command()
+@app.command(epilog=TEACH_EPILOG)
 @takes_training_options(student=False)
 @takes_label_columns
 def teach(
@@ -178,6 +228,7 @@ def teach(
     recipe: RecipeName = None,
     resume: Resume = False,
     processes: Processes = None,
+    help_teacher: HelpTeacher = False,
     as_json: Json = False,
 ) -> None:
     """Train K-fold teachers and store their out-of-fold soft labels: the first half of distill."""
@@ -244,6 +295,7 @@ def distill(
     resume: Resume = False,
     processes: Processes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will happen, how long and how large.")] = False,
+    help_teacher: HelpTeacher = False,
     as_json: Json = False,
 ) -> None:
     """Train K-fold teachers, store their out-of-fold soft labels, distil them into a student: model.pt."""
@@ -252,12 +304,13 @@ def distill(
     from edgedistill.student import LIVE_DEFAULTS, StudentSettings
     from edgedistill.teacher import BlendSettings, TeacherSettings
 
-    for field in ("live_teachers", "views", "calibrate_soft_labels", "drop_noisy", "unlabelled"):
-        if no_distillation and training.student[field]:
-            flag = field.replace("_", "-")
-            raise UsageError(f"--no-distillation and --{flag} contradict each other; give one of them")
-    on_views = training.student["live_teachers"] or training.student["views"]
-    values = (LIVE_DEFAULTS if on_views else {}) | training.student
+    doubts = _idle(context, no_distillation=no_distillation, soft_labels=soft_labels)
+    values = dict(training.student)
+    if no_distillation:  # what a recipe asks of teachers is left aside; the command line itself was refused above
+        values = {name: value for name, value in values.items() if name not in ASK_FOR_TEACHERS}
+        soft_labels = None
+    elif values["live_teachers"] or values["views"]:
+        values = LIVE_DEFAULTS | values
     first, *others = pipeline.parse_students(
         student,
         student_weights,
@@ -285,11 +338,16 @@ def distill(
     )
     if dry_run:
         from edgedistill.plan import make_plan
+        from edgedistill.training.processes import stay_alone, to_start
 
-        plan = make_plan(settings)
+        to_start(processes)
+        stay_alone()
+        _warn_once(doubts)
+        plan = make_plan(settings, resume=resume)
         _answer(plan.to_dict(), as_json, plan.table())
         return
     _share("distill", context, processes)
+    _warn_once(doubts)
     result = pipeline.distill(settings, resume=resume)
     answer = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
     _answer(answer, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))
@@ -625,15 +683,15 @@ def doctor(
         raise typer.Exit(1)
 
 
-app.command()(distill)
+app.command(epilog=EPILOG)(distill)
 app.command("export-openvino")(export_openvino)
 app.command("bench-fps")(bench_fps)
 
 
-def _program(command: Any) -> typer.Typer:
+def _program(command: Any, *, epilog: str | None = None) -> typer.Typer:
     """A command as a program of its own."""
     program = typer.Typer(pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
-    program.command()(command)
+    program.command(epilog=epilog)(command)
     return program
 
 
@@ -642,7 +700,7 @@ def main() -> None:
 
 
 def distill_main() -> None:
-    _run(_program(distill))
+    _run(_program(distill, epilog=EPILOG))
 
 
 def export_openvino_main() -> None:

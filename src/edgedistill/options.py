@@ -6,8 +6,10 @@ Nothing heavy is imported here: ``--help`` answers at once.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -202,6 +204,67 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
 )
 
 
+# Parameters of distill that say nothing but how teachers are trained and answer.
+OF_TEACHERS: tuple[str, ...] = (
+    *("teacher", "teacher_weights", "teacher_blend", "teacher_vote", "teacher_override", "teacher_image_size"),
+    *(option.name for option in TRAINING_OPTIONS if option.owner == "teacher"),
+    *(option.twin for option in TRAINING_OPTIONS if option.twin is not None),
+)
+# Those that ask for teachers, and those that only say how a student learns from what teachers said.
+ASK_FOR_TEACHERS = ("live_teachers", "views", "calibrate_soft_labels", "drop_noisy", "unlabelled", "soft_labels")
+OF_SOFT_LABELS = (
+    *("loss", "soft_weight", "soft_temperature", "baselines"),
+    *(option.name for option in TRAINING_OPTIONS if option.name.startswith("unlabelled_")),
+)
+EPILOG = (
+    "Options that say 'Teachers too' reach student and teachers; --teacher-NAME, which --help-teacher lists, sets the "
+    "teachers apart. Where it runs (--seed to --checkpoint-minutes) is one for all. All else is the student's."
+)
+TEACH_EPILOG = "What is said here reaches all teachers; --help-teacher lists the same options by distill's names."
+
+
+def given_flags(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """The flags of ``names`` that stand on the command line itself, not in a recipe."""
+    found = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            off = context.params.get(parameter.name) is False and parameter.secondary_opts
+            found.append((parameter.secondary_opts if off else parameter.opts)[0])
+    return found
+
+
+def idle_options(context: typer.Context, reasons: Sequence[tuple[bool, Sequence[str], str]]) -> list[str]:
+    """One doubt for each reason that holds: (whether it holds, parameters that then change nothing, why)."""
+    doubts = []
+    for holds, names, why in reasons:
+        flags = given_flags(context, names) if holds else []
+        if flags:
+            doubts.append(f"{', '.join(flags)} {'change' if len(flags) > 1 else 'changes'} nothing: {why}")
+    return doubts
+
+
+def print_teacher_options(context: typer.Context, wanted: bool) -> None:
+    """``--help-teacher``: all options of the teachers, also those that --help does not list."""
+    if not wanted:
+        return
+    formatter = context.make_formatter()
+    with formatter.section("Options of the teachers alone"):
+        records = []
+        for parameter in context.command.params:
+            if parameter.name in OF_TEACHERS:
+                shown = copy.copy(parameter)
+                shown.hidden = False  # type: ignore[attr-defined]
+                records.append(shown.get_help_record(context))
+        formatter.write_dl([record for record in records if record is not None])
+    both = (f"--{option.name.replace('_', '-')}" for option in TRAINING_OPTIONS if option.owner == "both")
+    with formatter.section("These reach the teachers too, unless --teacher-NAME is given"):
+        lines = textwrap.wrap(", ".join(both), width=formatter.width - 2, break_on_hyphens=False)
+        formatter.write("".join(f"  {line}\n" for line in lines))
+    typer.echo(formatter.getvalue().rstrip())
+    raise typer.Exit
+
+
 LABEL_OPTIONS: dict[str, tuple[Any, Any]] = {
     "label_columns": (
         Annotated[str, typer.Option(help="CSV columns, one attribute each, with commas between: mask,gender,age.")],
@@ -283,7 +346,8 @@ def _parameters(*, student: bool) -> list[inspect.Parameter]:
     found = []
     for option in TRAINING_OPTIONS:
         if student or option.owner in ("both", "teacher", "machine"):
-            found.append(_parameter(option.name, option, option.default, option.help, option.declarations))
+            text = option.help + (" (Teachers too.)" if student and option.owner == "both" else "")
+            found.append(_parameter(option.name, option, option.default, text, option.declarations))
         if option.twin is not None:
             flag = option.name.replace("_", "-")
             text = option.teacher_help or f"--{flag} for the teachers alone."

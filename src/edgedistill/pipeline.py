@@ -11,7 +11,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -36,13 +37,15 @@ from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.student import StudentSettings, find_unlabelled, refuse_several_processes, train_student
+from edgedistill.student.live_teachers import find_teachers
 from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
-from edgedistill.training.models import create_model, locate_weights, resolve_name
+from edgedistill.training.fixres import deployed_spec
+from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.noisy_labels import write_noisy_labels
 from edgedistill.training.optimizers import resolve_optimizer
-from edgedistill.training.processes import on_main
-from edgedistill.training.settings import TrainSettings
+from edgedistill.training.processes import check_batch, on_main, part
+from edgedistill.training.settings import TrainSettings, choose_device
 from edgedistill.training.soft_labels import read_soft_labels
 
 __all__ = [
@@ -136,6 +139,10 @@ class DistillSettings:
     def students(self) -> tuple[NamedStudent, ...]:
         return (NamedStudent(self.label, self.student), *self.others)
 
+    @property
+    def trains_teachers(self) -> bool:
+        return self.student.distillation and self.soft_labels is None
+
     def has_baseline(self, student: NamedStudent) -> bool:
         """Whether it is trained on hard labels beside its distilled self."""
         first = student.label == self.label
@@ -172,11 +179,11 @@ def _parse_networks(stage: str, names: str, weights: str, base: T) -> list[tuple
             f"--{stage}-weights: {len(choices)} for {len(parts)} {stage}s; give one for all, or one for each"
         )
     networks = []
-    for part, choice in zip(parts, choices * len(parts) if len(choices) == 1 else choices, strict=True):
-        name, at, size = part.partition("@")
+    for entry, choice in zip(parts, choices * len(parts) if len(choices) == 1 else choices, strict=True):
+        name, at, size = entry.partition("@")
         if at and not size.isdecimal():
             raise UsageError(
-                f"--{stage} {part}: expected NAME or NAME@SIZE with the size in pixels, such as {name}@160"
+                f"--{stage} {entry}: expected NAME or NAME@SIZE with the size in pixels, such as {name}@160"
             )
         label = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{name}-{int(size)}" if at else name)
         image_size = int(size) if at else base.image_size
@@ -203,41 +210,89 @@ class DistillResult:
     evaluation: dict[str, Any]
 
 
-def refuse_early(networks: Iterable[TrainSettings]) -> None:
-    """What can be known to fail before hours of work: networks, optimisers and files of weights that do not exist, and
-    classifiers that a network cannot take.
+def refuse_early(networks: Sequence[TrainSettings]) -> None:
+    """What can be known to fail before hours of work and before anything is written: networks, optimisers, devices and
+    files of weights that do not exist or do not fit, sizes and classifiers that a network cannot take, batches that
+    processes cannot share.
 
     Raises UsageError and ModelError.
     """
-    for settings in networks:
+    for number, settings in enumerate(networks):
         resolve_name(settings.name)
         resolve_optimizer(settings.optimizer)
-        if not settings.classifier_settings().plain:
-            create_model(settings.name, **settings.network(2))
-        for doubt in settings.doubts():
+        choose_device(settings.device)
+        check_batch(settings.batch_size, part())
+        if isinstance(settings, StudentSettings):
+            refuse_several_processes(settings)
+        deployed_spec(settings, input_spec_for(settings.name, settings.image_size, resize=settings.resize))
+        _refuse_network(settings)
+        known: set[tuple[str, Any]] = {item for before in networks[:number] for item in vars(before).items()}
+        known = known.union(*(later.heeds() for later in networks[number + 1 :]))
+        for doubt in settings.doubts(known):
             console.warn(f"{settings.name}: {settings.in_own_flags(doubt)}")
-        if settings.weights not in ("auto", "none"):
-            locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}")
+
+
+def _refuse_network(settings: TrainSettings) -> None:
+    """A network is built on trial where anything but its number of classes is asked of it. Two classes: a file of weights
+    may have others."""
+    network, given = settings.network(2), settings.weights not in ("auto", "none")
+    weights = locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}") if given else None
+    special = model_kwargs_for(settings.name, **network).keys() - {"num_classes", "drop_rate"}
+    if given or special or not settings.classifier_settings().plain:
+        create_model(settings.name, pretrained=weights, **network)
 
 
 def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
     """Raises UsageError where a class is to be drawn more often that the data does not have, for what needs one label per
-    image where there are several, and for soft labels that keep more classes than there are."""
+    image where there are several, for soft labels that keep more classes than there are, and for a fold too many."""
     for settings in networks:
         settings.refuse_for(dataset.task)
         if isinstance(settings, TeacherSettings):
             check_store(parse_store(settings.soft_label_store), len(dataset.class_names), dataset.task)
+            if settings.fold is not None and settings.fold >= dataset.fold_count:
+                raise UsageError(f"--fold {settings.fold}: the data set has folds 0 to {dataset.fold_count - 1}")
         settings.sampling_weights(dataset.labels[dataset.rows("train")], dataset.class_names)
 
 
+def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> None:
+    """Raises UsageError, DataError and ArtifactError for soft labels of an earlier run, their teachers and unlabelled images
+    that the students cannot learn from. ``cache``: where frames of videos are kept."""
+    folder = settings.soft_labels
+    if folder is not None:
+        read_soft_labels(folder, dataset)
+    for student in (named.settings for named in settings.students):
+        if not student.distillation:
+            continue
+        if student.calibrate_soft_labels and not len(dataset.rows("val")):
+            raise UsageError(
+                "--calibrate-soft-labels: the data set has no val split; give it one with --val-fraction 0.1"
+            )
+        if folder is not None and student.needs_teachers:
+            teachers = find_teachers(folder, dataset)
+            if student.calibrate_soft_labels and len({teacher.fold for teacher in teachers}) < len(teachers):
+                raise UsageError(
+                    f"--calibrate-soft-labels knows one teacher a fold, and several labelled each fold of {folder}; "
+                    "leave it away"
+                )
+        if student.unlabelled:
+            find_unlabelled(student, dataset, cache)
+
+
 def freeze(
-    settings: DataSettings, run: RunDir, *, resume: bool, refuse: Callable[[Dataset], None] = lambda dataset: None
+    settings: DataSettings,
+    run: RunDir,
+    *,
+    resume: bool,
+    refuse: Callable[[Dataset], None] = lambda dataset: None,
+    write: bool = True,
 ) -> Dataset:
     """dataset.csv of the run: read if it is there, else checked, split and, unless ``refuse`` raises, written.
 
-    Raises DataError when check-data finds errors, UsageError when the folder holds another run's work.
+    ``write`` False changes nothing on the disk. Raises DataError when check-data finds errors, UsageError when the folder
+    holds another run's work.
     """
-    sweep(run.root)
+    if write:
+        sweep(run.root)
     if run.dataset.exists():
         if not resume:
             raise UsageError(f"{run.root}: holds a run already; go on with --resume, or choose another --out")
@@ -253,8 +308,9 @@ def freeze(
         console.note(f"{severity}: {kind}: {message}")
     dataset = freeze_dataset(source, settings.split, checks=report)
     refuse(dataset)
-    write_json(run.root / "data_report.json", report.to_dict(), format="edgedistill-data-report")
-    write_dataset(dataset, run.dataset)
+    if write:
+        write_json(run.root / "data_report.json", report.to_dict(), format="edgedistill-data-report")
+        write_dataset(dataset, run.dataset)
     return dataset
 
 
@@ -263,16 +319,17 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
 
     Raises ArtifactError when a resumed run was made from another data set. (Each stage refuses other settings itself.)
     """
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command, wanted = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), settings_dict(settings)
     if run.config.exists() and resume:
         saved = read_json(run.config, format=RUN_FORMAT)
         if saved["dataset_hash"] != dataset.hash:
             raise ArtifactError(f"{run.config}: made from another data set; choose another --out")
+        wanted["data"] |= _as_frozen(run, saved["settings"].get("data", {}), wanted["data"])
         if isinstance(settings, TeachSettings) and "student" in saved["settings"]:
             return  # teachers alone, for a run that has students: what it was asked for stands
         command = saved["command"]
     values = {
-        "settings": settings_dict(settings),
+        "settings": wanted,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {"edgedistill": __version__},
         "dataset_hash": dataset.hash,
         "command": command,
@@ -280,33 +337,54 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
     write_json(run.config, values, format=RUN_FORMAT)
 
 
-def _frozen(
-    settings: TeachSettings | DistillSettings, networks: Iterable[TrainSettings], run: RunDir, *, resume: bool
-) -> Dataset:
-    """The data set of the run, which suits ``networks`` and the soft labels of an earlier run, and config.json. What they
-    refuse leaves no run in the folder: the same command can be put right and given again."""
+def _as_frozen(run: RunDir, saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """How a resumed run's dataset.csv was split and labelled, of which other wishes now change nothing: a warning."""
+    parts: dict[str, Any] = {part: saved[part] for part in ("split", "labels") if part in saved}
+    different = [
+        f"{key}={value!r} (now {wanted[part][key]!r})"
+        for part, values in parts.items()
+        for key, value in values.items()
+        if key in wanted[part] and wanted[part][key] != value
+    ]
+    if different:
+        console.warn(f"{run.dataset}: stays as it was made, with {', '.join(different)}; another --out splits anew")
+    return parts
+
+
+def _frozen(settings: TeachSettings | DistillSettings, run: RunDir, *, resume: bool) -> Dataset:
+    """The data set of the run, which suits its networks and the soft labels of an earlier run, and config.json. What is
+    refused leaves no run in the folder: the same command can be put right and given again."""
+    networks = _networks(settings)
+    refuse_early(networks)
 
     def refuse(dataset: Dataset) -> None:
         refuse_for(dataset, networks)
-        if not isinstance(settings, DistillSettings):
-            return
-        if settings.soft_labels is not None:
-            read_soft_labels(settings.soft_labels, dataset)
-        for student in settings.students:
-            if student.settings.distillation and student.settings.unlabelled:
-                find_unlabelled(student.settings, dataset, run.root)
+        if isinstance(settings, DistillSettings):
+            _refuse_lesson(settings, dataset, run.root)
 
     dataset = freeze(settings.data, run, resume=resume, refuse=refuse)
     record(settings, run, dataset, resume=resume)
     return dataset
 
 
+def rehearse(settings: DistillSettings, *, resume: bool) -> Dataset:
+    """The data set as the run would have it, after all that it would refuse or warn of before its first training; nothing
+    stays on the disk. Raises what ``distill`` raises by then."""
+    networks = _networks(settings)
+    refuse_early(networks)
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def refuse(dataset: Dataset) -> None:
+            refuse_for(dataset, networks)
+            _refuse_lesson(settings, dataset, Path(scratch))
+
+        return freeze(settings.data, RunDir(settings.out), resume=resume, refuse=refuse, write=False)
+
+
 def teach(settings: TeachSettings, *, resume: bool) -> Path:
     """The first half: K teachers and their soft labels. Returns what train_teachers returns."""
-    networks = list(_architectures(settings).values())
-    refuse_early(networks)
     run = RunDir(settings.out)
-    dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
+    dataset = on_main(lambda: _frozen(settings, run, resume=resume))
     path = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
     if path == run.soft_labels:  # else other folds are still missing
         on_main(lambda: _look_for_noisy_labels(run, dataset, path))
@@ -331,20 +409,22 @@ def _architectures(settings: TeachSettings | DistillSettings) -> dict[str, Teach
     return {"": settings.teacher} | {other.label: other.settings for other in settings.ensemble.others}
 
 
+def _networks(settings: TeachSettings | DistillSettings) -> list[TrainSettings]:
+    """All that will be trained."""
+    teachers = list(_architectures(settings).values())
+    if isinstance(settings, TeachSettings):
+        return [*teachers]
+    return [*(named.settings for named in settings.students), *(teachers if settings.trains_teachers else [])]
+
+
 def distill(settings: DistillSettings, *, resume: bool) -> DistillResult:
     """The whole job, from photographs to model.pt and the one evaluation on the test split."""
-    needs_teachers = settings.student.distillation and settings.soft_labels is None
-    students = [student.settings for student in settings.students]
-    networks = [*students, *(_architectures(settings).values() if needs_teachers else [])]
-    refuse_early(networks)
-    for each in students:
-        refuse_several_processes(each)
     run = RunDir(settings.out)
-    dataset = on_main(lambda: _frozen(settings, networks, run, resume=resume))
+    dataset = on_main(lambda: _frozen(settings, run, resume=resume))
     models: dict[str, list[Path]] = {}
     combinations: dict[str, Combination] = {}
     labels = settings.soft_labels
-    if needs_teachers:
+    if settings.trains_teachers:
         labels = train_teachers(settings.teacher, dataset, run, resume=resume, ensemble=settings.ensemble)
         models, combinations = on_main(lambda: _teacher_models(settings, run, dataset))
     if labels is not None:

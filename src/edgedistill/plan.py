@@ -14,10 +14,7 @@ import torch
 from torch import nn
 
 from edgedistill import console
-from edgedistill.data.checks import check_data
-from edgedistill.data.folds import freeze_dataset
-from edgedistill.data.sources import open_source
-from edgedistill.pipeline import DistillSettings, NamedStudent
+from edgedistill.pipeline import DistillSettings, NamedStudent, rehearse
 from edgedistill.teacher import TeacherSettings
 from edgedistill.training.depthwise import quick_depthwise
 from edgedistill.training.models import create_model
@@ -80,15 +77,13 @@ class _Cost:
     batch_mib: float
 
 
-def make_plan(settings: DistillSettings) -> Plan:
-    """Reads and splits the data as the run would; raises what the run would raise at once."""
-    source = open_source(settings.data.data, labels=settings.data.labels)
-    report = check_data(source, settings=settings.data.split, max_pixels=settings.data.max_pixels)
-    dataset = freeze_dataset(source, settings.data.split, checks=report)
+def make_plan(settings: DistillSettings, *, resume: bool = False) -> Plan:
+    """Reads and splits the data as the run would; raises what the run would raise before its first training."""
+    dataset = rehearse(settings, resume=resume)
     counts = {split: len(dataset.rows(split)) for split in ("train", "val", "test")}
     classes = len(dataset.outputs)
     steps = []
-    if settings.student.distillation and settings.soft_labels is None:
+    if settings.trains_teachers:
         for teacher in (settings.teacher, *(other.settings for other in settings.ensemble.others)):
             steps.append(_teachers(teacher, counts, classes, dataset.fold_count))
     for student in settings.students:

@@ -38,10 +38,11 @@ def deployed_spec(settings: TrainSettings, spec: InputSpec) -> InputSpec:
         return spec
     config = all_networks().get_pretrained_cfg(resolve_name(settings.name))
     if config is not None and config.fixed_input_size:
-        raise UsageError(
+        text = (
             f"--test-size {settings.test_size}: {settings.name} is built for the size that it trains at; choose a "
             "convolutional network, or train at that size"
         )
+        raise UsageError(settings.in_own_flags(text))
     return spec.resized(settings.test_size)
 
 

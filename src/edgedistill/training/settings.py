@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from edgedistill.artifacts import settings_dict
-from edgedistill.data.augment import CROP, Augment, AugmentSettings, Strength
+from edgedistill.data.augment import CROP, STANDARD_JITTER, Augment, AugmentSettings, Strength
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.tasks import Task, Values
@@ -233,13 +233,50 @@ class TrainSettings:
                 f"{', '.join(found)}: for one label per image, and these images have {heads}; leave that away"
             )
 
-    def doubts(self) -> list[str]:
-        """What is allowed and seldom wanted: one warning each."""
+    def only_with(self) -> list[tuple[tuple[str, ...], bool, str]]:
+        """(fields, whether they have an effect here, what else they would need)."""
+        mixes = self.cutmix_probability + self.mixup_probability > 0
+        jitters = self.augment != "standard" or self.color_jitter >= STANDARD_JITTER
+        picture = ("crop_min", "crop_max", "horizontal_flip", "any_way_up", "color_jitter")
+        return [
+            (("fixres_epochs",), self.test_size is not None, "--test-size"),
+            (("lr_decay",), self.schedule == "exponential", "--schedule exponential"),
+            (
+                ("final_lr",),
+                self.schedule == "cosine" and not self.swa_start,
+                "--schedule cosine, and without --swa-start",
+            ),
+            (("focal_gamma", "focal_alpha"), self.hard_loss == "focal", "--hard-loss focal"),
+            (("class_weight_beta",), self.class_weights == "class-balanced", "--class-weights class-balanced"),
+            (("cutmix_alpha",), self.cutmix_probability > 0, "--cutmix above 0"),
+            (("mixup_alpha",), self.mixup_probability > 0, "--mixup above 0"),
+            (("plain_epochs",), mixes, "--cutmix or --mixup above 0"),
+            (("extra_lr",), self.extra_epochs > 0, "--extra-epochs above 0"),
+            (("swa_lr",), self.swa_start > 0, "--swa-start"),
+            (picture, self.augment != "none", "--augment light or standard"),
+            (("color_jitter",), jitters, f"a value above {STANDARD_JITTER:g}, which --augment standard has anyway"),
+        ]
+
+    def heeds(self) -> set[tuple[str, Any]]:
+        """(field, value) of what has an effect here."""
+        idle = {name for names, effective, _ in self.only_with() if not effective for name in names}
+        return {(each.name, getattr(self, each.name)) for each in fields(self) if each.name not in idle}
+
+    def doubts(self, known: Collection[tuple[str, Any]] = ()) -> list[str]:
+        """What is allowed and seldom wanted: one warning each. ``known``: (field, value) of which it need not be said that
+        they change nothing here, since another network of the run heeds them or has said so."""
         found = []
         if self.hard_loss == "ldam" and self.balanced_sampling:
             found.append("LDAM's margins and balanced sampling both favour rare classes; consider --no-balanced")
         if self.hard_loss == "soft-f1" and self.batch_size < 32:
             found.append(f"soft-f1 counts within a batch, and batches of {self.batch_size} hold few of each class")
+        set_apart = {each.name: getattr(self, each.name) for each in fields(self)}
+        set_apart = {name: value for name, value in set_apart.items() if value != defaults_of(type(self)).get(name)}
+        for names, effective, needed in self.only_with():
+            idle = [name for name in names if name in set_apart and (name, set_apart[name]) not in known]
+            if idle and not effective:
+                flags = ", ".join(flag_of(name, set_apart[name]) for name in idle)
+                found.append(f"{flags} {'change' if len(idle) > 1 else 'changes'} nothing without {needed}")
         return found
 
     def mixing(self) -> Mixing:
@@ -383,6 +420,11 @@ def identity(settings: TrainSettings, *, task: Task | None = None, **more: Any) 
     """What decides the trained weights, as plain values: a resumed run must agree on all of it."""
     more |= {} if task is None else {"task": task.to_dict()}
     return {key: value for key, value in settings_dict(settings).items() if key not in FREE_FIELDS} | more
+
+
+def flag_of(name: str, value: Any) -> str:
+    """'horizontal_flip', False -> '--no-horizontal-flip', for fields whose flag has their name."""
+    return f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 def defaults_of(kind: type[TrainSettings]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from edgedistill.training.models import create_model, input_spec_for, locate_wei
 from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
 from edgedistill.training.optimizers import Phase, make_phases
 from edgedistill.training.predict import BATCH_NORM_IMAGES, predict_logits, reestimate_batch_norm
-from edgedistill.training.processes import alone_in, on_main, part
+from edgedistill.training.processes import Part, alone_in, on_main, part
 from edgedistill.training.seeds import derive
 from edgedistill.training.settings import (
     TrainSettings,
@@ -225,9 +225,9 @@ def train_student(
     return out
 
 
-def refuse_several_processes(settings: StudentSettings) -> None:
-    """Raises UsageError where several processes train what one alone can."""
-    if settings.distillation and settings.live_teachers and part().size > 1:
+def refuse_several_processes(settings: StudentSettings, this: Part | None = None) -> None:
+    """Raises UsageError where several processes train what one alone can. ``this``: one of them (None: this one)."""
+    if settings.distillation and settings.live_teachers and (this or part()).size > 1:
         raise UsageError("--live-teachers judge in one process; start one, or leave them away to train in several")
 
 

@@ -52,6 +52,8 @@ def asked(monkeypatch):
         ("distill", "--student-weights WEIGHTS", "not the weights of mobilenetv3_small_050"),
         ("distill", "--final-data train+val --extra-epochs 0", "give --extra-epochs 4, or --final-data train"),
         ("distill", "--oversample cat=3 --no-balanced", "cat"),
+        ("distill", "--processes 5 --dry-run", "batches of 8 for 5 processes; expected 10 or more"),
+        ("distill", "--processes 2 --live-teachers --dry-run", "--live-teachers judge in one process"),
         ("teach", "--fold 7", "--fold 7: the data set has folds 0 to 1"),
     ],
 )

@@ -174,13 +174,11 @@ def _idle(context: typer.Context, *, no_distillation: bool, soft_labels: Path | 
     return idle_options(context, reasons)
 
 
-def _warn_once(doubts: list[str]) -> None:
-    """Of several processes one."""
+def _warn(doubts: list[str]) -> None:
     from edgedistill import console
-    from edgedistill.training.processes import on_main
 
     for doubt in doubts:
-        on_main(functools.partial(console.warn, doubt))
+        console.warn(doubt)
 
 
 def _share(command: str, context: typer.Context, processes: int | None) -> None:
@@ -303,6 +301,7 @@ def distill(
     from edgedistill.errors import UsageError
     from edgedistill.student import LIVE_DEFAULTS, StudentSettings
     from edgedistill.teacher import BlendSettings, TeacherSettings
+    from edgedistill.training.processes import on_main
 
     doubts = _idle(context, no_distillation=no_distillation, soft_labels=soft_labels)
     values = dict(training.student)
@@ -338,16 +337,14 @@ def distill(
     )
     if dry_run:
         from edgedistill.plan import make_plan
-        from edgedistill.training.processes import stay_alone, to_start
+        from edgedistill.training.processes import to_start
 
-        to_start(processes)
-        stay_alone()
-        _warn_once(doubts)
-        plan = make_plan(settings, resume=resume)
+        _warn(doubts)
+        plan = make_plan(settings, resume=resume, processes=to_start(processes))
         _answer(plan.to_dict(), as_json, plan.table())
         return
     _share("distill", context, processes)
-    _warn_once(doubts)
+    on_main(functools.partial(_warn, doubts))  # of several processes one
     result = pipeline.distill(settings, resume=resume)
     answer = {"path": str(result.model), "models": result.models, "evaluation": result.evaluation}
     _answer(answer, as_json, pipeline.comparison_table(result.evaluation), *map(str, result.models.values()))

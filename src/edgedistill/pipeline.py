@@ -44,7 +44,7 @@ from edgedistill.training.fixres import deployed_spec
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.noisy_labels import write_noisy_labels
 from edgedistill.training.optimizers import resolve_optimizer
-from edgedistill.training.processes import check_batch, on_main, part
+from edgedistill.training.processes import Part, check_batch, on_main, part
 from edgedistill.training.settings import TrainSettings, choose_device
 from edgedistill.training.soft_labels import read_soft_labels
 
@@ -210,20 +210,21 @@ class DistillResult:
     evaluation: dict[str, Any]
 
 
-def refuse_early(networks: Sequence[TrainSettings]) -> None:
+def refuse_early(networks: Sequence[TrainSettings], this: Part | None = None) -> None:
     """What can be known to fail before hours of work and before anything is written: networks, optimisers, devices and
     files of weights that do not exist or do not fit, sizes and classifiers that a network cannot take, batches that
-    processes cannot share.
+    processes cannot share. ``this``: one of the processes (None: this one).
 
     Raises UsageError and ModelError.
     """
+    this = this or part()
     for number, settings in enumerate(networks):
         resolve_name(settings.name)
         resolve_optimizer(settings.optimizer)
         choose_device(settings.device)
-        check_batch(settings.batch_size, part())
+        check_batch(settings.batch_size, this)
         if isinstance(settings, StudentSettings):
-            refuse_several_processes(settings)
+            refuse_several_processes(settings, this)
         deployed_spec(settings, input_spec_for(settings.name, settings.image_size, resize=settings.resize))
         _refuse_network(settings)
         known: set[tuple[str, Any]] = {item for before in networks[:number] for item in vars(before).items()}
@@ -367,11 +368,11 @@ def _frozen(settings: TeachSettings | DistillSettings, run: RunDir, *, resume: b
     return dataset
 
 
-def rehearse(settings: DistillSettings, *, resume: bool) -> Dataset:
+def rehearse(settings: DistillSettings, *, resume: bool, this: Part | None = None) -> Dataset:
     """The data set as the run would have it, after all that it would refuse or warn of before its first training; nothing
-    stays on the disk. Raises what ``distill`` raises by then."""
+    stays on the disk. ``this``: one of the processes that it would have. Raises what ``distill`` raises by then."""
     networks = _networks(settings)
-    refuse_early(networks)
+    refuse_early(networks, this)
     with tempfile.TemporaryDirectory() as scratch:
 
         def refuse(dataset: Dataset) -> None:

@@ -19,6 +19,7 @@ from edgedistill.teacher import TeacherSettings
 from edgedistill.training.depthwise import quick_depthwise
 from edgedistill.training.models import create_model
 from edgedistill.training.optimizers import make_optimizer
+from edgedistill.training.processes import Part
 from edgedistill.training.settings import TrainSettings, choose_device
 from edgedistill.training.views import views_of
 
@@ -77,9 +78,10 @@ class _Cost:
     batch_mib: float
 
 
-def make_plan(settings: DistillSettings, *, resume: bool = False) -> Plan:
-    """Reads and splits the data as the run would; raises what the run would raise before its first training."""
-    dataset = rehearse(settings, resume=resume)
+def make_plan(settings: DistillSettings, *, resume: bool = False, processes: int = 1) -> Plan:
+    """Reads and splits the data as the run in so many ``processes`` would; raises what that would raise before its first
+    training. Times are those of one process."""
+    dataset = rehearse(settings, resume=resume, this=Part(0, processes, processes) if processes > 1 else None)
     counts = {split: len(dataset.rows(split)) for split in ("train", "val", "test")}
     classes = len(dataset.outputs)
     steps = []

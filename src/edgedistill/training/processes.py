@@ -213,12 +213,6 @@ def to_start(wanted: int | None) -> int:
     return wanted or 1
 
 
-def stay_alone() -> None:
-    """One process of half a launch is enough, for what trains nothing."""
-    if _is_half_a_launch():
-        del os.environ["ACCELERATE_USE_CPU"]
-
-
 def _asked_of_accelerate() -> int | None:
     """--num_processes on the command line of 'accelerate launch', which is our parent and tells it nowhere else. None: it
     is not there (but in accelerate's own settings), or other machines are to have a share."""

@@ -12,6 +12,7 @@ import csv
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ HEAD_COLUMNS = (COLUMNS[0], "head", *COLUMNS[1:])
 FIELDS = ("rows", "question", "labels", "suggested", "self_confidence", "margin", "suspects")  # of NoisyLabels, [N]
 LARGEST_CLASS_LOSS = 0.5  # of a class's training images: a class that the teachers never learnt must not vanish
 
-Probabilities = npt.NDArray[np.float64]
+Probabilities = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ class NoisyLabels:
 def find_noisy_labels(dataset: Dataset, log_probs: npt.NDArray[np.float32]) -> NoisyLabels:
     """``log_probs``: what read_soft_labels returns, float32 [len(dataset), C], or the scores of several heads."""
     rows = dataset.rows("train")
+    questions: tuple[Question, ...]
     if dataset.task is None or dataset.values is None:
         probabilities = np.exp(log_probs[rows].astype(np.float64))
         questions = (Question("", dataset.class_names, np.arange(len(rows)), dataset.labels[rows], probabilities),)
@@ -141,9 +143,7 @@ def rows_to_drop(noisy: NoisyLabels, dataset: Dataset, share: float) -> npt.NDAr
     return np.array(sorted(dropped), np.int64)
 
 
-def _classes_of_images(
-    questions: tuple[Question, ...], count: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+def _classes_of_images(questions: tuple[Question, ...], count: int) -> tuple[npt.NDArray[np.int32], Probabilities]:
     """(int32 [count, questions], the number of each image's class among those of all questions, -1 where it is not known;
     how many images of each of them may be left out)."""
     classes = np.full((count, len(questions)), -1, np.int32)

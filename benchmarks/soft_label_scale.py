@@ -1,9 +1,13 @@
-"""Soft labels of a million images and a thousand classes: written and read back in bounded memory.
+"""Soft labels of a million images and a thousand classes in bounded memory: written, read back, and learned from.
 
     python -m edgedistill.benchmarks.soft_label_scale --out benchmarks/results/soft-label-scale.json
 
 Log-probabilities are drawn block by block and never lie on the disk uncompressed. --limit-gib bounds the process's
 address space, so that finishing is the proof; run it in a process of its own, whose peak of memory is recorded.
+
+Then a student's training is prepared as `distill` prepares it, in a second process under the same limit: the labels are
+opened, those that look wrong are searched for and left out, all of them are hashed, and the targets of batches are mixed
+and learned from. Only the images and the network are missing: logits are drawn.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ from __future__ import annotations
 import argparse
 import resource
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,14 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgedistill import console
-from edgedistill.artifacts import write_json
+from edgedistill.artifacts import read_json, write_array, write_json
 from edgedistill.benchmarks.machine import machine_record
+from edgedistill.data.manifest import Dataset
 from edgedistill.data.soft_label_store import BLOCK_ROWS, LogProbs, open_store, parse_store, write_store
 from edgedistill.errors import UsageError
 
+FORMAT, PLAN = "edgedistill-soft-label-scale", "edgedistill-soft-label-scale-student"
 HEAD = "label"
+FOLDS = 5
+STUDENT_BATCHES = 300
 RANDOM_ROWS = 256  # a student's batch
 RANDOM_BATCHES = 40
 SHARPNESS = 5.0  # of the drawn logits: the first choice has 0.54 on average, the first ten 0.92
@@ -41,7 +53,8 @@ def drawn(rows: int, classes: int) -> Iterator[LogProbs]:
 
 
 def measure(folder: Path, *, rows: int, classes: int, store: str) -> dict[str, Any]:
-    """Seconds, bytes and loss of writing, of reading all in order, and of reading batches of random rows."""
+    """Seconds, bytes and loss of writing, of reading all in order, of reading batches of random rows, and of a student
+    that learns from them."""
     kind = parse_store(store)
     start = time.perf_counter()
     entry = write_store(folder, HEAD, drawn(rows, classes), shape=(rows, classes), kind=kind)
@@ -58,7 +71,7 @@ def measure(folder: Path, *, rows: int, classes: int, store: str) -> dict[str, A
     start = time.perf_counter()
     for _ in range(RANDOM_BATCHES):
         labels.rows(draws.integers(rows, size=min(RANDOM_ROWS, rows)))
-    return {
+    figures = {
         "rows": read,
         "classes": classes,
         "store": store,
@@ -71,12 +84,107 @@ def measure(folder: Path, *, rows: int, classes: int, store: str) -> dict[str, A
         "loss": entry.get("loss"),
         "peak_rss_bytes": peak_rss_bytes(),
     }
+    return figures | {"student": student_apart(folder, rows=rows, classes=classes, entry=entry)}
 
 
 def peak_rss_bytes() -> int:
     """Of this program alone; getrusage would count what its parent held when it started it."""
+    return _memory_bytes("VmHWM")
+
+
+def _memory_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def made_up(rows: int, classes: int) -> Dataset:
+    """Training images that do not exist, in FOLDS folds. Labels are drawn, so that nearly every one looks wrong."""
+    numbers = np.arange(rows)
+    ids = np.char.add(np.char.zfill(numbers.astype(np.str_), 8), ".jpg")
+    return Dataset(
+        ids=ids,
+        paths=ids,
+        sha256=np.char.zfill(numbers.astype(np.bytes_), 64),
+        labels=np.random.default_rng(1).integers(classes, size=rows).astype(np.int32),
+        groups=np.zeros(rows, np.str_),
+        splits=np.full(rows, "train"),
+        folds=(numbers % FOLDS).astype(np.int16),
+        class_names=tuple(f"class {number:05d}" for number in range(classes)),
+    )
+
+
+def student_apart(folder: Path, *, rows: int, classes: int, entry: dict[str, Any]) -> dict[str, Any]:
+    """``student`` in a process of its own, for the labels that ``entry`` describes and ``folder`` holds."""
+    plan, out = folder / "plan.json", folder / "student.json"
+    write_json(plan, {"rows": rows, "classes": classes, "entry": entry, "batches": STUDENT_BATCHES}, format=PLAN)
+    command = [sys.executable, "-m", "edgedistill.benchmarks.soft_label_scale", "--student", plan, "--out", out]
+    subprocess.run([str(part) for part in command], check=True)
+    figures = read_json(out, format=PLAN)
+    return {name: figures[name] for name in figures if name not in ("format", "version")}
+
+
+def student(folder: Path, *, rows: int, classes: int, entry: dict[str, Any], batches: int) -> dict[str, Any]:
+    """Seconds and bytes of what a student's training does with its labels, by the functions that do it."""
+    import torch
+
+    from edgedistill.student import distil
+    from edgedistill.training.models import input_spec_for
+    from edgedistill.training.soft_labels import SOFT_LABELS_FORMAT
+
+    imported, dataset, marks = _memory_bytes("VmRSS"), made_up(rows, classes), [time.perf_counter()]
+    write_array(folder / "ids.npy", dataset.ids)
+    write_array(folder / "fold.npy", dataset.folds)
+    meta = {"dataset_hash": dataset.hash, "classes": list(dataset.class_names), "heads": {HEAD: entry}, "teachers": []}
+    write_json(folder / "meta.json", meta, format=SOFT_LABELS_FORMAT)
+    settings = distil.StudentSettings(
+        loss="kl", soft_temperature=2.0, label_smoothing=0.1, drop_noisy=0.01, cache_gib=0.0, batch_size=RANDOM_ROWS
+    )
+    spec, data_set = input_spec_for(settings.name, 32), _memory_bytes("VmRSS")
+    marks.append(time.perf_counter())
+    lesson = distil._lesson(settings, dataset, folder, device=torch.device("cpu"), cache=folder)
+    marks.append(time.perf_counter())
+    identity = distil._identity(settings, dataset, lesson, None)
+    marks.append(time.perf_counter())
+    job = distil._job(settings, dataset, spec, lesson, loaded=spec, folder=folder, wanted=identity)
+    drawn_rows = job.phases[0].draw.epoch(0)[:batches]
+    marks.append(time.perf_counter())
+    names = ("made_up_s", "noisy_labels_s", "identity_s", "job_s")
+    return dict(zip(names, np.diff(marks).tolist(), strict=True)) | {
+        "soft_labels": identity["soft_labels"],
+        "dropped": len(lesson.dropped),
+        **_learned(job, drawn_rows, classes),
+        "imported_rss_bytes": imported,
+        "data_set_rss_bytes": data_set,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _learned(job: Any, batches: npt.NDArray[np.int64], classes: int) -> dict[str, Any]:
+    """Milliseconds of the targets of a batch, and with mixing, loss and gradient. ``batches``: int64 [steps, B], of the
+    rows of the student's Job."""
+    import torch
+
+    from edgedistill.training.losses import loss_of
+    from edgedistill.training.mixing import mix
+
+    take_ms, step_ms, losses = [], [], []
+    for step, rows in enumerate(batches):
+        start = time.perf_counter()
+        targets = job.targets.take(rows)
+        take_ms.append(1000 * (time.perf_counter() - start))
+        images = torch.zeros((len(rows), 8, 8, 3), dtype=torch.uint8)
+        _, mixed = mix(images, targets, job.settings.mixing(), seed=0, epoch=0, step=step)
+        logits = torch.randn(len(rows), classes, requires_grad=True)
+        loss = loss_of(logits, mixed, job.loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        step_ms.append(1000 * (time.perf_counter() - start))
+        losses.append(loss.item())
+    return {
+        "batches": len(batches),
+        "targets_ms": statistics.median(take_ms),
+        "targets_and_loss_ms": statistics.median(step_ms),
+        "mean_loss": statistics.fmean(losses),
+    }
 
 
 def main() -> None:
@@ -84,10 +192,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--store", default="top-k:10", help="float32, float16 or top-k:N")
-    parser.add_argument("--limit-gib", type=float, default=2.0, help="address space that the process may take")
+    parser.add_argument("--limit-gib", type=float, default=2.0, help="address space that each process may take")
     parser.add_argument("--folder", type=Path, help="where the labels lie while they are measured (default: /tmp)")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--student", type=Path, help=argparse.SUPPRESS)  # the second process, by student_apart
     arguments = parser.parse_args()
+    if arguments.student is not None:
+        plan = read_json(arguments.student, format=PLAN)
+        sizes = {name: plan[name] for name in ("rows", "classes", "entry", "batches")}
+        write_json(arguments.out, student(arguments.student.parent, **sizes), format=PLAN)
+        return
     limit = int(arguments.limit_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -96,6 +210,17 @@ def main() -> None:
             raise UsageError(f"{folder}: float32 takes {widest / 1e9:.1f} GB; free some space, or choose --folder")
         result = measure(Path(folder), rows=arguments.rows, classes=arguments.classes, store=arguments.store)
     result["limit_gib"] = arguments.limit_gib
+    show(result)
+    if arguments.out is not None:
+        command = (
+            f"python -m edgedistill.benchmarks.soft_label_scale --rows {arguments.rows} --classes {arguments.classes} "
+            f"--store {arguments.store} --limit-gib {arguments.limit_gib}"
+        )
+        write_json(arguments.out, {"machine": machine_record(), "command": command} | result, format=FORMAT)
+
+
+def show(result: dict[str, Any]) -> None:
+    learned = result["student"]
     shown = [
         ("write (of this drawing)", f"{result['write_s']:.1f} s ({result['draw_s']:.1f} s)"),
         ("read in order", f"{result['read_s']:.1f} s"),
@@ -103,16 +228,13 @@ def main() -> None:
         ("disk, of float32's", f"{result['disk_bytes'] / 1e9:.3f} GB ({result['float32_bytes'] / 1e9:.1f} GB)"),
         ("peak memory", f"{result['peak_rss_bytes'] / 1e9:.2f} GB"),
         ("mean loss", "none" if result["loss"] is None else f"{result['loss']['kl_mean']:.3g} nats"),
+        ("student: labels that look wrong", f"{learned['noisy_labels_s']:.1f} s"),
+        ("student: hash of all labels", f"{learned['identity_s']:.1f} s"),
+        (f"student: targets of {RANDOM_ROWS} images", f"{learned['targets_ms']:.1f} ms"),
+        ("student: peak memory", f"{learned['peak_rss_bytes'] / 1e9:.2f} GB"),
     ]
-    title = f"{arguments.rows:,} x {arguments.classes:,} soft labels, {arguments.store}"
+    title = f"{result['rows']:,} x {result['classes']:,} soft labels, {result['store']}"
     console.out.print(console.table(title, ("step", "cost"), shown))
-    if arguments.out is not None:
-        command = (
-            f"python -m edgedistill.benchmarks.soft_label_scale --rows {arguments.rows} --classes {arguments.classes} "
-            f"--store {arguments.store} --limit-gib {arguments.limit_gib}"
-        )
-        values = {"machine": machine_record(), "command": command} | result
-        write_json(arguments.out, values, format="edgedistill-soft-label-scale")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from torch.nn.utils import parametrize
 
 from edgedistill.artifacts import RunDir
 from edgedistill.console import note
-from edgedistill.data.manifest import read_dataset
+from edgedistill.data.manifest import Dataset, read_dataset
+from edgedistill.data.soft_label_store import HeldRows, SoftRows
 from edgedistill.errors import EdgedistillError
 from edgedistill.export import ir
 from edgedistill.export.inference import compile_ir, ir_logits, torch_logits
@@ -43,11 +44,11 @@ from edgedistill.training.depthwise import quick_depthwise
 from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, open_store, prepared_spec
 from edgedistill.training.loop import Job, train
-from edgedistill.training.losses import HardLoss, LossSettings, Targets, make_targets
+from edgedistill.training.losses import HardLoss, LossSettings, TargetSource, targets_of
 from edgedistill.training.optimizers import Phase
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device
-from edgedistill.training.soft_labels import read_soft_labels
+from edgedistill.training.soft_labels import check_soft_labels, open_soft_labels, read_soft_labels
 
 RATE = 0.05  # of the student's learning rate: the weights are to move within their neighbourhood
 BATCH = 64
@@ -61,13 +62,13 @@ MODULE = "__module."
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What the student learned from. ``task``: its heads. ``soft``: float32 [N, D], log-probabilities at T=1, with several
+    """What the student learned from. ``task``: its heads. ``soft``: log-probabilities at T=1 of the N samples, with several
     heads their scores (see heads.scores_of); None for a student of labels alone. ``drawn``: int32 [N], what
     balanced sampling draws equally often; of one label per image an index into ``class_names``."""
 
     samples: Samples
     task: Task
-    soft: npt.NDArray[np.float32] | None
+    soft: SoftRows | None
     settings: TrainSettings
     loss: LossSettings
     drawn: npt.NDArray[np.int32]
@@ -78,14 +79,23 @@ class Lesson:
         """None where every image has one label."""
         return None if self.task.is_single else self.task
 
-    def targets(self) -> Targets:
-        how: dict[str, float] = {
-            "temperature": self.loss.temperature,
-            "label_smoothing": self.settings.label_smoothing,
-        }
+    def targets(self, rows: npt.NDArray[np.int64]) -> TargetSource:
+        """Of the samples ``rows``, int64 [n]."""
+        temperature, smoothing = self.loss.temperature, self.settings.label_smoothing
         if self.heads is not None:
-            return make_task_targets(self.heads, self.samples.truth, soft_scores=self.soft, **how)
-        return make_targets(self.samples.labels, self.task.width, soft_log_probs=self.soft, **how)
+            scores = None if self.soft is None else self.soft.rows(rows)
+            values = self.samples.truth[rows]
+            return make_task_targets(
+                self.heads, values, soft_scores=scores, temperature=temperature, label_smoothing=smoothing
+            )
+        return targets_of(
+            self.samples.labels[rows],
+            self.task.width,
+            soft=self.soft,
+            soft_rows=rows,
+            temperature=temperature,
+            label_smoothing=smoothing,
+        )
 
 
 def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
@@ -106,7 +116,7 @@ def find_lesson(network: Network, manifest: Path, train: Samples) -> Lesson:
         if tuple(dataset.ids[rows].tolist()) != train.ids:
             raise Skip("the images are not those that the network was trained on")
         distilled = bool(saved.get("distillation", False))
-        soft = read_soft_labels(_soft_labels_folder(manifest.parent), dataset)[rows] if distilled else None
+        soft = _soft_labels(_soft_labels_folder(manifest.parent), dataset) if distilled else None
         loss = LossSettings(
             saved.get("loss", "ce"),
             float(saved.get("soft_weight", 0.0)) if distilled else 0.0,
@@ -123,6 +133,15 @@ def _hard_loss(settings: TrainSettings, network: Network, train: Samples) -> Har
     if network.heads is not None:
         return settings.loss_against_heads(network.heads, train.truth)
     return settings.loss_against(train.labels, len(network.classes))
+
+
+def _soft_labels(folder: Path, dataset: Dataset) -> SoftRows:
+    """Of the train images; damaged ones are refused now, not in the middle of the training."""
+    rows = dataset.rows("train")
+    if dataset.task is not None:
+        return HeldRows(read_soft_labels(folder, dataset)[rows])
+    check_soft_labels(folder, dataset)
+    return open_soft_labels(folder, dataset).take(rows)
 
 
 def _soft_labels_folder(run: Path) -> Path:
@@ -214,7 +233,7 @@ def _job(training: Int8Training, folder: Path, rows: npt.NDArray[np.int64], *, e
         settings=settings,
         identity={},
         store=open_store(paths, prepared_spec(spec), cache_gib=settings.cache_gib),
-        targets=lesson.targets().take(rows),
+        targets=lesson.targets(rows),
         phases=(Phase("int8", epochs, draw, settings.lr, 0.01 * settings.lr),),
         loss=lesson.loss,
         spec=spec,

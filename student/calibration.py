@@ -7,7 +7,9 @@ one temperature for all of them; values of regression heads have none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ import torch
 from edgedistill import task_metrics
 from edgedistill.artifacts import read_json, write_json
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.soft_label_store import SoftRows
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.metrics import fit_temperature
 from edgedistill.student.live_teachers import TeacherFile
@@ -97,3 +100,17 @@ def calibrated(
         scaled -= scaled.max(axis=1, keepdims=True)
         scaled -= np.log(np.exp(scaled).sum(axis=1, keepdims=True))
     return np.where((folds >= 0)[:, None], scaled, log_probs).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedRows:
+    """SoftRows of ``source``, calibrated when they are read. ``folds``: int16 [N], of the rows of the data set. ``task``: of
+    several heads."""
+
+    source: SoftRows
+    folds: npt.NDArray[np.int16]
+    temperatures: Mapping[int, float]
+    task: Task | None = None
+
+    def rows(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        return calibrated(self.source.rows(rows), self.folds[rows], self.temperatures, task=self.task)

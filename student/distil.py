@@ -8,7 +8,6 @@ training/checkpoints.py).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -23,10 +22,11 @@ from torch import nn
 from edgedistill import console, task_metrics
 from edgedistill.artifacts import RunDir, settings_dict
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.soft_label_store import SoftRows
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import fit_temperature
-from edgedistill.student.calibration import calibrated, teacher_temperatures
+from edgedistill.student.calibration import CalibratedRows, teacher_temperatures
 from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
 from edgedistill.student.unlabelled import (
     MixedDraw,
@@ -46,7 +46,7 @@ from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, Views, open_store, prepared_spec
 from edgedistill.training.loop import Job, open_validation, train, trains_in_half
-from edgedistill.training.losses import HardLoss, LossName, LossSettings, Targets, make_targets
+from edgedistill.training.losses import HardLoss, LossName, LossSettings, TargetSource, targets_of
 from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
 from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
 from edgedistill.training.optimizers import Phase, make_phases
@@ -59,7 +59,7 @@ from edgedistill.training.settings import (
     identity,
     refuse_other_settings,
 )
-from edgedistill.training.soft_labels import ids_hash, read_folds, read_soft_labels
+from edgedistill.training.soft_labels import ids_hash, read_folds, soft_labels_hash, soft_rows
 
 # Function matching: the teacher's answer alone, softened. Beyer et al., 2106.05237, found T of 1 to 5 about equal.
 LIVE_DEFAULTS: dict[str, Any] = {"loss": "kl", "soft_weight": 1.0, "soft_temperature": 2.0}
@@ -271,7 +271,7 @@ def _finish(
 
 @dataclass(frozen=True, eq=False)
 class _Lesson:
-    """What the teachers left for the student. ``soft``: float32 [len(dataset), C] log-probabilities; None: hard labels.
+    """What the teachers left for the student. ``soft``: log-probabilities of rows of the data set; None: hard labels.
 
     ``folds``: int16 [len(dataset)], which fold's teachers labelled an image. ``dropped``: rows whose labels look wrong.
     ``teachers``: only if their networks are needed; ``temperatures``: by the sha256 of their files, if calibrated;
@@ -279,7 +279,7 @@ class _Lesson:
     ``unlabelled``: follow the labelled rows in the store.
     """
 
-    soft: npt.NDArray[np.float32] | None = None
+    soft: SoftRows | None = None
     folds: npt.NDArray[np.int16] | None = None
     teachers: tuple[TeacherFile, ...] = ()
     temperatures: dict[str, float] | None = None
@@ -295,7 +295,7 @@ def _lesson(
         return _Lesson()
     if folder is None:
         raise UsageError("distillation needs soft labels; train teachers first, or choose --no-distillation")
-    soft = read_soft_labels(folder, dataset)
+    soft = soft_rows(folder, dataset)
     folds = read_folds(folder, dataset)
     teachers = tuple(find_teachers(folder, dataset)) if settings.needs_teachers else ()
     temperatures = view_temperatures = None
@@ -312,7 +312,7 @@ def _lesson(
             raise UsageError(
                 "--calibrate-soft-labels: several teachers labelled each fold; it knows one teacher a fold"
             )
-        soft = calibrated(soft, folds, by_fold, task=dataset.task)
+        soft = CalibratedRows(soft, folds, by_fold, dataset.task)
     dropped = np.zeros(0, np.int64)
     if settings.drop_noisy:
         dropped = rows_to_drop(find_noisy_labels(dataset, soft), dataset, settings.drop_noisy)
@@ -417,7 +417,7 @@ def _identity(
     settings: StudentSettings, dataset: Dataset, lesson: _Lesson, larger_views: InputSpec | None
 ) -> dict[str, Any]:
     """What the student's weights depend on beyond its settings."""
-    labels = "" if lesson.soft is None else hashlib.sha256(lesson.soft.tobytes()).hexdigest()
+    labels = "" if lesson.soft is None else soft_labels_hash(lesson.soft, dataset)
     more: dict[str, Any] = {"soft_labels": labels}
     if lesson.teachers and (settings.live_teachers or settings.views):
         more["teachers"] = [teacher.sha256 for teacher in lesson.teachers]
@@ -490,18 +490,19 @@ def _hard_loss(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np
     return settings.loss_against(dataset.labels[rows], len(dataset.class_names))
 
 
-def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64], lesson: _Lesson) -> Targets:
-    chosen = None if lesson.soft is None else lesson.soft[rows]
+def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.int64], lesson: _Lesson) -> TargetSource:
     temperature, smoothing = settings.soft_temperature, settings.label_smoothing
     if dataset.task is not None and dataset.values is not None:
-        values = dataset.values[rows]
+        chosen, values = None if lesson.soft is None else lesson.soft.rows(rows), dataset.values[rows]
         return make_task_targets(
             dataset.task, values, soft_scores=chosen, temperature=temperature, label_smoothing=smoothing
         )
-    return make_targets(
+    judged = settings.live_teachers or settings.views  # then what is stored of the plain images is not asked
+    return targets_of(
         dataset.labels[rows],
         len(dataset.class_names),
-        soft_log_probs=chosen,
+        soft=None if judged else lesson.soft,
+        soft_rows=rows,
         temperature=temperature,
         label_smoothing=smoothing,
     )

@@ -37,7 +37,7 @@ from edgedistill.tasks import Task
 from edgedistill.training.answers import confidences, joint_answers, scores_of_shares, shares_of, tempered
 from edgedistill.training.checkpoints import read_tta
 from edgedistill.training.loader import Draw, core_count, cycled
-from edgedistill.training.losses import Targets
+from edgedistill.training.losses import JoinedTargets, Targets, TargetSource
 from edgedistill.training.predict import network_input
 from edgedistill.training.seeds import generator
 from edgedistill.training.views import seen_through, zoomed
@@ -351,8 +351,10 @@ def unlabelled_targets(images: Unlabelled, temperature: float, task: Task | None
     return Targets(shares_of(task, scores), shares_of(task, scores, temperature))
 
 
-def joined(first: Targets, second: Targets) -> Targets:
+def joined(first: TargetSource, second: Targets) -> TargetSource:
     """Targets of the rows of both."""
+    if not isinstance(first, Targets):
+        return JoinedTargets(first, second)
     return Targets(torch.cat([first.hard, second.hard]), torch.cat([first.soft, second.soft]))
 
 

@@ -32,7 +32,7 @@ from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
 from edgedistill.training.loop import Job, Validation, open_validation, train
-from edgedistill.training.losses import LossSettings, make_targets
+from edgedistill.training.losses import LossSettings, TargetSource, targets_of
 from edgedistill.training.models import (
     Weights,
     create_model,
@@ -324,7 +324,7 @@ def _job(shared: _Shared, folder: Path, fold: int) -> Job:
     seen = np.flatnonzero(dataset.folds[rows] != fold)
     if dataset.task is None or dataset.values is None:
         labels = dataset.labels[rows]
-        targets = make_targets(labels, len(dataset.class_names), label_smoothing=smoothing)
+        targets: TargetSource = targets_of(labels, len(dataset.class_names), label_smoothing=smoothing)
         hard = settings.loss_against(labels[seen], len(dataset.class_names))
     else:
         values = dataset.values[rows]

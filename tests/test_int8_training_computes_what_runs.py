@@ -16,6 +16,7 @@ from torch import nn
 
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.tuner.space import DOT_PRODUCTS
+from edgedistill.data.soft_label_store import HeldRows
 from edgedistill.export import int8_training, ir
 from edgedistill.export.inference import compile_ir, ir_logits, torch_logits
 from edgedistill.export.int8 import Skip
@@ -111,7 +112,7 @@ def lesson(samples: Samples, **changes: Any) -> Lesson:
         cutmix_probability=0.0,
         augment="none",
     )
-    soft = np.log(np.full((len(samples), 3), 1 / 3, np.float32))
+    soft = HeldRows(np.log(np.full((len(samples), 3), 1 / 3, np.float32)))
     settings, loss = dataclasses.replace(settings, **changes), LossSettings("ce", 0.2, 1.0)
     return Lesson(samples, Task.single(CLASSES), soft, settings, loss, samples.labels, CLASSES)
 
@@ -192,8 +193,8 @@ def test_every_head_is_trained(fused: nn.Module, pattern: ov.Model, samples: Sam
     told = dataclasses.replace(samples, values=values)
     network = Network(fused, "net", task.outputs, SPEC, 1.0, "", "", heads=task)
     scores = np.full((len(samples), 3), 0.5, np.float32)
-    taught = dataclasses.replace(lesson(told, lr=1.0), task=task, soft=scores)
-    targets = taught.targets()
+    taught = dataclasses.replace(lesson(told, lr=1.0), task=task, soft=HeldRows(scores))
+    targets = taught.targets(np.arange(len(taught.samples)))
     assert targets.hard[1, 2] == float(samples.labels[1] == 2) and torch.isnan(targets.hard[0]).all()
     torch.testing.assert_close(targets.soft[1], torch.tensor([0.5, 0.5, torch.sigmoid(torch.tensor(0.5))]))
     trained = Int8Training(fused, network, taught, epochs=8, folder=tmp_path, threads=1)(pattern, 600.0)

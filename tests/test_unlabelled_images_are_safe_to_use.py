@@ -11,6 +11,7 @@ import torch
 
 from edgedistill.artifacts import RunDir, sha256_file
 from edgedistill.data import duplicates
+from edgedistill.data.soft_label_store import HeldRows
 from edgedistill.errors import DataError, UsageError
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.student.live_teachers import find_teachers
@@ -356,7 +357,7 @@ def test_pseudo_labels_stand_in_for_hard_ones():
 def test_a_student_learns_from_both_and_records_it(hashed, taught_run, folder, tmp_path, live, monkeypatch):
     run = RunDir(tmp_path)
     settings = dataclasses.replace(SETTINGS, unlabelled=str(folder), live_teachers=live)
-    monkeypatch.setattr("edgedistill.student.distil.read_soft_labels", lambda path, data: soft_of(data))
+    monkeypatch.setattr("edgedistill.student.distil.soft_rows", lambda path, data: HeldRows(soft_of(data)))
     monkeypatch.setattr("edgedistill.student.live_teachers.read_model", lambda path: of_dataset(path, hashed))
     train_student(settings, hashed, run, soft_labels=taught_run.soft_labels, out=run.model, resume=False)
     saved = read_model(run.model).settings

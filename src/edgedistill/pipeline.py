@@ -46,7 +46,7 @@ from edgedistill.training.noisy_labels import write_noisy_labels
 from edgedistill.training.optimizers import resolve_optimizer
 from edgedistill.training.processes import Part, check_batch, on_main, part
 from edgedistill.training.settings import TrainSettings, choose_device
-from edgedistill.training.soft_labels import read_soft_labels
+from edgedistill.training.soft_labels import check_soft_labels, soft_rows
 
 __all__ = [
     "DataSettings",
@@ -260,7 +260,7 @@ def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> 
     that the students cannot learn from. ``cache``: where frames of videos are kept."""
     folder = settings.soft_labels
     if folder is not None:
-        read_soft_labels(folder, dataset)
+        check_soft_labels(folder, dataset)
     for student in (named.settings for named in settings.students):
         if not student.distillation:
             continue
@@ -395,7 +395,7 @@ def teach(settings: TeachSettings, *, resume: bool) -> Path:
 def _look_for_noisy_labels(run: RunDir, dataset: Dataset, soft_labels: Path) -> None:
     """noisy_labels.csv, which the report shows."""
     path = run.root / "noisy_labels.csv"
-    suspects = write_noisy_labels(path, dataset, read_soft_labels(soft_labels, dataset))
+    suspects = write_noisy_labels(path, dataset, soft_rows(soft_labels, dataset))
     if suspects:
         what = (
             "training images look like another class"

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,34 @@ from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.tasks import Head, Task, sigmoid
 
 BLOCK_ROWS = 4096
+BLOCK_VALUES = 2**21  # read at once where float64 is computed of them: 16 MB
 LEAST_LOG_PROB = float(np.log(np.finfo(np.float32).tiny))
 
 LogProbs = npt.NDArray[np.float32]
+
+
+class SoftRows(Protocol):
+    """Soft labels of a data set's images, wherever they lie. ``rows``: float32 [n, C] log-probabilities at T=1 of rows
+    int64 [n] of the data set; NaN where an image has none."""
+
+    def rows(self, rows: npt.NDArray[np.integer[Any]]) -> LogProbs: ...
+
+
+@dataclass(frozen=True, eq=False)
+class HeldRows:
+    """SoftRows that lie in memory: ``table`` is float32 [N, C]."""
+
+    table: LogProbs
+
+    def rows(self, rows: npt.NDArray[np.integer[Any]]) -> LogProbs:
+        return self.table[rows]
+
+
+def row_blocks(rows: npt.NDArray[np.int64], width: int) -> Iterator[npt.NDArray[np.int64]]:
+    """``rows`` in order, as many at a time as have BLOCK_VALUES values in ``width`` columns."""
+    size = max(1, BLOCK_VALUES // max(1, width))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -182,13 +207,13 @@ class SoftLabelStore:
             return decoded
         if "indices" in parts and parts["indices"].size and parts["indices"].max() >= self.class_count:
             raise ArtifactError(f"{self.folder / f'{self.head}.indices.npy'}: names classes beyond {self.class_count}")
-        sums = np.exp(decoded.astype(np.float64)).sum(axis=1)
+        sums = _mass(parts, self.class_count, self.kind)
         tolerance = 1e-3 if self.kind.name == "float32" else 2e-2
         if not np.all(np.abs(sums - 1) < tolerance):  # also true of NaN
             raise ArtifactError(f"{path}: rows are not log-probabilities (their exponentials do not sum to 1)")
         if self.kind.name == "float32":
             return decoded
-        return (decoded - np.log(sums)[:, None]).astype(np.float32)
+        return _decode(_less(parts, np.log(sums)), self.class_count, self.kind)
 
 
 def open_store(
@@ -247,6 +272,23 @@ def _decode(parts: dict[str, npt.NDArray[Any]], classes: int, kind: StoreKind) -
     decoded = np.repeat(rest[:, None], classes, axis=1)
     np.put_along_axis(decoded, np.minimum(parts["indices"], classes - 1).astype(np.int64), parts["log_probs"], axis=1)
     return decoded
+
+
+def _mass(parts: dict[str, npt.NDArray[Any]], classes: int, kind: StoreKind) -> npt.NDArray[np.float64]:
+    """What the probabilities of each row sum to. Of 'top-k' exponentials are taken before they are spread over all
+    classes: of ten and a thousand, a hundredth of the work, which each batch of a student pays."""
+    if kind.name != "top-k":
+        return np.exp(parts["log_probs"].astype(np.float32).astype(np.float64)).sum(axis=1)
+    kept, rest = (np.exp(parts[part].astype(np.float64)) for part in ("log_probs", "rest"))
+    likely = np.repeat(rest[:, None], classes, axis=1)
+    np.put_along_axis(likely, parts["indices"].astype(np.int64), kept, axis=1)
+    return likely.sum(axis=1)
+
+
+def _less(parts: dict[str, npt.NDArray[Any]], total: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[Any]]:
+    """All logarithms of a row less its ``total``; in the arrays that are stored, for the same reason."""
+    logs = {part: values.astype(np.float32) for part, values in parts.items() if part != "indices"}
+    return parts | {part: (values.T - total).T.astype(np.float32) for part, values in logs.items()}
 
 
 def _loss(block: LogProbs, decoded: LogProbs) -> tuple[npt.NDArray[np.float64], int]:

@@ -35,7 +35,7 @@ from edgedistill.training.checkpoints import CHECKPOINT_FORMAT, load_tensors, sa
 from edgedistill.training.depthwise import quick_depthwise
 from edgedistill.training.heads import task_loss, validation_metrics
 from edgedistill.training.loader import Augmentation, Batch, ImageStore, Schedule, Views, batches, core_count
-from edgedistill.training.losses import LossSettings, Targets, loss_of, to_device
+from edgedistill.training.losses import LossSettings, Targets, TargetSource, loss_of, to_device
 from edgedistill.training.mixing import mix
 from edgedistill.training.models import to_channels_last
 from edgedistill.training.optimizers import Phase, learning_rate, make_optimizer, set_learning_rate, update_average
@@ -100,7 +100,7 @@ class Job:
     settings: TrainSettings
     identity: Mapping[str, Any]
     store: ImageStore
-    targets: Targets
+    targets: TargetSource
     phases: tuple[Phase, ...]
     loss: LossSettings
     spec: InputSpec

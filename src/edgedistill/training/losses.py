@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+
+from edgedistill.data.soft_label_store import HeldRows, SoftRows, row_blocks
 
 LossName = Literal["ce", "kl", "js"]
 HardLossName = Literal["ce", "focal", "ldam", "soft-f1", "bce"]
@@ -17,6 +19,8 @@ ClassWeights = Literal["none", "inverse", "class-balanced"]
 HARD_LOSSES: tuple[HardLossName, ...] = ("ce", "focal", "ldam", "soft-f1", "bce")
 CLASS_WEIGHTS: tuple[ClassWeights, ...] = ("none", "inverse", "class-balanced")
 LDAM_SCALE, LDAM_MAX_MARGIN = 30.0, 0.5  # of the paper; the cosine classifier multiplies by the same scale
+# Images x classes up to which the targets of all images are made beforehand: 134 MB for the hard and as much for the soft.
+WHOLE_TARGETS = 2**25
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,91 @@ class Targets:
     hard: torch.Tensor
     soft: torch.Tensor
 
+    def __len__(self) -> int:
+        return len(self.hard)
+
     def to(self, device: torch.device) -> Targets:
         return Targets(self.hard.to(device), self.soft.to(device))
 
     def take(self, rows: npt.NDArray[np.int64]) -> Targets:
         index = to_device(rows, self.hard.device)
         return Targets(self.hard[index], self.soft[index])
+
+
+class TargetSource(Protocol):
+    """Targets of N images, of which a batch takes its rows int64 [B]; they come on the device that ``to`` named."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> TargetSource: ...
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Targets: ...
+
+
+@dataclass(frozen=True, eq=False)
+class CodedTargets:
+    """The targets that make_targets would give, made for the rows of a batch alone: a million images of a thousand
+    classes would take 8 GB. Bit for bit the same.
+
+    ``codes``: int64 [N] labels, on the device. ``soft``: where the soft labels are read, image n's at row ``soft_rows[n]``,
+    int64 [N]; None: the hard targets stand in.
+    """
+
+    codes: torch.Tensor
+    class_count: int
+    soft: SoftRows | None
+    soft_rows: npt.NDArray[np.int64]
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def to(self, device: torch.device) -> CodedTargets:
+        return replace(self, codes=self.codes.to(device))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Targets:
+        codes = self.codes[to_device(rows, self.codes.device)]
+        hard = torch.zeros((len(rows), self.class_count), device=codes.device).scatter_(1, codes[:, None], 1.0)
+        soft = hard if self.soft is None else self._tempered(self.soft.rows(self.soft_rows[rows]), hard)
+        if self.label_smoothing:
+            hard = hard * (1 - self.label_smoothing) + self.label_smoothing / self.class_count
+        return Targets(hard, soft)
+
+    def _tempered(self, log_probs: npt.NDArray[np.float32], hard: torch.Tensor) -> torch.Tensor:
+        # Log-probabilities are logits up to a constant, which softmax removes: any temperature is exact.
+        tempered = torch.softmax(torch.from_numpy(log_probs.astype(np.float32, copy=False)) / self.temperature, dim=1)
+        tempered = to_device(tempered.numpy(), hard.device)
+        return torch.where(torch.isnan(tempered), hard, tempered)
+
+    def whole(self) -> Targets:
+        """All of them, block by block, so that nothing wider than float32 is as long."""
+        parts = [self.take(rows) for rows in row_blocks(np.arange(len(self)), self.class_count)]
+        hard = torch.cat([part.hard for part in parts] or [torch.zeros((0, self.class_count))])
+        if self.soft is None and not self.label_smoothing:
+            return Targets(hard, hard)
+        return Targets(hard, torch.cat([part.soft for part in parts] or [hard]))
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedTargets:
+    """Targets of the rows of ``first``, then of those of ``second``."""
+
+    first: TargetSource
+    second: TargetSource
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def to(self, device: torch.device) -> JoinedTargets:
+        return JoinedTargets(self.first.to(device), self.second.to(device))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Targets:
+        size = len(self.first)
+        before, after = np.flatnonzero(rows < size), np.flatnonzero(rows >= size)
+        parts = self.first.take(rows[before]), self.second.take(rows[after] - size)
+        place = to_device(np.argsort(np.concatenate([before, after])), parts[0].hard.device)
+        return Targets(torch.cat([part.hard for part in parts])[place], torch.cat([part.soft for part in parts])[place])
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -92,15 +175,28 @@ def make_targets(
 ) -> Targets:
     """Targets of all images. ``soft_log_probs``: float32 [N, C] at T=1; a row of NaN has no soft label: its hard one
     stands in."""
-    hard = F.one_hot(torch.from_numpy(labels.astype(np.int64)), class_count).float()
-    soft = hard
-    if soft_log_probs is not None:
-        # Log-probabilities are logits up to a constant, which softmax removes: any temperature is exact.
-        tempered = torch.softmax(torch.from_numpy(soft_log_probs.astype(np.float32)) / temperature, dim=1)
-        soft = torch.where(torch.isnan(tempered), hard, tempered)
-    if label_smoothing:
-        hard = hard * (1 - label_smoothing) + label_smoothing / class_count
-    return Targets(hard, soft)
+    soft, rows = None if soft_log_probs is None else HeldRows(soft_log_probs), np.arange(len(labels))
+    codes = torch.from_numpy(labels.astype(np.int64))
+    return CodedTargets(codes, class_count, soft, rows, temperature, label_smoothing).whole()
+
+
+def targets_of(
+    labels: npt.NDArray[np.int32],
+    class_count: int,
+    *,
+    soft: SoftRows | None = None,
+    soft_rows: npt.NDArray[np.int64] | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> TargetSource:
+    """make_targets for any number of images: beyond WHOLE_TARGETS values they are made when a batch asks for them.
+
+    ``soft``: where the soft labels are read, image n's at row ``soft_rows[n]`` (int64 [N]; None: at row n).
+    """
+    rows = np.arange(len(labels)) if soft_rows is None else soft_rows
+    codes = torch.from_numpy(labels.astype(np.int64))
+    coded = CodedTargets(codes, class_count, soft, rows, temperature, label_smoothing)
+    return coded if len(labels) * class_count > WHOLE_TARGETS else coded.whole()
 
 
 def class_weights(counts: npt.NDArray[np.int64], kind: ClassWeights, *, beta: float) -> tuple[float, ...]:

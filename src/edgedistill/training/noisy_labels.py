@@ -9,7 +9,7 @@ itself, and each label of a sigmoid head as a choice between two: it applies or 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from edgedistill.artifacts import atomic_path
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.soft_label_store import HeldRows, LogProbs, SoftRows, row_blocks
 from edgedistill.tasks import Task, Values
 
 COLUMNS = ("id", "label", "suggested", "self_confidence", "suggested_probability", "margin", "suspect")
@@ -33,15 +34,16 @@ Probabilities = npt.NDArray[np.floating[Any]]
 class Question:
     """What is asked of an image: which of ``classes`` it is. ``head``: its name, '' where each image has one label.
 
-    ``places``: int64 [n], the training images whose label is known; ``labels``: int32 [n]; ``probabilities``: float64
-    [n, C], of their held-out teachers.
+    ``places``: int64 [n], the training images whose label is known; ``labels``: int32 [n]; ``probabilities``: of their
+    held-out teachers, float64 [m, C] of those of the n that int64 [m] names: a million images of a thousand classes would
+    take 8 GB together.
     """
 
     head: str
     classes: tuple[str, ...]
     places: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int32]
-    probabilities: Probabilities
+    probabilities: Callable[[npt.NDArray[np.int64]], Probabilities]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +69,20 @@ class NoisyLabels:
         return replace(self, **{name: getattr(self, name)[places] for name in FIELDS})
 
 
-def find_noisy_labels(dataset: Dataset, log_probs: npt.NDArray[np.float32]) -> NoisyLabels:
-    """``log_probs``: what read_soft_labels returns, float32 [len(dataset), C], or the scores of several heads."""
+def find_noisy_labels(dataset: Dataset, log_probs: LogProbs | SoftRows) -> NoisyLabels:
+    """``log_probs``: what read_soft_labels returns, float32 [len(dataset), C] or the scores of several heads, or what
+    soft_rows does."""
     rows = dataset.rows("train")
+    soft = HeldRows(log_probs) if isinstance(log_probs, np.ndarray) else log_probs
     questions: tuple[Question, ...]
     if dataset.task is None or dataset.values is None:
-        probabilities = np.exp(log_probs[rows].astype(np.float64))
+
+        def probabilities(part: npt.NDArray[np.int64]) -> Probabilities:
+            return np.exp(soft.rows(rows[part]).astype(np.float64))
+
         questions = (Question("", dataset.class_names, np.arange(len(rows)), dataset.labels[rows], probabilities),)
     else:
-        shares = dataset.task.probabilities(log_probs[rows])
+        shares = dataset.task.probabilities(soft.rows(rows))
         questions = tuple(_questions(dataset.task, shares, dataset.values[rows]))
     parts = [_compared(question) for question in questions]
     suggested, own, margin, suspects = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -96,33 +103,49 @@ def _questions(task: Task, shares: Probabilities, values: Values) -> Iterator[Qu
     for head, own, truth in task.parts(shares, values):
         if head.kind == "softmax":
             places = np.flatnonzero(~np.isnan(truth[:, 0]))
-            yield Question(head.name, head.classes, places, truth[places, 0].astype(np.int32), own[places])
+            yield Question(head.name, head.classes, places, truth[places, 0].astype(np.int32), own[places].__getitem__)
         elif head.kind == "sigmoid":
             for number, name in enumerate(head.classes):
                 places = np.flatnonzero(~np.isnan(truth[:, number]))
                 applies = own[places, number]
                 labels = (truth[places, number] >= 0.5).astype(np.int32)
-                yield Question(
-                    head.name, (f"not {name}", name), places, labels, np.stack([1 - applies, applies], axis=1)
-                )
+                both = np.stack([1 - applies, applies], axis=1)
+                yield Question(head.name, (f"not {name}", name), places, labels, both.__getitem__)
 
 
 def _compared(
     question: Question,
 ) -> tuple[npt.NDArray[np.int32], Probabilities, Probabilities, npt.NDArray[np.bool_]]:
-    """(suggested, self_confidence, margin, suspects) of NoisyLabels, in the order of the question's images."""
-    labels, probabilities = question.labels, question.probabilities
-    everyone = np.arange(len(labels))
-    own = probabilities[everyone, labels]
-    counts = np.bincount(labels, minlength=probabilities.shape[1])
-    sums = np.bincount(labels, weights=own, minlength=probabilities.shape[1])
+    """(suggested, self_confidence, margin, suspects) of NoisyLabels, in the order of the question's images.
+
+    All is read twice, a block of images at a time, first for the thresholds.
+    """
+    labels, classes = question.labels, len(question.classes)
+    parts = list(row_blocks(np.arange(len(labels)), classes))
+    owns = [question.probabilities(part)[np.arange(len(part)), labels[part]] for part in parts]
+    own = np.concatenate([np.zeros(0), *owns])
+    counts = np.bincount(labels, minlength=classes)
+    sums = np.bincount(labels, weights=own, minlength=classes)
     thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)  # nobody is suspected of an empty class
-    others = probabilities.copy()
+    judged = [_judged(question.probabilities(part), labels[part], thresholds) for part in parts]
+    suggested = np.concatenate([np.zeros(0, np.int32), *(found for found, _, _ in judged)])
+    margin = own - np.concatenate([np.zeros(0), *(probability for _, probability, _ in judged)])
+    suspects = np.concatenate([np.zeros(0, np.bool_), *(suspect for _, _, suspect in judged)])
+    return suggested, own, margin, suspects
+
+
+def _judged(
+    probabilities: Probabilities, labels: npt.NDArray[np.int32], thresholds: Probabilities
+) -> tuple[npt.NDArray[np.int32], Probabilities, npt.NDArray[np.bool_]]:
+    """(suggested class, its probability, whether it makes the image a suspect) of some images, each [n]."""
+    everyone = np.arange(len(labels))
+    own, others = probabilities[everyone, labels], probabilities.copy()
     others[everyone, labels] = -1.0
     confident = np.where(others >= thresholds, others, -1.0)
-    suspects = (confident.max(axis=1) >= 0) & (confident.max(axis=1) > own)
+    surest = confident.max(axis=1)
+    suspects = (surest >= 0) & (surest > own)
     suggested = np.where(suspects, confident.argmax(axis=1), others.argmax(axis=1)).astype(np.int32)
-    return suggested, own, own - probabilities[everyone, suggested], suspects
+    return suggested, probabilities[everyone, suggested], suspects
 
 
 def rows_to_drop(noisy: NoisyLabels, dataset: Dataset, share: float) -> npt.NDArray[np.int64]:
@@ -154,7 +177,7 @@ def _classes_of_images(questions: tuple[Question, ...], count: int) -> tuple[npt
     return classes, np.bincount(classes[classes >= 0], minlength=start) * LARGEST_CLASS_LOSS
 
 
-def write_noisy_labels(path: Path, dataset: Dataset, log_probs: npt.NDArray[np.float32]) -> int:
+def write_noisy_labels(path: Path, dataset: Dataset, log_probs: LogProbs | SoftRows) -> int:
     """noisy_labels.csv, a line per training image, the most doubtful first; returns the number of suspects.
 
     With several heads a column names the head, and the lines are all suspects and, of each other image, its most doubtful

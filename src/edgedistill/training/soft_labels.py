@@ -18,7 +18,16 @@ import numpy.typing as npt
 from edgedistill import console
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.data.manifest import Dataset
-from edgedistill.data.soft_label_store import BLOCK_ROWS, SoftLabelStore, open_store, parse_store, write_store
+from edgedistill.data.soft_label_store import (
+    BLOCK_ROWS,
+    HeldRows,
+    SoftLabelStore,
+    SoftRows,
+    open_store,
+    parse_store,
+    row_blocks,
+    write_store,
+)
 from edgedistill.errors import ArtifactError, DataError
 from edgedistill.training.heads import read_scores, write_scores
 
@@ -191,6 +200,10 @@ class SoftLabels:
         answer[stored >= 0] = self.store.rows(stored[stored >= 0])
         return answer
 
+    def take(self, rows: npt.NDArray[np.int64]) -> SoftLabels:
+        """The labels of those rows of the data set, which are rows 0, 1, ... of the answer."""
+        return SoftLabels(self.store, self.row_of[rows])
+
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
         """(rows of the data set, their labels float32 [n, C]) of all training images, ``size`` at a time."""
         train = np.flatnonzero(self.row_of >= 0)
@@ -222,6 +235,28 @@ def open_soft_labels(folder: Path, dataset: Dataset) -> SoftLabels:
     entry = dict(meta.get("heads", {}).get(HEAD, {}))
     count = len(dataset.rows("train"))
     return SoftLabels(open_store(folder, HEAD, entry, count=count, class_count=len(dataset.class_names)), row_of)
+
+
+def soft_rows(folder: Path, dataset: Dataset) -> SoftRows:
+    """What read_soft_labels reads, by rows: one label per image stays on the disk, the scores of several heads lie in
+    memory. Raises as read_soft_labels does, for damaged labels only when they are read."""
+    return open_soft_labels(folder, dataset) if dataset.task is None else HeldRows(read_soft_labels(folder, dataset))
+
+
+def check_soft_labels(folder: Path, dataset: Dataset) -> None:
+    """Raises ArtifactError where read_soft_labels would; all labels are read, and none kept."""
+    soft = soft_rows(folder, dataset)
+    for rows in row_blocks(dataset.rows("train"), len(dataset.outputs)):
+        soft.rows(rows)
+
+
+def soft_labels_hash(soft: SoftRows, dataset: Dataset) -> str:
+    """sha256 over the bytes of the float32 [len(dataset), C] that read_soft_labels returns, which need not lie in memory
+    together. What is NaN there counts too."""
+    digest = hashlib.sha256()
+    for rows in row_blocks(np.arange(len(dataset)), len(dataset.outputs)):
+        digest.update(np.ascontiguousarray(soft.rows(rows), np.float32))
+    return digest.hexdigest()
 
 
 def _matched(folder: Path, dataset: Dataset) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:

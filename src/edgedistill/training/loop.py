@@ -225,16 +225,16 @@ def train_epoch(
 
 
 def train_step(
-    job: Job, state: State, batch: Batch, targets: Targets, *, forward: Any, weight: float = 1.0
+    job: Job, state: State, batch: Batch, source: TargetSource, *, forward: Any, weight: float = 1.0
 ) -> torch.Tensor:
     """One batch through the network and one step of the optimiser; returns the detached loss, of all processes.
 
-    ``targets``: of all images, on the device: nothing here makes the GPU wait. ``weight``: of this process's share of
-    the batch (see processes.Part.weight).
+    ``source``: targets of all images, which come on the device: nothing here makes the GPU wait. ``weight``: of this
+    process's share of the batch (see processes.Part.weight).
     """
     settings = job.settings
     device = device_of(state.model)
-    images, targets = to_device(batch.images, device), seen_targets(job, batch, targets.take(batch.rows))
+    images, targets = to_device(batch.images, device), seen_targets(job, batch, source.take(batch.rows))
     if state.epoch < len(job.epochs) - settings.plain_epochs:
         images, targets = mix(
             images,

@@ -255,7 +255,7 @@ def soft_labels_hash(soft: SoftRows, dataset: Dataset) -> str:
     together. What is NaN there counts too."""
     digest = hashlib.sha256()
     for rows in row_blocks(np.arange(len(dataset)), len(dataset.outputs)):
-        digest.update(np.ascontiguousarray(soft.rows(rows), np.float32))
+        digest.update(np.ascontiguousarray(soft.rows(rows), np.float32).data)
     return digest.hexdigest()
 
 

@@ -48,6 +48,13 @@ def asked(monkeypatch):
             f"--teacher mbv3s050,{VIT} --teacher-test-size 192",
             "--teacher-test-size 192: test_vit is built for the size",
         ),
+        ("distill", "--student test_vit@100", "test_vit cannot look at images of 100 pixels (Input height"),
+        (
+            "distill",
+            "--teacher inception",
+            "inception cannot look",
+        ),
+        ("distill", "--student-weights nowhere.pt", "--student-weights nowhere.pt: no such file"),
         ("distill", "--device cuda", "finds no CUDA device"),
         ("distill", "--student-weights WEIGHTS", "not the weights of mobilenetv3_small_050"),
         ("distill", "--final-data train+val --extra-epochs 0", "give --extra-epochs 4, or --final-data train"),

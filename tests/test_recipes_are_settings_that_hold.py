@@ -66,7 +66,7 @@ def test_recipes_say_what_their_systems_did(settings_of):
     assert eye.teacher.label_smoothing > 0
     binary = settings_of("--recipe", "binary-contest")
     assert (binary.teacher.epochs - binary.teacher.plain_epochs, binary.teacher.mixup_probability) == (30, 1.0)
-    assert (binary.teacher.image_size, binary.teacher.test_size) == (224, 300) and len(binary.ensemble.others) == 5
+    assert (binary.teacher.image_size, binary.teacher.test_size) == (224, 288) and len(binary.ensemble.others) == 5
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -41,7 +41,14 @@ from edgedistill.student.live_teachers import find_teachers
 from edgedistill.teacher import BlendSettings, Ensemble, NamedTeacher, TeacherSettings, read_blend, train_teachers
 from edgedistill.training.evaluation import EVALUATION_FORMAT, Combination, comparison_table, evaluate_test
 from edgedistill.training.fixres import deployed_spec
-from edgedistill.training.models import create_model, input_spec_for, locate_weights, model_kwargs_for, resolve_name
+from edgedistill.training.models import (
+    create_model,
+    input_spec_for,
+    locate_weights,
+    model_kwargs_for,
+    refuse_size,
+    resolve_name,
+)
 from edgedistill.training.noisy_labels import write_noisy_labels
 from edgedistill.training.optimizers import resolve_optimizer
 from edgedistill.training.processes import Part, check_batch, on_main, part
@@ -234,13 +241,18 @@ def refuse_early(networks: Sequence[TrainSettings], this: Part | None = None) ->
 
 
 def _refuse_network(settings: TrainSettings) -> None:
-    """A network is built on trial where anything but its number of classes is asked of it. Two classes: a file of weights
-    may have others."""
+    """A network is built on trial where anything but its number of classes is asked of it, and looks once at images of a
+    size that not every network takes. Two classes: a file of weights may have others."""
     network, given = settings.network(2), settings.weights not in ("auto", "none")
-    weights = locate_weights(settings.name, settings.weights, flag=f"weights of {settings.name}") if given else None
-    special = model_kwargs_for(settings.name, **network).keys() - {"num_classes", "drop_rate"}
-    if given or special or not settings.classifier_settings().plain:
-        create_model(settings.name, pretrained=weights, **network)
+    weights = locate_weights(settings.name, settings.weights, flag=f"--{settings.role}-weights") if given else None
+    options = model_kwargs_for(settings.name, **network)
+    special = options.keys() - {"num_classes", "drop_rate"}
+    sizes = {settings.image_size, settings.test_size or settings.image_size}
+    unusual = sorted(size for size in sizes if size < 96 or size % 32 or "img_size" in options)
+    if given or special or unusual or not settings.classifier_settings().plain:
+        model = create_model(settings.name, pretrained=weights, **network).eval()
+        for size in unusual:
+            refuse_size(model, settings.name, size)
 
 
 def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:

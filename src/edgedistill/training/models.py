@@ -211,6 +211,19 @@ def create_model(
     return to_channels_last(equip(model, classifier))
 
 
+def refuse_size(model: nn.Module, name: str, size_px: int) -> None:
+    """Raises ModelError where ``model``, in evaluation mode, cannot look at square images of this size."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, size_px, size_px))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{name} cannot look at images of {size_px} pixels ({reason}); choose another size: multiples of 32 from 96 "
+            "on suit most networks"
+        ) from error
+
+
 def calm_classifier(model: Any) -> None:
     """Small weights for the new last layer. timm draws those of its EfficientNets and MobileNets from +-1/sqrt(classes),
     which for two classes starts with logits of +-30 and a loss of 7."""

@@ -1,8 +1,8 @@
 """One training over several processes: each takes its share of every global batch, and their gradients are averaged.
 
-``--processes N``, ``accelerate launch`` or ``torchrun`` start the processes and say in the environment who is who. All
-of them run the same code; the main one alone looks at the folders and writes files, and what it finds or decides reaches the others
-through ``on_main``. With one process all of this is nothing.
+``--processes N``, ``accelerate launch`` or ``torchrun`` start the processes and say in the environment who is who. All of
+them run the same code; the main one alone looks at the folders and writes files, and what it finds or decides reaches
+the others through ``on_main``. With one process all of this is nothing.
 """
 
 from __future__ import annotations

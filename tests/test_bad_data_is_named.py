@@ -225,6 +225,10 @@ def test_the_report_is_plain_json_and_a_table(photos):
     assert [error["paths"] for error in values["errors"]] == [["dog/07.jpg"], ["dog/09.jpg"]]
     assert values["sizes"]["width_px"] == {"min": 80, "median": 80, "max": 80}
     assert (values["images"], values["classes"]) == (20, {"cat": 10, "dog": 10})
+    assert [(shape["class"], shape["images"]) for shape in values["shapes"]] == [("cat", 10), ("dog", 8)]
+    width, height = values["shapes"][0]["sizes"][0][:2]
+    assert values["shapes"][0]["sizes"] == [[width, height, 10]]
+    assert values["shapes"][0]["aspect"] == [pytest.approx(width / height, abs=1e-4)] * 5
     rows = report.rows()
     assert [row[0] for row in rows] == ["error", "error"]
     assert rows[0][3] == "dog/07.jpg"
@@ -245,6 +249,11 @@ def test_the_picture_is_drawn_for_few_and_for_many_classes_and_for_no_readable_i
     image = cv2.imread(str(target))
     assert image.shape[1] >= 1200
     assert image.std() > 10
+    shapes = report_on(photos).shapes()
+    assert len(shapes) == checks.COLORED_CLASSES + 1 and shapes[-1]["class"] is None
+    assert sum(shape["images"] for shape in shapes) == len(list(photos.rglob("*.png"))) + len(
+        list(photos.rglob("*.jpg"))
+    )
     for path in photos.rglob("*.*"):
         path.write_bytes(b"")
     assert plot_data(report_on(photos), tmp_path / "none.png").stat().st_size > 5000

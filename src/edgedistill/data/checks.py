@@ -26,6 +26,9 @@ from edgedistill.shard_members import read_file
 from edgedistill.tasks import Task, Values
 
 IMBALANCE_RATIO = 10
+COLORED_CLASSES = 10
+SHOWN_SIZES = 60
+ASPECT_PERCENTILES = (5, 25, 50, 75, 95)
 SMALL_SIDE_PX = 32
 LONG_ASPECT = 4.0
 ODD_SIZE_RATIO = 8.0
@@ -79,6 +82,26 @@ class DataReport:
         counts = np.bincount(self.labels, minlength=len(self.class_names))
         return dict(zip(self.class_names, counts.tolist(), strict=True))
 
+    def shapes(self) -> list[dict[str, Any]]:
+        """Sizes and aspect ratios of the COLORED_CLASSES largest classes, then of all the others together (class None):
+        ``sizes`` the most frequent [width, height, images], ``aspect`` the ASPECT_PERCENTILES of width / height."""
+        found = []
+        for _, name, rows in _largest(self):
+            sizes = self.sizes[rows][:, ::-1]
+            unique, counts = np.unique(sizes, axis=0, return_counts=True)
+            # Of equally frequent ones any: the order of the sizes would show the small ones alone.
+            anyhow = np.random.default_rng(0).permutation(len(unique))
+            often = np.lexsort((anyhow, -counts))[:SHOWN_SIZES]
+            found.append(
+                {
+                    "class": name,
+                    "images": len(rows),
+                    "aspect": np.round(_aspect(self.sizes[rows]), 4).tolist(),
+                    "sizes": np.column_stack([unique, counts])[often].tolist(),
+                }
+            )
+        return found
+
     def summary(self) -> str:
         """One line: the first error in full, and how many more."""
         if not self.errors:
@@ -115,6 +138,7 @@ class DataReport:
             **({} if self.heads is None else {"heads": self.heads}),
             "modes": self.modes,
             "sizes": ranges,
+            "shapes": self.shapes(),
             "errors": [_finding_dict(finding) for finding in self.errors],
             "warnings": [_finding_dict(finding) for finding in self.warnings],
         }
@@ -496,20 +520,35 @@ def _trial(
     return remarks
 
 
+def _largest(report: DataReport) -> list[tuple[int, str | None, npt.NDArray[np.int64]]]:
+    """(place by size, class, its rows of known size) of the COLORED_CLASSES largest classes, then those of all others
+    with the class None."""
+    known = (report.sizes > 0).all(axis=1)
+    order = np.argsort(-np.bincount(report.labels, minlength=len(report.class_names)), kind="stable")
+    found: list[tuple[int, str | None, npt.NDArray[np.int64]]] = [
+        (place, report.class_names[index], np.flatnonzero(known & (report.labels == index)))
+        for place, index in enumerate(order[:COLORED_CLASSES])
+    ]
+    others = np.flatnonzero(known & ~np.isin(report.labels, order[:COLORED_CLASSES]))
+    return [each for each in [*found, (COLORED_CLASSES, None, others)] if len(each[2])]
+
+
 # ---- the picture ----
 
 
 def plot_data(report: DataReport, path: Path) -> Path:
-    """A PNG with the images of each class and their sizes. Returns ``path``."""
+    """A PNG with the images of each class, their sizes and their aspect ratios; a colour for each of the COLORED_CLASSES
+    largest classes, the same in all three. Returns ``path``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = min(len(report.class_names), 30)
-    figure = Figure(figsize=(12, max(4.2, 1.2 + 0.32 * shown)), dpi=120, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(17, max(4.2, 1.2 + 0.32 * shown)), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    bars, scatter = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    bars, scatter, boxes = figure.subplots(1, 3, width_ratios=(1, 1.15, 1))
     _plot_classes(report, bars, shown)
     _plot_sizes(report, scatter)
+    _plot_aspects(report, boxes)
     title = f"{_plain(report.name)}: {len(report.labels):,} images, {len(report.class_names)} classes"
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
     with atomic_path(Path(path)) as temporary, warnings.catch_warnings():
@@ -518,7 +557,20 @@ def plot_data(report: DataReport, path: Path) -> Path:
     return Path(path)
 
 
-INK, BLUE, ORANGE, GRID = "#222b38", "#2f6db5", "#d97a2b", "#e3e7ec"
+INK, GRID, OTHERS = "#222b38", "#e3e7ec", "#a9b0ba"
+# Tableau's ten, the grey among them replaced: it stands for the classes without a colour of their own.
+COLORS = (
+    "#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#3a3f47",
+)  # fmt: skip
+
+
+def _color(place: int) -> str:
+    """Of the class at that place by size."""
+    return COLORS[place] if place < COLORED_CLASSES else OTHERS
+
+
+def _short(name: str) -> str:
+    return _plain(name if len(name) <= 24 else name[:23] + "…")
 
 
 def _plain_axes(axes: Any, title: str) -> None:
@@ -537,14 +589,15 @@ def _plain(name: str) -> str:
 
 def _plot_classes(report: DataReport, axes: Any, shown: int) -> None:
     ordered = sorted(report.class_counts.items(), key=lambda pair: -pair[1])
-    names = [_plain(name if len(name) <= 24 else name[:23] + "…") for name, _ in ordered[:shown]]
+    names = [_short(name) for name, _ in ordered[:shown]]
     counts = [count for _, count in ordered[:shown]]
-    colors = [ORANGE if count * IMBALANCE_RATIO <= counts[0] else BLUE for count in counts]
-    drawn = axes.barh(range(shown), counts, color=colors, height=0.72)
-    axes.bar_label(drawn, labels=[f"{count:,}" for count in counts], padding=4, fontsize=9, color=INK)
+    drawn = axes.barh(range(shown), counts, color=[_color(place) for place in range(shown)], height=0.72)
+    few = ["  (few)" if count * IMBALANCE_RATIO <= counts[0] else "" for count in counts]
+    labels = [f"{count:,}{note}" for count, note in zip(counts, few, strict=True)]
+    axes.bar_label(drawn, labels=labels, padding=4, fontsize=9, color=INK)
     axes.set_yticks(range(shown), names)
     axes.set_ylim(shown - 0.4, -0.6)
-    axes.set_xlim(0, max(counts) * 1.14)
+    axes.set_xlim(0, max(counts) * 1.16)
     more = f" (the {shown} largest of {len(ordered)})" if len(ordered) > shown else ""
     _plain_axes(axes, f"Images of each class{more}")
     axes.grid(visible=False, axis="y")
@@ -563,7 +616,7 @@ def _logarithmic(axes: Any) -> None:
 
 
 def _plot_sizes(report: DataReport, axes: Any) -> None:
-    """A dot for each size that occurs, its area by how often; logarithmic where sizes differ much."""
+    """A dot for each size that occurs in a class, its area by how often; logarithmic where sizes differ much."""
     known = report.sizes[(report.sizes > 0).all(axis=1)]
     _plain_axes(axes, "Image sizes (dot area: number of images)")
     axes.set_xlabel("width, px", color=INK)
@@ -571,8 +624,15 @@ def _plot_sizes(report: DataReport, axes: Any) -> None:
     if not len(known):
         return
     sizes, counts = np.unique(known, axis=0, return_counts=True)
-    area = 18 + 700 * counts / counts.max() if len(sizes) < 50 else 10 + 200 * np.sqrt(counts / counts.max())
-    axes.scatter(sizes[:, 1], sizes[:, 0], s=area, color=BLUE, alpha=0.45, linewidth=0.6, edgecolor="white")
+    most, spread = counts.max(), min(200.0, 40_000 / len(sizes))
+    # The classes of more images below, so that the others are not hidden.
+    for place, _, rows in _largest(report):
+        own, own_counts = np.unique(report.sizes[rows], axis=0, return_counts=True)
+        area = 18 + 700 * own_counts / most if len(sizes) < 50 else 10 + spread * np.sqrt(own_counts / most)
+        below = 1 if place == COLORED_CLASSES else 2
+        axes.scatter(
+            own[:, 1], own[:, 0], s=area, color=_color(place), alpha=0.55, linewidth=0.6, edgecolor="white", zorder=below
+        )  # fmt: skip
     low, high = float(sizes.min()), float(sizes.max())
     if high > 6 * low:
         _logarithmic(axes)
@@ -592,3 +652,33 @@ def _plot_sizes(report: DataReport, axes: Any) -> None:
                 fontsize=9,
                 color=INK,
             )
+
+
+def _plot_aspects(report: DataReport, axes: Any) -> None:
+    """A box for each class that has a colour, and one for the others together."""
+    _plain_axes(axes, "Aspect ratio (box: half of the images, line: 5 to 95%)")
+    axes.set_xlabel("width / height", color=INK)
+    groups = _largest(report)
+    if not groups:
+        return
+    quantiles = np.array([_aspect(report.sizes[rows]) for _, _, rows in groups])
+    low, first, middle, third, high = quantiles.T
+    places = np.arange(len(groups))
+    axes.barh(places, third - first, left=first, height=0.6, color=[_color(place) for place, _, _ in groups], alpha=0.8)
+    axes.hlines(places, low, high, color=INK, linewidth=0.9)
+    axes.vlines(middle, places - 0.3, places + 0.3, color=INK, linewidth=1.8)
+    axes.axvline(1.0, color=GRID, linewidth=1.5, zorder=0)
+    axes.set_yticks(places, [_short("the others" if name is None else name) for _, name, _ in groups])
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    if high.max() > 6 * low.min():
+        axes.set_xscale("log")
+        axes.set_xlim(min(low.min(), 1.0) / 1.15, max(high.max(), 1.0) * 1.15)
+    else:
+        margin = max(0.05, 0.06 * (high.max() - low.min()))
+        axes.set_xlim(min(low.min(), 1.0) - margin, max(high.max(), 1.0) + margin)
+    axes.grid(visible=False, axis="y")
+
+
+def _aspect(sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Percentiles of width / height; ``sizes``: int32 [N, 2], height and width."""
+    return np.percentile(sizes[:, 1] / sizes[:, 0], ASPECT_PERCENTILES)

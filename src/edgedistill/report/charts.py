@@ -80,6 +80,15 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Box:
+    """One row of a box chart: five percentiles, the middle ones the box and its median."""
+
+    label: str
+    color: str
+    percentiles: tuple[float, float, float, float, float]
+
+
+@dataclass(frozen=True)
 class ReliabilityBin:
     """``confidence`` and ``accuracy`` are means over the bin's images; low and high bound the accuracy (95%)."""
 
@@ -176,6 +185,43 @@ def scatter_chart(points: Sequence[Point], front: Series, *, alt: str, x_label: 
         )
     named = [f"{point.label}: {unit.value(point.y)} at {compact(point.x)}" for point in shown if point.label][:8]
     return _svg(248, parts, "; ".join([alt, *named]))
+
+
+def size_chart(points: Sequence[Point], *, alt: str) -> Markup:
+    """Height over width in pixels on two equal axes with the diagonal; larger dots below smaller ones."""
+    ends = [value for point in points for value in (point.x, point.y)] or [0.0, 1.0]
+    ticks = nice_ticks(0.0, max(ends)) if min(ends) < max(ends) / 2 else nice_ticks(min(ends), max(ends))
+    span = (ticks[0], ticks[-1])
+    axes = _Axes(span, span, 52, 350, 12, 212)
+    parts = [_y_axis(axes, ticks, PLAIN), _x_axis(axes, ticks, PLAIN, "width, pixels (height upwards)")]
+    parts.append(
+        f'<line class="zero" x1="{axes.left}" y1="{axes.bottom}" x2="{axes.right}" y2="{axes.top}"/>'
+    )  # square images
+    for point in sorted(points, key=lambda point: -point.radius):
+        place = f'cx="{axes.x(point.x)}" cy="{axes.y(point.y)}" r="{point.radius:.1f}"'
+        parts.append(f'<circle class="dot sheer c-{point.color}" {place}/>')
+    return _svg(248, parts, alt)
+
+
+def box_chart(rows: Sequence[Box], *, alt: str, x_label: str) -> Markup:
+    """A box with its median and a line to the outer percentiles per row, on one axis."""
+    ends = [value for row in rows for value in row.percentiles] or [0.0, 1.0]
+    ticks = nice_ticks(min(ends), max(ends))
+    pitch, bottom = 30, 6 + 30 * len(rows)
+    axes = _Axes((ticks[0], ticks[-1]), (0, 1), 12, 348, 4, bottom)
+    parts = [_x_axis(axes, ticks, PLAIN, x_label, grid=True)]
+    for index, row in enumerate(rows):
+        mid = 23 + pitch * index
+        low, first, middle, third, high = (axes.x(value) for value in row.percentiles)
+        parts.append(_text(axes.left, 14 + pitch * index, shorten(row.label, 40), "halo"))
+        parts.append(f'<line class="whisker c-{row.color}" x1="{low}" x2="{high}" y1="{mid}" y2="{mid}"/>')
+        width = max(1.0, third - first)
+        parts.append(
+            f'<rect class="bar c-{row.color}" x="{first}" y="{mid - 5}" width="{width:.2f}" height="10" rx="2"/>'
+        )
+        parts.append(f'<line class="median" x1="{middle}" x2="{middle}" y1="{mid - 5}" y2="{mid + 5}"/>')
+    words = [f"{row.label}: half between {row.percentiles[1]:g} and {row.percentiles[3]:g}" for row in rows]
+    return _svg(bottom + 34, parts, f"{alt}. " + "; ".join(words))
 
 
 def interval_chart(

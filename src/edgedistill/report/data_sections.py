@@ -12,16 +12,33 @@ import numpy.typing as npt
 from edgedistill.data.manifest import SPLITS, Dataset
 from edgedistill.errors import ImageError
 from edgedistill.images import image_size, read_bytes
-from edgedistill.report.blocks import Bar, Block, Callout, Charts, Details, Figure, Missing, Section, Table, Text
-from edgedistill.report.charts import Series, line_chart
+from edgedistill.report.blocks import (
+    Bar,
+    Block,
+    Callout,
+    Charts,
+    Details,
+    Figure,
+    Key,
+    Missing,
+    Section,
+    Table,
+    Text,
+)
+from edgedistill.report.charts import Box, Point, Series, box_chart, line_chart, size_chart
 from edgedistill.report.record import RunRecord, SoftLabelKeys
 from edgedistill.report.wording import compact, count, percent, shorten
+from edgedistill.tasks import Head, Task, Values
 
 MAX_CLASSES = 20  # more than these and the tables show the largest and the smallest ten
 MAX_FOLD_CLASSES = 8
 MAX_FINDINGS = 30
 MAX_OPEN_FINDINGS = 6
 SIZE_SAMPLE = 64
+MAX_COLORS = 10  # classes with a colour of their own in report.css
+MAX_HEADS = 12
+
+Counts = npt.NDArray[np.int64]
 
 
 def data_section(record: RunRecord) -> Section:
@@ -29,9 +46,13 @@ def data_section(record: RunRecord) -> Section:
     if dataset is None:
         return Section("data", "Data", (Missing("No frozen manifest dataset.csv", record.command("distill")),))
     counts = {split: np.bincount(dataset.labels[dataset.rows(split)], minlength=_classes(dataset)) for split in SPLITS}
-    total = np.sum(list(counts.values()), axis=0)
     blocks: list[Block] = [_overview(dataset, record.data_report), _split_table(dataset, counts)]
-    blocks.extend(_distribution(dataset, counts, total))
+    colors = _class_colors(record.data_report)
+    if dataset.task is None:
+        blocks.extend(_distribution(dataset.class_names, counts, len(dataset), colors=colors))
+    else:
+        blocks.extend(_distributions_of_heads(dataset))
+    blocks.extend(_shapes(record.data_report, colors))
     blocks.extend(_findings(record))
     return Section("data", "Data", tuple(blocks))
 
@@ -40,7 +61,7 @@ def folds_section(record: RunRecord) -> Section:
     dataset = record.dataset
     if dataset is None or not len(dataset.rows("train")):
         return Section("folds", "Folds", (Missing("No folds", record.command("distill")),))
-    return Section("folds", "Folds", (*_proof(dataset, record.soft_labels), _fold_table(dataset)))
+    return Section("folds", "Folds", (*_proof(dataset, record.soft_labels), *_fold_tables(dataset)))
 
 
 def _classes(dataset: Dataset) -> int:
@@ -51,10 +72,17 @@ def _overview(dataset: Dataset, report: dict[str, Any] | None) -> Text:
     groups = dataset.groups[dataset.groups != ""]
     together = f", {count(len(np.unique(groups)))} groups that stay together" if len(groups) else ""
     sizes = _checked_sizes(report) if report is not None else ""
+    what = f"of {_classes(dataset):,} classes" if dataset.task is None else f"with {_heads_in_words(dataset.task)}"
     return Text(
-        f"{len(dataset):,} images of {_classes(dataset):,} classes{together}. {sizes or _sampled_sizes(dataset)} The test "
+        f"{len(dataset):,} images {what}{together}. {sizes or _sampled_sizes(dataset)} The test "
         f"split was cut first and is read once, by the final evaluation; nobody trains on val; folds cover train only."
     )
+
+
+def _heads_in_words(task: Task) -> str:
+    """'color (3 classes), size (a value)'."""
+    kinds = {"softmax": "{} classes", "sigmoid": "{} labels, each for itself", "regression": "a value"}
+    return ", ".join(f"{shorten(head.name, 40)} ({kinds[head.kind].format(head.width)})" for head in task.heads)
 
 
 def _checked_sizes(report: dict[str, Any]) -> str:
@@ -94,41 +122,51 @@ def _sampled_sizes(dataset: Dataset) -> str:
     return "In a sample of {} images: width {}, height {} pixels.".format(len(sizes), *ranges)
 
 
-def _split_table(dataset: Dataset, counts: dict[str, npt.NDArray[np.int64]]) -> Table:
+def _split_table(dataset: Dataset, counts: dict[str, Counts]) -> Table:
     rows = []
     for split, numbers in counts.items():
         size = int(numbers.sum())
-        smallest = (
-            f"{count(numbers.min())} ({shorten(dataset.class_names[int(numbers.argmin())], 24)})" if size else "–"
-        )
-        largest = percent(numbers.max() / size) if size else "–"
-        rows.append((split, count(size), percent(size / max(1, len(dataset))), largest, smallest))
-    return Table("Splits", ("split", "images", "of all", "largest class", "smallest class"), tuple(rows))
+        row: tuple[str, ...] = (split, count(size), percent(size / max(1, len(dataset))))
+        if dataset.task is None:
+            smallest = (
+                f"{count(numbers.min())} ({shorten(dataset.class_names[int(numbers.argmin())], 24)})" if size else "–"
+            )
+            row += (percent(numbers.max() / size) if size else "–", smallest)
+        rows.append(row)
+    columns = ("split", "images", "of all", *(("largest class", "smallest class") if dataset.task is None else ()))
+    return Table("Splits", columns, tuple(rows))
+
+
+def _class_colors(report: dict[str, Any] | None) -> dict[str, str]:
+    """Of the largest classes, by name: the colours in which check-data's sizes and aspect ratios are drawn."""
+    names = [shape["class"] for shape in (report or {}).get("shapes", ()) if shape["class"] is not None]
+    return {str(name): f"class{place}" for place, name in enumerate(names[:MAX_COLORS])}
 
 
 def _distribution(
-    dataset: Dataset, counts: dict[str, npt.NDArray[np.int64]], total: npt.NDArray[np.int64]
+    names: Sequence[str], counts: dict[str, Counts], images: int, *, of: str = "", colors: dict[str, str] | None = None
 ) -> list[Block]:
+    """How many of ``images`` are of each class: a table, for many classes with a curve above it. ``of``: the head."""
+    total = np.sum(list(counts.values()), axis=0)
     order = np.argsort(-total, kind="stable")
     many = len(order) > MAX_CLASSES
     shown = np.concatenate([order[:10], order[-10:]]) if many else order
     most = max(1, int(total.max()))
     rows: tuple[tuple[str | Bar, ...], ...] = tuple(
         (
-            shorten(dataset.class_names[index]),
+            shorten(names[index]),
             *(count(counts[split][index]) for split in SPLITS),
             count(total[index]),
-            percent(total[index] / max(1, len(dataset)), 2 if many else 1),
+            percent(total[index] / max(1, images), 2 if many else 1),
             Bar(float(total[index]) / most),
         )
         for index in shown
     )
-    caption = (
-        f"Class distribution: the ten largest and the ten smallest of {len(order):,} classes"
-        if many
-        else "Class distribution"
-    )
-    table = Table(caption, ("class", *SPLITS, "all", "share", "images"), rows)
+    caption = "Class distribution" + (f" of {of}" if of else "")
+    if many:
+        caption += f": the ten largest and the ten smallest of {len(order):,} classes"
+    swatches = tuple((colors or {}).get(names[index], "peer") for index in shown) if colors else ()
+    table = Table(caption, ("class", *SPLITS, "all", "share", "images"), rows, colors=swatches)
     if not many:
         return [table]
     ranks = tuple(float(rank + 1) for rank in range(len(order)))
@@ -139,6 +177,68 @@ def _distribution(
         y_range=(0, most),
     )
     return [Charts((Figure("Images per class, largest first", chart),)), table]
+
+
+def _distributions_of_heads(dataset: Dataset) -> list[Block]:
+    """For each head of classes its own distribution; for a value how many images have one, and its range."""
+    blocks: list[Block] = []
+    values_rows = []
+    for head, own in _heads_of(dataset):
+        if head.kind == "regression":
+            there = own[~np.isnan(own[:, 0]), 0]
+            range_of = np.percentile(there, [0, 50, 100]) if len(there) else (np.nan,) * 3
+            values_rows.append((shorten(head.name, 40), count(len(there)), *(compact(value) for value in range_of)))
+            continue
+        counts = {split: _head_counts(head, own[dataset.splits == split]) for split in SPLITS}
+        known = int((~np.isnan(own)).any(axis=1).sum())
+        blocks.extend(_distribution(head.classes, counts, known, of=shorten(head.name, 40)))
+    if values_rows:
+        columns = ("value", "images that have one", "smallest", "median", "largest")
+        blocks.append(Table("Values", columns, tuple(values_rows)))
+    return blocks
+
+
+def _heads_of(dataset: Dataset) -> list[tuple[Head, Values]]:
+    """The first MAX_HEADS heads with their columns of the images' labels."""
+    if dataset.task is None or dataset.values is None:
+        return []
+    return [(head, dataset.values[:, columns]) for head, columns in dataset.task.columns()][:MAX_HEADS]
+
+
+def _head_counts(head: Head, values: Values) -> Counts:
+    """int64 [C]: images of each class of a softmax head, or to which each label applies."""
+    if head.kind == "sigmoid":
+        return (values >= 0.5).sum(axis=0)
+    return np.bincount(values[~np.isnan(values[:, 0]), 0].astype(np.int64), minlength=head.width)
+
+
+def _shapes(report: dict[str, Any] | None, colors: dict[str, str]) -> list[Block]:
+    """Sizes and aspect ratios by class, from what check-data measured."""
+    shapes = (report or {}).get("shapes", ())[: MAX_COLORS + 1]
+    if not shapes:
+        return []
+    numbers = [int(images) for shape in shapes for *_, images in shape["sizes"]]
+    most, spread = max(numbers), 7.0 if len(numbers) < 50 else 2.5
+    points: list[Point] = []
+    boxes = []
+    for shape in shapes:
+        name = "the others" if shape["class"] is None else str(shape["class"])
+        color = "peer" if shape["class"] is None else colors[name]
+        low, first, middle, third, high = map(float, shape["aspect"])
+        boxes.append(Box(f"{name}, {count(shape['images'])} images", color, (low, first, middle, third, high)))
+        own = [
+            Point(float(width), float(height), color, radius=2.5 + spread * (images / most) ** 0.5)
+            for width, height, images in shape["sizes"]
+        ]
+        points = [*own, *points] if shape["class"] is None else [*points, *own]  # the others below
+    sizes = size_chart(points, alt=f"Height over width: {'; '.join(box.label for box in boxes)}")
+    aspects = box_chart(boxes, alt="Width over height by class", x_label="width / height")
+    figures = (
+        Figure("Image sizes", sizes, "Dot area: number of images. The most frequent sizes of each class."),
+        Figure("Aspect ratio", aspects, "Box: half of the images; line: 5 to 95%."),
+    )
+    keys = tuple(Key(shorten(name, 40), color) for name, color in colors.items())
+    return [Charts(figures, (*keys, *((Key("the others", "peer"),) if shapes[-1]["class"] is None else ())))]
 
 
 def _findings(record: RunRecord) -> list[Block]:
@@ -227,22 +327,38 @@ def _soft_label_proof(dataset: Dataset, soft_labels: SoftLabelKeys) -> Callout:
     return Callout("bad", text)
 
 
-def _fold_table(dataset: Dataset) -> Table:
+def _fold_tables(dataset: Dataset) -> list[Table]:
+    """Of one label per image one table, else one for each head of classes."""
     train = dataset.rows("train")
-    classes = _classes(dataset)
-    few = classes <= MAX_FOLD_CLASSES
+    folds = dataset.folds[train]
+    if dataset.task is None:
+        labels, classes = dataset.labels[train], _classes(dataset)
+        counts = [np.bincount(labels[folds == fold], minlength=classes) for fold in range(dataset.fold_count)]
+        return [_fold_table(dataset.class_names, counts, [int(numbers.sum()) for numbers in counts])]
+    images = np.bincount(folds, minlength=dataset.fold_count).tolist()
+    return [
+        _fold_table(
+            head.classes,
+            [_head_counts(head, own[train][folds == fold]) for fold in range(dataset.fold_count)],
+            images,
+            of=shorten(head.name, 40),
+        )
+        for head, own in _heads_of(dataset)
+        if head.kind != "regression"
+    ]
+
+
+def _fold_table(classes: Sequence[str], counts: Sequence[Counts], images: Sequence[int], *, of: str = "") -> Table:
+    """``counts``: int64 [C] of each fold; ``images``: of each fold, whether their class is known or not."""
+    few = len(classes) <= MAX_FOLD_CLASSES
     rows = []
-    for fold in range(dataset.fold_count):
-        numbers = np.bincount(dataset.labels[train][dataset.folds[train] == fold], minlength=classes)
+    for fold, (numbers, size) in enumerate(zip(counts, images, strict=True)):
         cells = (
             [count(value) for value in numbers]
             if few
             else [count(numbers.min()), compact(np.median(numbers)), count(numbers.max())]
         )
-        rows.append((f"fold {fold}", count(numbers.sum()), *cells))
-    names = (
-        [shorten(name, 24) for name in dataset.class_names]
-        if few
-        else ["smallest class", "median class", "largest class"]
-    )
-    return Table("Images per fold" + (" and class" if few else ""), ("fold", "images", *names), tuple(rows))
+        rows.append((f"fold {fold}", count(size), *cells))
+    names = [shorten(name, 24) for name in classes] if few else ["smallest class", "median class", "largest class"]
+    caption = "Images per fold" + (" and class" if few else "") + (f" of {of}" if of else "")
+    return Table(caption, ("fold", "images", *names), tuple(rows))

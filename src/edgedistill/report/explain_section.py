@@ -47,17 +47,20 @@ def explanation_section(explanation: Explanation | None, *, run: Path) -> Sectio
         return Section("explain", title, (Missing("No Grad-CAM of test images", command),))
     values = explanation.values
     images = [item for item in values["images"] if isinstance(item, dict)]
-    groups = [("wrong", [item for item in images if not item["right"]]), ("right", [i for i in images if i["right"]])]
-    shown = [(name, items) for name, items in groups if items]
+    kinds = list(dict.fromkeys((str(item.get("head", "")), bool(item["right"])) for item in images))
+    shown = [
+        (_kind_words(head, right), [i for i in images if (str(i.get("head", "")), bool(i["right"])) == (head, right)])
+        for head, right in kinds
+    ]
     lead = Text(
         f"Each test image stands above the same image with {shorten(values['method'])} at layer "
-        f"{shorten(values['layer'])}: red is what spoke for the class that the student answered. "
-        f"Rows from the top: {', then '.join(f'the surest {name} answers' for name, _ in shown)}. A network that looks "
+        f"{shorten(values['layer'])}: red is what spoke for the answer that the student gave. "
+        f"Rows from the top: {', then '.join(f'the surest {words}' for words, _ in shown)}. A network that looks "
         f"beside the subject has learned something about the photographs, not about the classes."
     )
     data = "data:image/png;base64," + base64.b64encode(explanation.png).decode("ascii")
     blocks: list[Block] = [lead, Sheet(data, "Test images above their Grad-CAM heat maps")]
-    for name, items in shown:
+    for words, items in shown:
         rows = tuple(
             (
                 f"{number}. {shorten(item['id'], 60)}",
@@ -67,6 +70,11 @@ def explanation_section(explanation: Explanation | None, *, run: Path) -> Sectio
             )
             for number, item in enumerate(items, start=1)
         )
-        caption = f"The {name} answers, from left to right"
+        caption = f"The {words}, from left to right"
         blocks.append(Table(caption, ("image", "said", "probability", "true"), rows))
     return Section("explain", title, tuple(blocks))
+
+
+def _kind_words(head: str, right: bool) -> str:
+    of = f" of {shorten(head, 40)}" if head else ""
+    return f"{'right' if right else 'wrong'} answers{of}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from typer.testing import CliRunner
 
 from edgedistill import task_metrics
-from edgedistill.artifacts import RunDir, read_array, read_json, write_array
+from edgedistill.artifacts import RunDir, read_array, read_json, write_array, write_json
 from edgedistill.benchmarks.tuner import valset
 from edgedistill.benchmarks.tuner.students import find_students
 from edgedistill.benchmarks.tuner.valset import open_val
@@ -45,7 +46,7 @@ from edgedistill.training.losses import loss_of as one_head_loss
 from edgedistill.training.mixing import Mixing, mix
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.settings import TrainSettings
-from edgedistill.training.soft_labels import read_soft_labels
+from edgedistill.training.soft_labels import ids_hash, read_soft_labels
 from edgedistill.training.views import label_pictures, predict_probabilities, views_of
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -59,6 +60,10 @@ ATTRIBUTES = "--label-columns color,shape --regression size --missing-labels ign
 TEACHING = (
     "--teacher resnet10t --teacher-weights none --folds 2 --teacher-image-size 32 --teacher-batch-size 8"
     " --test-fraction 0.25 --workers 0 --device cpu"
+).split()
+VOTING = (
+    "--tta flip --class-weights inverse --no-balanced --test-size 40 --epochs 1 --teacher-test-size 40"
+    " --teacher resnet10t,test_efficientnet --teacher-override test_efficientnet --soft-label-store float16"
 ).split()
 TASK = Task(
     (
@@ -396,11 +401,7 @@ def voted(photos_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Two architectures, of which one overrides, two views each, and what else goes with attributes: a larger size for
     testing, class weights, float16."""
     out = tmp_path_factory.mktemp("runs") / "voted"
-    options = (
-        "--tta flip --class-weights inverse --no-balanced --test-size 40 --epochs 1 --teacher-test-size 40"
-        " --teacher resnet10t,test_efficientnet --teacher-override test_efficientnet --soft-label-store float16"
-    ).split()
-    call("distill", "--data", photos_csv, "--out", out, *ATTRIBUTES, *OPTIONS, *options)
+    call("distill", "--data", photos_csv, "--out", out, *ATTRIBUTES, *OPTIONS, *VOTING)
     return RunDir(out)
 
 
@@ -446,6 +447,16 @@ def test_several_teachers_of_attributes_are_evaluated_and_reported(voted: RunDir
     assert {row["head"] for row in noisy} <= {"color", "shape"}
     page = write_report(voted).read_text(encoding="utf-8")
     assert "Each architecture out of fold" in page and "could not be understood" not in page
+
+
+def test_an_architecture_that_saw_what_it_labels_is_found(voted: RunDir, photos_csv: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(voted.root, run.root)
+    path = run.teacher(1, "test_efficientnet") / "fold.json"
+    values = read_json(path, format="edgedistill-teacher-fold")
+    write_json(path, values | {"trained_on": ids_hash(dataset_of(run.root).ids)}, format="edgedistill-teacher-fold")
+    with pytest.raises(DataError, match="teacher 1 did not train on exactly the other folds"):
+        call("distill", "--data", photos_csv, "--out", run.root, *ATTRIBUTES, *OPTIONS, *VOTING, "--resume")
 
 
 def test_several_teachers_of_many_labels_vote_by_majority(photos_csv: Path, tmp_path: Path) -> None:

@@ -6,21 +6,49 @@ import json
 from typing import Any
 
 from edgedistill.export.network import Network, model_api_labels
-from edgedistill.tasks import Task
+from edgedistill.tasks import KINDS
 
 FORMAT_VERSION = "1"
+# No output is called so: a head's name holds no =, and comes first.
+NEVER = "=never"
 
 
 def sections(network: Network) -> dict[str, dict[str, str]]:
     """``model_info`` is OpenVINO Model API's; ``edgedistill`` is what ``edgedistill.runtime`` reads.
 
-    ``output_raw_scores`` is True: Model API then adds the softmax of all classes to its answer; its top labels and
-    their probabilities are the same with and without it (read in its ClassificationModel 0.4.7, and tried).
-    JSON is in ASCII, so that no class name can break the XML.
+    JSON is in ASCII, so that no class name can break the XML. Two kinds of network get no ``model_info``, for Model API
+    0.4.7 cannot read them: one label alone (it squeezes the one logit to a number and fails on it), and labels in front
+    of an attribute.
+    """
+    task = network.task
+    edgedistill = {
+        "format_version": FORMAT_VERSION,
+        "input_spec": json.dumps(network.spec.to_dict()),
+        "temperature": repr(float(network.temperature)),
+        "thresholds": "null",
+        "labels": json.dumps(list(network.classes)),
+        "dataset_hash": network.dataset_hash,
+        "weights_hash": network.weights_hash,
+        "architecture": network.architecture,
+        "task": "single-label",
+    }
+    if task.is_multi_label:
+        edgedistill |= {"task": "multi-label", "thresholds": json.dumps([task.heads[0].threshold])}
+    elif not task.is_single:
+        edgedistill |= {"task": "heads", "heads": json.dumps(task.to_dict())}
+    order = [KINDS.index(head.kind) for head in task.heads]
+    if task.width == 1 or order != sorted(order):
+        return {"edgedistill": edgedistill}
+    return {"model_info": _model_info(network), "edgedistill": edgedistill}
 
-    Model API applies softmax and sigmoid itself, so logits are what it wants of every task (read there too): a
-    multi-label network is told by ``multilabel``, attributes by a flat ``hierarchical_config``. It has no words for
-    values beside labels: several labels with a regression head get no ``model_info`` at all.
+
+def _model_info(network: Network) -> dict[str, str]:
+    """Model API applies softmax and sigmoid itself, so logits are what it wants of every task (read in its
+    ClassificationModel 0.4.7, and tried). ``labels`` names every output, those of values too: with one name less it
+    takes the first output for 'other', with two less it refuses the network.
+
+    ``output_raw_scores`` is True: Model API then adds the probabilities of all classes to its answer; its top labels
+    and their probabilities are the same with and without it.
     """
     spec, task = network.spec, network.task
     model_info = {
@@ -33,54 +61,48 @@ def sections(network: Network) -> dict[str, dict[str, str]]:
         "multilabel": str(task.is_multi_label),
         "output_raw_scores": "True",
     }
-    edgedistill = {
-        "format_version": FORMAT_VERSION,
-        "input_spec": json.dumps(spec.to_dict()),
-        "temperature": repr(float(network.temperature)),
-        "thresholds": "null",
-        "labels": json.dumps(list(network.classes)),
-        "dataset_hash": network.dataset_hash,
-        "weights_hash": network.weights_hash,
-        "architecture": network.architecture,
-        "task": "single-label",
-    }
-    if task.is_multi_label:
-        edgedistill["task"] = "multi-label"
-        edgedistill["thresholds"] = json.dumps([task.heads[0].threshold])
-        model_info["confidence_threshold"] = repr(task.heads[0].threshold)
-    elif not task.is_single:
-        edgedistill |= {"task": "heads", "heads": json.dumps(task.to_dict())}
-        if any(head.kind == "sigmoid" for head in task.heads):
-            return {"edgedistill": edgedistill}
-        model_info |= {"hierarchical": "True", "hierarchical_config": json.dumps(_hierarchy(task))}
-        model_info["labels"] = " ".join(model_api_labels(tuple(_class_names(task))))
-    return {"model_info": model_info, "edgedistill": edgedistill}
+    thresholds = [head.threshold for head in task.heads if head.kind == "sigmoid"]
+    if thresholds:
+        model_info["confidence_threshold"] = repr(thresholds[0])
+    if not task.is_single and not task.is_multi_label:
+        model_info |= {"hierarchical": "True", "hierarchical_config": json.dumps(_hierarchy(network))}
+    return model_info
 
 
-def _class_names(task: Task) -> list[str]:
-    """The outputs of the softmax heads; a regression head's has no name in Model API."""
-    return [f"{head.name}={name}" for head in task.class_heads for name in head.classes]
+def _hierarchy(network: Network) -> dict[str, Any]:
+    """Heads as Model API's groups: each softmax head one, each label of a sigmoid head one of its own, no tree above them.
 
-
-def _hierarchy(task: Task) -> dict[str, Any]:
-    """Softmax heads as Model API's groups without a tree above them; the outputs of values lie behind them all."""
-    labels = model_api_labels(tuple(_class_names(task)))
-    groups, ranges, start = [], {}, 0
-    for number, head in enumerate(task.class_heads):
-        stop = start + head.width
-        groups.append(list(labels[start:stop]))
-        ranges[str(number)] = [start, stop]
-        start = stop
+    Outputs behind the softmax heads that no group names are nothing to Model API; behind a sigmoid head it takes them for
+    more labels. A value there is made the child of a label that no group holds and no output gives: by its rule a
+    label shows only together with its parents, so a value never does.
+    """
+    task, labels = network.task, model_api_labels(network.classes)
+    groups: list[list[str]] = []
+    ranges: dict[str, list[int]] = {}
+    edges: list[list[str]] = []
+    indices = {label: number for number, label in enumerate(labels)}
+    many = [head for head in task.heads if head.kind == "sigmoid"]
+    for head, part in task.slices():
+        own = list(labels[part])
+        if head.kind == "softmax":
+            ranges[str(len(groups))] = [part.start, part.stop]
+            groups.append(own)
+        elif many:
+            groups += [[label] for label in own]
+        if head.kind == "regression" and many:
+            edges.append([own[0], NEVER])
+            indices[NEVER] = len(labels)
+    softmax_width = sum(head.width for head in task.heads if head.kind == "softmax")
     heads = {
-        "num_multiclass_heads": len(groups),
-        "num_multilabel_classes": 0,
-        "num_single_label_classes": start,
+        "num_multiclass_heads": len(ranges),
+        "num_multilabel_classes": task.width - softmax_width if many else 0,
+        "num_single_label_classes": softmax_width,
         "head_idx_to_logits_range": ranges,
         "all_groups": groups,
-        "label_to_idx": {label: number for number, label in enumerate(labels)},
+        "label_to_idx": indices,
         "class_to_group_idx": {
             label: [number, place] for number, group in enumerate(groups) for place, label in enumerate(group)
         },
         "empty_multiclass_head_indices": [],
     }
-    return {"cls_heads_info": heads, "label_tree_edges": []}
+    return {"cls_heads_info": heads, "label_tree_edges": edges}

@@ -48,7 +48,7 @@ class Network:
         return self.heads or Task.single(self.classes)
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2:
+        if len(self.classes) < 2 and self.heads is None:
             raise ModelError(f"{self.architecture}: {len(self.classes)} classes, a classifier needs at least 2")
         model_api_labels(self.classes)
         shape = (1, 3, self.spec.height, self.spec.width)

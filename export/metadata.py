@@ -26,6 +26,7 @@ def sections(network: Network) -> dict[str, dict[str, str]]:
         "input_spec": json.dumps(network.spec.to_dict()),
         "temperature": repr(float(network.temperature)),
         "thresholds": "null",
+        "calibration": "null" if network.calibration is None else json.dumps(network.calibration.to_dict()),
         "labels": json.dumps(list(network.classes)),
         "dataset_hash": network.dataset_hash,
         "weights_hash": network.weights_hash,

@@ -16,6 +16,7 @@ from torch import nn
 
 from edgedistill import console
 from edgedistill.artifacts import sha256_file
+from edgedistill.calibration import Calibration
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.tasks import Task
@@ -30,7 +31,7 @@ class Network:
 
     ``module``: float32 [N, 3, H, W] -> logits float32 [N, C]. ``weights_hash``: sha256 of the file it came from.
     ``settings``: of its training, as model.pt has them; empty for a network that was trained elsewhere. ``heads``: of a
-    network with several, whose outputs ``classes`` names.
+    network with several, whose outputs ``classes`` names. ``calibration``: its reliability curve, if it was measured.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Network:
     weights_hash: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     heads: Task | None = None
+    calibration: Calibration | None = None
 
     @property
     def task(self) -> Task:
@@ -80,6 +82,7 @@ def load_network(path: Path, *, image_size: int | None) -> Network:
         weights_hash=sha256_file(path),
         settings=loaded.settings,
         heads=None if loaded.task.is_single else loaded.task,
+        calibration=loaded.calibration,
     )
 
 

@@ -19,13 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgedistill import console, task_metrics
+from edgedistill import calibration, console
 from edgedistill.artifacts import RunDir, settings_dict
 from edgedistill.data.manifest import Dataset
 from edgedistill.data.soft_label_store import SoftRows
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
-from edgedistill.metrics import fit_temperature
 from edgedistill.student.calibration import CalibratedRows, teacher_temperatures
 from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
 from edgedistill.student.unlabelled import (
@@ -41,6 +40,7 @@ from edgedistill.student.unlabelled import (
     without_like_test,
 )
 from edgedistill.student.views import open_views
+from edgedistill.tasks import Task
 from edgedistill.training.checkpoints import read_input_spec, read_model, write_model
 from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
@@ -246,13 +246,14 @@ def _is_done(out: Path, wanted: dict[str, Any]) -> bool:
 def _finish(
     settings: StudentSettings, dataset: Dataset, lesson: _Lesson, job: Job, model: nn.Module, *, out: Path
 ) -> None:
-    """Batch-norm statistics, the temperature, model.pt."""
+    """Batch-norm statistics, the temperature and what it is worth, model.pt."""
     network, spec = settings.network(len(dataset.outputs)), deployed_spec(settings, job.spec)
     if settings.test_size is None:  # else training.fixres has measured the statistics, and fine-tuned what follows them
         seen = dataset.paths[_final_rows(settings, dataset, lesson)]
         reestimate_batch_norm(
             model, seen, spec, batch_size=settings.batch_size, limit=BATCH_NORM_IMAGES, seed=settings.seed
         )
+    fitted = _fitted(settings, dataset, model, spec)
     write_model(
         out,
         model,
@@ -262,8 +263,9 @@ def _finish(
         input_spec=spec,
         dataset_hash=dataset.hash,
         settings=dict(job.identity),
-        temperature=_temperature(settings, dataset, model, spec),
+        temperature=fitted.temperature,
         task=dataset.task,
+        calibration=fitted.calibration,
     )
     shutil.rmtree(job.folder / "fixres", ignore_errors=True)
     job.checkpoint.unlink(missing_ok=True)  # three times the model's size, and nothing is left to resume
@@ -536,16 +538,16 @@ def _phases(
     return make_phases("student", settings, draw(train_rows), last=draw(np.arange(len(labels))))
 
 
-def _temperature(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> float:
-    """Fitted on val, which must be unseen for that; one for all heads together."""
+def _fitted(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> calibration.Fitted:
+    """On val, which must be unseen for that; one temperature for all heads together."""
+    task = dataset.task or Task.single(dataset.class_names)
     val = dataset.rows("val")
     if settings.final_data == "train+val":
         console.note("temperature 1.0, not fitted: the last epochs trained on val (--final-data train+val)")
-        return 1.0
+        return calibration.Fitted()
     if not len(val):
         console.note("temperature 1.0, not fitted: the data set has no val split")
-        return 1.0
+        return calibration.Fitted()
     logits = predict_logits(model, dataset.paths[val], spec, batch_size=settings.batch_size)
-    if dataset.task is not None and dataset.values is not None:
-        return task_metrics.fit_temperature(dataset.task, logits, dataset.values[val])
-    return fit_temperature(logits, dataset.labels[val])
+    truth = dataset.labels[:, None].astype(np.float32) if dataset.values is None else dataset.values
+    return calibration.fit(task, logits, truth[val])

@@ -20,8 +20,8 @@ from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
 from edgedistill.errors import ArtifactError
 from edgedistill.report import write_report
 from edgedistill.report.charts import PERCENT, PLAIN, POINTS, ReliabilityBin, Series, line_chart, nice_ticks
-from edgedistill.report.quality_sections import reliability_bins
 from edgedistill.report.record import Predictions
+from edgedistill.report.reliability_section import reliability_bins
 from edgedistill.report.wording import difference_sentence, duration, percent
 from edgedistill.training.noisy_labels import write_noisy_labels
 
@@ -126,6 +126,15 @@ class FakeRun:
         values = {
             "name": "animals",
             "sizes": sizes,
+            "shapes": [
+                {
+                    "class": name,
+                    "images": 300 // (number + 2),
+                    "aspect": [0.8, 0.9 + number / 20, 1.1 + number / 20, 1.3 + number / 20, 1.9],
+                    "sizes": [[40 + 7 * place + 5 * number, 40 + 5 * place, 12 - place] for place in range(10)],
+                }
+                for number, name in enumerate([*dataset.class_names[:3], None])
+            ],
             "modes": {"colour": 280, "grey": 20},
             "errors": [],
             "warnings": [finding],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -13,7 +14,6 @@ import numpy.typing as npt
 from edgedistill.errors import ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS
 from edgedistill.images import InputSpec, image_size, load_image, read_bytes
-from edgedistill.metrics import expected_calibration_error, softmax
 from edgedistill.report.blocks import (
     Block,
     Callout,
@@ -21,6 +21,7 @@ from edgedistill.report.blocks import (
     Details,
     Figure,
     Gallery,
+    Heading,
     Matrix,
     MatrixCell,
     Missing,
@@ -30,13 +31,12 @@ from edgedistill.report.blocks import (
     Table,
     Text,
 )
-from edgedistill.report.charts import PERCENT, POINTS, Interval, ReliabilityBin, interval_chart, reliability_chart
-from edgedistill.report.record import Predictions, RunRecord
+from edgedistill.report.charts import PERCENT, POINTS, Interval, interval_chart
+from edgedistill.report.record import RunRecord
 from edgedistill.report.wording import (
     METRIC_NAMES,
     count,
     difference_sentence,
-    finite,
     level,
     model_name,
     number,
@@ -45,17 +45,16 @@ from edgedistill.report.wording import (
     points,
     shorten,
 )
+from edgedistill.tasks import Floats, Head, Values, answers_of
 
 MODEL_ORDER = ("majority", "hard_label_student", "student", "teacher")
 COLORS = {"majority": "majority", "hard_label_student": "hard", "student": "student", "teacher": "teacher"}
 MAX_MODELS = 12
 MAX_MATRIX_CLASSES = 14
 MAX_PAIRS = 24
-BIN_COUNT = 10
 MAX_PICTURES = 24
+MAX_HEADS = 8  # that have curves and galleries of their own
 THUMBNAIL_PX = 176
-Z_95 = 1.959964
-ONE_LABEL_ONLY = "Drawn for networks that give one label per image; the comparison above has the figures of each head."
 # Of a head of each kind: its figures in evaluation.json, their titles, and how they are shown.
 HEAD_FIGURES: dict[str, tuple[tuple[str, str, Callable[[Any], str]], ...]] = {
     "softmax": (("accuracy", "accuracy", percent), ("macro_f1", "macro-F1", percent)),
@@ -288,76 +287,10 @@ def _class_table(confusion: npt.NDArray[np.int64], names: list[str]) -> Details:
     return Details(caption, (Table(caption, ("class", "images", "recall", "precision", "F1"), rows),))
 
 
-def reliability_section(record: RunRecord) -> Section:
-    title = "Reliability"
-    if "heads" in (record.evaluation or {}):
-        return Section("reliability", title, (Text(ONE_LABEL_ONLY),))
-    shown = [name for name in ("student", "hard_label_student", "teacher") if name in record.predictions]
-    if not shown or record.test_labels is None:
-        return Section("reliability", title, (Missing("No test probabilities", record.command("distill")),))
-    figures = _untempered_figure(record, record.test_labels)
-    for name in shown:
-        bins = reliability_bins(record.predictions[name], record.test_labels)
-        error = (record.evaluation or {}).get("models", {}).get(name, {}).get("ece")
-        chart = reliability_chart(bins, alt=f"Reliability of the {model_name(name)}", color=COLORS[name])
-        label = model_name(name)
-        figures.append(Figure(f"{label[:1].upper()}{label[1:]}, calibration error {percent(error)}", chart))
-    lead = Text(
-        "A calibrated network is right as often as it says: points on the dashed line. Below the line it is too sure, "
-        "above it too modest. Whiskers are 95% intervals; faint points rest on fewer than ten images."
-    )
-    return Section("reliability", title, (lead, Charts(tuple(figures))))
-
-
-def _untempered_figure(record: RunRecord, labels: npt.NDArray[np.integer]) -> list[Figure]:
-    """The student as it was before its temperature, beside the calibrated one that follows; [] where it has none."""
-    name = record.main_model
-    temperature = finite((record.evaluation or {}).get("models", {}).get(name, {}).get("temperature"))
-    if temperature is None or temperature <= 0 or temperature == 1 or name not in record.predictions:
-        return []
-    # softmax(z / T) ** T is softmax(z) up to a constant per image.
-    logs = np.log(np.maximum(np.asarray(record.predictions[name].probs), np.finfo(np.float32).tiny))
-    before = softmax(logs, 1 / temperature).astype(np.float32)
-    bins = reliability_bins(Predictions(before, before.argmax(axis=1), before.max(axis=1)), labels)
-    error = percent(expected_calibration_error(before, labels))
-    title = (
-        f"{model_name(name).capitalize()} before its temperature ({number(temperature, 2)}), calibration error {error}"
-    )
-    return [Figure(title, reliability_chart(bins, alt=f"Reliability of the {model_name(name)} at T=1", color="peer"))]
-
-
-def reliability_bins(predictions: Predictions, labels: npt.NDArray[np.integer]) -> list[ReliabilityBin]:
-    """Ten bins of equal width over the largest probability; accuracy bounds are Wilson's 95% score interval."""
-    right = predictions.predicted == labels
-    index = np.clip((predictions.confidence * BIN_COUNT).astype(np.int64), 0, BIN_COUNT - 1)
-    bins = []
-    for number_ in range(BIN_COUNT):
-        rows = index == number_
-        images = int(rows.sum())
-        share = float(right[rows].mean()) if images else 0.0
-        confidence = float(predictions.confidence[rows].mean()) if images else 0.0
-        low, high = _wilson(share, images)
-        bins.append(
-            ReliabilityBin(
-                number_ / BIN_COUNT, (number_ + 1) / BIN_COUNT, images, min(1.0, confidence), share, low, high
-            )
-        )
-    return bins
-
-
-def _wilson(share: float, images: int) -> tuple[float, float]:
-    if not images:
-        return 0.0, 1.0
-    scale = 1 + Z_95**2 / images
-    centre = (share + Z_95**2 / (2 * images)) / scale
-    half = Z_95 / scale * (share * (1 - share) / images + Z_95**2 / (4 * images**2)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def mistakes_section(record: RunRecord) -> Section:
     title = "Most confident mistakes"
     if "heads" in (record.evaluation or {}):
-        return Section("mistakes", title, (Text(ONE_LABEL_ONLY),))
+        return Section("mistakes", title, _mistakes_of_heads(record))
     student, labels, ids = record.predictions.get(record.main_model), record.test_labels, record.test_ids
     if student is None or labels is None or ids is None:
         return Section("mistakes", title, (Missing("No test predictions of the student", record.command("distill")),))
@@ -365,28 +298,106 @@ def mistakes_section(record: RunRecord) -> Section:
     if not len(wrong):
         return Section("mistakes", title, (Callout("good", f"The student got all {len(labels):,} test images right."),))
     worst = wrong[np.argsort(-student.confidence[wrong], kind="stable")][:MAX_PICTURES]
-    paths = paths_of(record, [str(ids[row]) for row in worst])
     names = record.class_names
-    pictures = []
+    mistakes = [
+        Mistake(
+            str(ids[row]),
+            names[int(student.predicted[row])],
+            float(student.confidence[row]),
+            names[int(labels[row])],
+            float(student.probs[row, int(labels[row])]),
+        )
+        for row in worst
+    ]
+    lead = Text(
+        f"{len(wrong):,} of {len(labels):,} test images are wrong; these are the {len(mistakes)} of which the student "
+        f"was surest. Look here first for wrong labels and for classes that overlap."
+    )
+    return Section("mistakes", title, (lead, _gallery(record, mistakes)))
+
+
+def _mistakes_of_heads(record: RunRecord) -> tuple[Block, ...]:
+    """A gallery for each head of classes."""
+    task, values, ids = record.main_task, record.test_values, record.test_ids
+    outputs = record.outputs.get(record.main_model)
+    if task is None or values is None or ids is None or outputs is None:
+        return (Missing("No test predictions of the student", record.command("distill")),)
+    parts = [part for part in task.parts(outputs, values) if part[0].kind != "regression"][:MAX_HEADS]
+    most = max(6, MAX_PICTURES // len(parts))
+    blocks: list[Block] = []
+    for head, own, truth in parts:
+        mistakes, wrong, known = (_wrong_labels if head.kind == "sigmoid" else _wrong_classes)(head, own, truth, ids)
+        kind = "labels" if head.kind == "sigmoid" else "test images"
+        name = shorten(head.name, 40)
+        if not wrong:
+            blocks.append(Callout("good", f"{name}: the student got all {known:,} {kind} right."))
+            continue
+        shown = mistakes[:most]
+        lead = f"{wrong:,} of {known:,} known {kind} are wrong; these are the {len(shown)} of which the student was surest."
+        blocks += [Heading(name), Text(lead), _gallery(record, shown)]
+    return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What the network said of an image and how sure it was, what is true and what it gave to that."""
+
+    image_id: str
+    said: str
+    said_probability: float
+    true: str
+    true_probability: float
+
+
+def _wrong_classes(
+    head: Head, probabilities: Floats, values: Values, ids: npt.NDArray[np.str_]
+) -> tuple[list[Mistake], int, int]:
+    """(the MAX_PICTURES surest mistakes, how many there are, of how many images whose class is known)."""
+    known = np.flatnonzero(~np.isnan(values[:, 0]))
+    own, labels = probabilities[known], values[known, 0].astype(np.int64)
+    predicted = own.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    worst = wrong[np.argsort(-own[wrong].max(axis=1, initial=0.0), kind="stable")][:MAX_PICTURES]
+    mistakes = []
     for row in worst:
-        image_id, predicted, true = str(ids[row]), int(student.predicted[row]), int(labels[row])
-        data, problem = thumbnail(paths.get(image_id))
+        said, true = int(predicted[row]), int(labels[row])
+        shares = float(own[row, said]), float(own[row, true])
+        mistakes.append(Mistake(str(ids[known[row]]), head.classes[said], shares[0], head.classes[true], shares[1]))
+    return mistakes, len(wrong), len(known)
+
+
+def _wrong_labels(
+    head: Head, probabilities: Floats, values: Values, ids: npt.NDArray[np.str_]
+) -> tuple[list[Mistake], int, int]:
+    """As ``_wrong_classes``, each label of each image for itself."""
+    given, truth, known = answers_of(head, probabilities).astype(bool), values >= 0.5, ~np.isnan(values)
+    rows, labels = np.nonzero(known & (given != truth))
+    sure = np.where(given, probabilities, 1 - probabilities)[rows, labels]
+    mistakes = []
+    for place in np.argsort(-sure, kind="stable")[:MAX_PICTURES]:
+        label, applies = head.classes[labels[place]], bool(given[rows[place], labels[place]])
+        said, true = (label, f"not {label}") if applies else (f"not {label}", label)
+        mistakes.append(Mistake(str(ids[rows[place]]), said, float(sure[place]), true, float(1 - sure[place])))
+    return mistakes, len(rows), int(known.sum())
+
+
+def _gallery(record: RunRecord, mistakes: list[Mistake]) -> Gallery:
+    paths = paths_of(record, [mistake.image_id for mistake in mistakes])
+    pictures = []
+    for mistake in mistakes:
+        data, problem = thumbnail(paths.get(mistake.image_id))
         pictures.append(
             Picture(
                 data=data,
-                name=shorten(image_id, 60),
-                predicted=shorten(names[predicted], 40),
-                predicted_probability=float(student.confidence[row]),
-                true=shorten(names[true], 40),
-                true_probability=float(student.probs[row, true]),
+                name=shorten(mistake.image_id, 60),
+                predicted=shorten(mistake.said, 40),
+                predicted_probability=mistake.said_probability,
+                true=shorten(mistake.true, 40),
+                true_probability=mistake.true_probability,
                 problem=problem,
             )
         )
-    lead = Text(
-        f"{len(wrong):,} of {len(labels):,} test images are wrong; these are the {len(pictures)} of which the student "
-        f"was surest. Look here first for wrong labels and for classes that overlap."
-    )
-    return Section("mistakes", title, (lead, Gallery(tuple(pictures))))
+    return Gallery(tuple(pictures))
 
 
 def paths_of(record: RunRecord, ids: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.artifacts import RunDir, read_array, read_json, read_jsonl
+from edgedistill.calibration import Calibration
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.errors import ArtifactError, EdgedistillError
 from edgedistill.report.explain_section import Explanation, read_explanation
+from edgedistill.tasks import Task
 
 T = TypeVar("T")
 Rows = tuple[dict[str, Any], ...]
@@ -41,7 +44,9 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as found on disk. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels', of further students
+    """One run as found on disk. ``outputs``: of networks with several heads, whose ``test_values`` are float32 [N, V], the
+    float32 [N, D] of each model on the test split; ``predictions`` is then empty. ``calibration``: of model.pt, on val.
+    ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels', of further students
     'student-NAME' and of further teachers 'teacher-NAME fold-0', ... to epoch rows."""
 
     run: RunDir
@@ -55,6 +60,9 @@ class RunRecord:
     test_ids: npt.NDArray[np.str_] | None
     test_labels: npt.NDArray[np.integer] | None
     predictions: dict[str, Predictions]
+    test_values: npt.NDArray[np.float32] | None
+    outputs: dict[str, npt.NDArray[np.float32]]
+    calibration: Calibration | None
     deploy: dict[str, Any] | None
     certificates: tuple[tuple[str, dict[str, Any]], ...]
     benches: tuple[tuple[str, dict[str, Any]], ...]
@@ -73,6 +81,13 @@ class RunRecord:
         """The network that model.pt holds: the distilled student, or the hard-label one of a run without distillation."""
         models = (self.evaluation or {}).get("models", {})
         return "hard_label_student" if "student" not in models and "hard_label_student" in models else "student"
+
+    @property
+    def main_task(self) -> Task | None:
+        """The heads of the main model; None where every image has one label."""
+        if self.evaluation is None or "heads" not in self.evaluation:
+            return None
+        return Task.from_dict(self.evaluation["heads"])
 
     def command(self, stage: str) -> str:
         """The command line that makes a missing part of this run."""
@@ -116,6 +131,7 @@ def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:
     evaluation = optional(run.evaluation / "evaluation.json", _read_evaluation)
     test_ids = optional(run.evaluation / "test_ids.npy", read_array)
     test_labels = optional(run.evaluation / "test_labels.npy", read_array)
+    test_values = optional(run.evaluation / "test_values.npy", read_array)
     return RunRecord(
         run=run,
         config=optional(run.config, _read_object) or {},
@@ -128,6 +144,9 @@ def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:
         test_ids=test_ids,
         test_labels=test_labels,
         predictions=_read_predictions(run, optional, evaluation, test_labels),
+        test_values=test_values,
+        outputs=_read_outputs(run, optional, evaluation, test_values),
+        calibration=optional(run.model, _read_calibration),
         deploy=optional(run.openvino / "deploy.json", _read_object),
         certificates=tuple(
             (_stage_name(path), values)
@@ -249,22 +268,48 @@ def _read_predictions(
 ) -> dict[str, Predictions]:
     if evaluation is None or labels is None:
         return {}
-    expected = (len(labels), len(evaluation.get("classes", ())))
 
     def read(path: Path) -> Predictions:
-        probs = read_array(path, mmap=True)
-        if probs.shape != expected:
-            raise ArtifactError(
-                f"{path}: shape {list(probs.shape)}, expected {list(expected)}; run 'distill --resume' to evaluate again"
-            )
+        probs = _probabilities(path, evaluation, len(labels))
         chunks = [probs[start : start + CHUNK_ROWS] for start in range(0, len(probs), CHUNK_ROWS)]
         predicted = np.concatenate([chunk.argmax(axis=1) for chunk in chunks] or [np.empty(0, np.int64)])
         confidence = np.concatenate([chunk.max(axis=1) for chunk in chunks] or [np.empty(0, np.float32)])
         return Predictions(probs, predicted, confidence)
 
+    return _read_models(run, optional, evaluation, read)
+
+
+def _read_outputs(
+    run: RunDir, optional: Any, evaluation: dict[str, Any] | None, values: npt.NDArray[Any] | None
+) -> dict[str, npt.NDArray[np.float32]]:
+    if evaluation is None or values is None or "heads" not in evaluation:
+        return {}
+    return _read_models(run, optional, evaluation, lambda path: _probabilities(path, evaluation, len(values)))
+
+
+def _read_models(run: RunDir, optional: Any, evaluation: dict[str, Any], read: Callable[[Path], T]) -> dict[str, T]:
     found = {}
     for name in evaluation.get("models", {}):
         values = optional(run.evaluation / f"{Path(str(name)).name}.probs.npy", read)
         if values is not None:
             found[str(name)] = values
     return found
+
+
+def _probabilities(path: Path, evaluation: dict[str, Any], images: int) -> npt.NDArray[np.float32]:
+    probs = read_array(path, mmap=True)
+    expected = (images, len(evaluation.get("classes", ())))
+    if probs.shape != expected:
+        raise ArtifactError(
+            f"{path}: shape {list(probs.shape)}, expected {list(expected)}; run 'distill --resume' to evaluate again"
+        )
+    return probs
+
+
+def _read_calibration(path: Path) -> Calibration | None:
+    """Where torch is not installed nobody can read model.pt, and the page does without its curve."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from edgedistill.training.checkpoints import read_calibration
+
+    return read_calibration(path)

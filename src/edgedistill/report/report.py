@@ -20,9 +20,9 @@ from edgedistill.report.quality_sections import (
     comparison_section,
     confusion_section,
     mistakes_section,
-    reliability_section,
 )
 from edgedistill.report.record import RunRecord, read_record
+from edgedistill.report.reliability_section import reliability_section
 from edgedistill.report.summary_sections import headline_section, lead_sentence, making_section
 from edgedistill.report.training_sections import curves_section, oof_section
 from edgedistill.report.tuning_sections import tuning_section

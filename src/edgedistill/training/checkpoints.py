@@ -28,6 +28,7 @@ from torch import nn
 
 import edgedistill
 from edgedistill.artifacts import FORMAT_VERSION, atomic_path
+from edgedistill.calibration import Calibration
 from edgedistill.errors import ArtifactError, EdgedistillError
 from edgedistill.images import InputSpec
 from edgedistill.tasks import Task
@@ -64,6 +65,7 @@ class LoadedModel:
     dataset_hash: str
     settings: dict[str, Any]
     task: Task
+    calibration: Calibration | None = None
 
 
 def save_tensors(path: Path, values: Mapping[str, Any], *, format: str) -> None:
@@ -109,9 +111,11 @@ def write_model(
     settings: Mapping[str, Any],
     temperature: float = 1.0,
     task: Task | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """model.pt. ``architecture`` and ``model_kwargs`` are what ``timm.create_model`` takes; how the model was equipped
-    (see classifier.equip) is read off it. ``task``: of a network with several heads, whose outputs ``classes`` names."""
+    (see classifier.equip) is read off it. ``task``: of a network with several heads, whose outputs ``classes`` names. ``calibration``: its
+    reliability curves."""
     classifier = classifier_of(model)
     values = {
         "architecture": architecture,
@@ -132,6 +136,8 @@ def write_model(
         values["classifier"] = classifier.to_dict()
     if task is not None:
         values["task"] = task.to_dict()
+    if calibration is not None:
+        values["calibration"] = calibration.to_dict()
     save_tensors(path, values, format=MODEL_FORMAT)
 
 
@@ -169,7 +175,17 @@ def read_model(path: Path) -> LoadedModel:
         dataset_hash=str(values["dataset_hash"]),
         settings=settings,
         task=task,
+        calibration=_calibration(values),
     )
+
+
+def read_calibration(path: Path) -> Calibration | None:
+    """Of a model.pt, without building its network; None where it has none. Raises ArtifactError."""
+    return _calibration(load_tensors(path, format=MODEL_FORMAT))
+
+
+def _calibration(values: Mapping[str, Any]) -> Calibration | None:
+    return Calibration.from_dict(values["calibration"]) if "calibration" in values else None
 
 
 def read_input_spec(path: Path) -> InputSpec:

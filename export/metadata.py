@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import median
 from typing import Any
 
 from edgedistill.export.network import Network, model_api_labels
@@ -34,7 +35,7 @@ def sections(network: Network) -> dict[str, dict[str, str]]:
         "task": "single-label",
     }
     if task.is_multi_label:
-        edgedistill |= {"task": "multi-label", "thresholds": json.dumps([task.heads[0].threshold])}
+        edgedistill |= {"task": "multi-label", "thresholds": json.dumps(list(task.heads[0].thresholds))}
     elif not task.is_single:
         edgedistill |= {"task": "heads", "heads": json.dumps(task.to_dict())}
     order = [KINDS.index(head.kind) for head in task.heads]
@@ -46,7 +47,8 @@ def sections(network: Network) -> dict[str, dict[str, str]]:
 def _model_info(network: Network) -> dict[str, str]:
     """Model API applies softmax and sigmoid itself, so logits are what it wants of every task (read in its
     ClassificationModel 0.4.7, and tried). ``labels`` names every output, those of values too: with one name less it
-    takes the first output for 'other', with two less it refuses the network.
+    takes the first output for 'other', with two less it refuses the network. It knows one threshold for all labels: the
+    median of ours.
 
     ``output_raw_scores`` is True: Model API then adds the probabilities of all classes to its answer; its top labels
     and their probabilities are the same with and without it.
@@ -62,9 +64,9 @@ def _model_info(network: Network) -> dict[str, str]:
         "multilabel": str(task.is_multi_label),
         "output_raw_scores": "True",
     }
-    thresholds = [head.threshold for head in task.heads if head.kind == "sigmoid"]
+    thresholds = [threshold for head in task.heads if head.kind == "sigmoid" for threshold in head.thresholds]
     if thresholds:
-        model_info["confidence_threshold"] = repr(thresholds[0])
+        model_info["confidence_threshold"] = repr(median(thresholds))
     if not task.is_single and not task.is_multi_label:
         model_info |= {"hierarchical": "True", "hierarchical_config": json.dumps(_hierarchy(network))}
     return model_info

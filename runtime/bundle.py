@@ -281,7 +281,7 @@ class ModelMetadata:
     where it is multi-label, a sigmoid). ``heads``: of a network with several, whose outputs ``labels`` names.
 
     ``own``: written by edgedistill; otherwise only Model API's section was there. ``layout``: of its input.
-    ``threshold``: multi-label networks accept the classes from this probability on.
+    ``threshold``: multi-label networks accept the classes from this probability on, or each from its own.
     """
 
     labels: tuple[str, ...]
@@ -295,7 +295,7 @@ class ModelMetadata:
     own: bool = True
     layout: str = "NCHW"
     multi_label: bool = False
-    threshold: float = 0.5
+    threshold: float | tuple[float, ...] = 0.5
     heads: Task | None = None
 
 
@@ -394,9 +394,22 @@ def _own_metadata(model: ov.Model) -> ModelMetadata:
         dataset_hash=_text(model, "edgedistill", "dataset_hash", ""),
         weights_hash=_text(model, "edgedistill", "weights_hash", ""),
         multi_label=task == "multi-label",
-        threshold=_threshold(model) if task == "multi-label" else 0.5,
+        threshold=_own_threshold(model, len(labels)) if task == "multi-label" else 0.5,
         heads=heads,
     )
+
+
+def _own_threshold(model: ov.Model, count: int) -> float | tuple[float, ...]:
+    """A list with one for each of ``count`` labels; null, or the list of one number of older exports: what Model API's
+    section says."""
+    listed = _parsed(model, "thresholds") if model.has_rt_info(["edgedistill", "thresholds"]) else None
+    if listed is None or (count > 1 and isinstance(listed, list) and len(listed) == 1):
+        return _threshold(model)
+    numbers = listed if isinstance(listed, list) else [listed] * count
+    fits = (isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1 for number in numbers)
+    if len(numbers) != count or not all(fits):
+        raise ArtifactError(f"metadata edgedistill.thresholds: expected {count} numbers from 0 to 1; export it again")
+    return tuple(float(number) for number in numbers)
 
 
 def _threshold(model: ov.Model) -> float:

@@ -64,7 +64,7 @@ class Prediction:
     ``stage``: which network of a cascade answered.
 
     Multi-label: ``probabilities`` are independent, ``index`` is the likeliest class, and ``accepted`` holds those at or
-    above the model's confidence threshold, in ascending order (none for 'unknown').
+    above their thresholds, in ascending order (none for 'unknown').
 
     Several heads: ``heads`` has the answer of each; ``label`` holds theirs with commas between, ``index`` is the first
     head's place among all outputs, ``probability`` the smallest over the heads of classes, and ``probabilities`` lie side
@@ -248,7 +248,7 @@ class Network:
             return Prediction(UNKNOWN, -1, confidence, probabilities, name, stage)
         accepted: tuple[int, ...] = ()
         if metadata.multi_label:
-            accepted = tuple(np.flatnonzero(probabilities >= np.float32(metadata.threshold)).tolist())
+            accepted = tuple(np.flatnonzero(probabilities >= np.array(metadata.threshold, np.float32)).tolist())
         return Prediction(metadata.labels[index], index, confidence, probabilities, name, stage, accepted=accepted)
 
     def _answer_heads(self, task: Task, logits: npt.NDArray[np.float32], stage: int, name: str) -> Prediction | None:
@@ -277,7 +277,7 @@ def _head_prediction(head: Head, exact: npt.NDArray[np.float64]) -> HeadPredicti
     share = float(probabilities[index])
     if head.kind == "softmax":
         return HeadPrediction(head.name, head.classes[index], index, share)
-    accepted = tuple(np.flatnonzero(probabilities >= np.float32(head.threshold)).tolist())
+    accepted = tuple(np.flatnonzero(probabilities >= np.array(head.thresholds, np.float32)).tolist())
     label = "|".join(head.classes[number] for number in accepted) or "none"
     return HeadPrediction(head.name, label, index, share, accepted)
 

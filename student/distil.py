@@ -246,7 +246,7 @@ def _is_done(out: Path, wanted: dict[str, Any]) -> bool:
 def _finish(
     settings: StudentSettings, dataset: Dataset, lesson: _Lesson, job: Job, model: nn.Module, *, out: Path
 ) -> None:
-    """Batch-norm statistics, the temperature and what it is worth, model.pt."""
+    """Batch-norm statistics, temperature and thresholds, model.pt."""
     network, spec = settings.network(len(dataset.outputs)), deployed_spec(settings, job.spec)
     if settings.test_size is None:  # else training.fixres has measured the statistics, and fine-tuned what follows them
         seen = dataset.paths[_final_rows(settings, dataset, lesson)]
@@ -264,7 +264,7 @@ def _finish(
         dataset_hash=dataset.hash,
         settings=dict(job.identity),
         temperature=fitted.temperature,
-        task=dataset.task,
+        task=None if dataset.task is None else fitted.task,
         calibration=fitted.calibration,
     )
     shutil.rmtree(job.folder / "fixres", ignore_errors=True)
@@ -539,15 +539,16 @@ def _phases(
 
 
 def _fitted(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> calibration.Fitted:
-    """On val, which must be unseen for that; one temperature for all heads together."""
+    """On val, which must be unseen for that: one temperature for all heads together, a threshold for each label of
+    several."""
     task = dataset.task or Task.single(dataset.class_names)
     val = dataset.rows("val")
     if settings.final_data == "train+val":
         console.note("temperature 1.0, not fitted: the last epochs trained on val (--final-data train+val)")
-        return calibration.Fitted()
+        return calibration.Fitted(task)
     if not len(val):
         console.note("temperature 1.0, not fitted: the data set has no val split")
-        return calibration.Fitted()
+        return calibration.Fitted(task)
     logits = predict_logits(model, dataset.paths[val], spec, batch_size=settings.batch_size)
     truth = dataset.labels[:, None].astype(np.float32) if dataset.values is None else dataset.values
     return calibration.fit(task, logits, truth[val])

@@ -1,7 +1,8 @@
-"""Temperature and reliability curves come from val and stay with the network that they were fitted for."""
+"""Temperature, reliability curves and thresholds come from val and stay with the network that they were fitted for."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from edgedistill.artifacts import RunDir
 from edgedistill.calibration import (
     BIN_COUNT,
+    MIN_POSITIVES,
     Calibration,
+    best_threshold,
     bins_of,
     calibration_of,
     fit,
+    with_thresholds,
 )
 from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import ArtifactError
+from edgedistill.export import ir
 from edgedistill.export.metadata import sections
 from edgedistill.export.network import load_network
 from edgedistill.images import InputSpec
 from edgedistill.metrics import expected_calibration_error, softmax
 from edgedistill.report.record import read_record
 from edgedistill.report.reliability_section import reliability_section
+from edgedistill.runtime import Classifier
 from edgedistill.tasks import Head, Task, sigmoid
 from edgedistill.training.checkpoints import read_calibration, read_model, write_model
 from edgedistill.training.models import create_model, model_kwargs_for
@@ -89,7 +96,45 @@ def test_stored_curves_come_back_and_others_are_refused() -> None:
             Calibration.from_dict(values)
 
 
-def test_model_and_ir_carry_the_curve(tmp_path: Path, photos: Path) -> None:
+def test_each_threshold_has_the_best_f1_on_val() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.random((300, 3)) < [0.5, 0.15, 0.3]
+    shares = sigmoid(rng.normal(size=(300, 3)) + 2 * truth - [1.0, 2.5, 0.0]).round(2)
+    values = truth.astype(np.float32)
+    values[:20, 1] = np.nan
+    (head,) = with_thresholds(MANY, shares, values).heads
+    for label, threshold in enumerate(head.thresholds):
+        known = ~np.isnan(values[:, label])
+        found = f1_score(truth[known, label], shares[known, label] >= threshold)
+        possible = [f1_score(truth[known, label], shares[known, label] >= t) for t in np.linspace(0.005, 0.995, 100)]
+        assert (
+            found == pytest.approx(max(possible))
+            and found > f1_score(truth[known, label], shares[known, label] >= 0.5) - 1e-9
+        )
+    assert len(set(head.thresholds)) == 3
+
+
+def test_labels_of_few_images_keep_their_threshold() -> None:
+    shares, few = np.linspace(0, 1, 50), np.zeros(50, bool)
+    few[-(MIN_POSITIVES - 1) :] = True
+    assert best_threshold(shares, few, otherwise=0.5) == 0.5
+    few[-MIN_POSITIVES:] = True
+    assert best_threshold(shares, few, otherwise=0.5) == pytest.approx((shares[39] + shares[40]) / 2)
+    assert best_threshold(shares, np.ones(50, bool), otherwise=0.4) == 0.4
+
+
+def test_a_number_stands_for_equal_thresholds() -> None:
+    head = Head("labels", "sigmoid", ("x", "y"), threshold=(0.3, 0.3))
+    assert head == Head("labels", "sigmoid", ("x", "y"), threshold=0.3) and head.thresholds == (0.3, 0.3)
+    each = Task((dataclasses.replace(head, threshold=(0.25, 0.75)),))
+    assert Task.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+    assert each.answers(np.array([[0.3, 0.7], [0.2, 0.8]])).tolist() == [[1, 0], [0, 1]]
+    edges = np.log(np.array([0.25, 0.75]) / np.array([0.75, 0.25]))
+    assert each.margins(np.array([[edges[0] + 0.5, edges[1] - 0.2]])) == pytest.approx([0.2])
+
+
+def test_model_and_ir_carry_curve_and_thresholds(tmp_path: Path, photos: Path) -> None:
+    """Through model.pt, the IR's metadata and the Python runtime."""
     torch.manual_seed(0)
     model, spec = create_model("resnet10t", class_count=3, image_size=32).eval(), InputSpec(32, 32)
     paths = np.array([str(path) for path in sorted(photos.rglob("*.jpg"))])
@@ -103,20 +148,33 @@ def test_model_and_ir_carry_the_curve(tmp_path: Path, photos: Path) -> None:
         logits + rng.normal(0, 0.3, logits.shape) > np.quantile(logits, [0.3, 0.5, 0.7], axis=0).diagonal()
     ).astype(np.float32)
     fitted = fit(MANY, logits, values)
+    thresholds = fitted.task.heads[0].thresholds
+    assert len(set(thresholds)) == 3
     common: dict[str, Any] = {
         "architecture": "resnet10t", "model_kwargs": model_kwargs_for("resnet10t", class_count=3, image_size=32),
         "classes": MANY.outputs, "input_spec": spec, "dataset_hash": "", "settings": {}, "temperature": fitted.temperature,
-        "task": MANY,
+        "task": fitted.task,
     }  # fmt: skip
     write_model(tmp_path / "model.pt", model, calibration=fitted.calibration, **common)
     write_model(tmp_path / "older.pt", model, **common)
     assert read_calibration(tmp_path / "older.pt") is None and read_model(tmp_path / "older.pt").calibration is None
     loaded = read_model(tmp_path / "model.pt")
-    assert loaded.calibration is not None and fitted.calibration is not None
+    assert loaded.task == fitted.task and loaded.calibration is not None and fitted.calibration is not None
     assert loaded.calibration.curves[0].after.count == fitted.calibration.curves[0].after.count
     network = load_network(tmp_path / "model.pt", image_size=None)
     said = sections(network)
+    assert json.loads(said["edgedistill"]["thresholds"]) == list(thresholds)
     assert json.loads(said["edgedistill"]["calibration"]) == loaded.calibration.to_dict()
+    assert float(said["model_info"]["confidence_threshold"]) == sorted(thresholds)[1]
+    converted, _ = ir.convert(network.module, spec, onnx_file=tmp_path / "none.onnx")
+    ir.describe(converted, network)
+    ir.save(converted, tmp_path / "model.xml")
+    classifier = Classifier(tmp_path / "model.xml", precision="f32", threads=1, cache_dir=False)
+    shares = sigmoid(logits, fitted.temperature)
+    sure = np.abs(shares - thresholds).min(axis=1) > 1e-3
+    for path, row in zip(paths[sure].tolist(), shares[sure], strict=True):
+        assert classifier.classify(path).accepted == tuple(np.flatnonzero(row >= thresholds).tolist())
+    assert sure.sum() > len(paths) / 2
 
 
 def test_a_finished_run_has_val_beside_test(tiny_run: Path) -> None:

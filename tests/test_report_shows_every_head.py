@@ -73,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, Dataset]:
     write_model(
         run.model, model, architecture="mobilenetv3_small_050", input_spec=SPEC, dataset_hash=dataset.hash, settings={},
         model_kwargs=model_kwargs_for("mobilenetv3_small_050", **network), classes=dataset.outputs,
-        temperature=fitted.temperature, task=dataset.task, calibration=fitted.calibration,
+        temperature=fitted.temperature, task=fitted.task, calibration=fitted.calibration,
     )  # fmt: skip
     evaluate_test(run, dataset, {"student": [run.model]}, device="cpu")
     return run, dataset
@@ -111,7 +111,7 @@ def test_mistakes_of_every_head_are_shown_the_surest_first(run: tuple[RunDir, Da
         own, true = outputs[rows[picture.name], :3], int(test[rows[picture.name], 0])
         assert TASK.heads[0].classes[own.argmax()] == picture.predicted != picture.true == TASK.heads[0].classes[true]
         assert picture.predicted_probability == pytest.approx(own.max()) and picture.data.startswith("data:image/jpeg")
-    thresholds = (record.main_task.heads[1].threshold,) * 2
+    thresholds = record.main_task.heads[1].thresholds
     for picture in labels.pictures:
         place = ("big", "dark").index(picture.true.removeprefix("not "))
         row = rows[picture.name]
@@ -133,9 +133,9 @@ def test_heat_maps_are_drawn_of_every_head_of_classes(run: tuple[RunDir, Dataset
 
 
 def test_right_answers_of_labels_are_labels_that_were_given() -> None:
-    head = Task((Head("labels", "sigmoid", ("big", "dark"), threshold=0.5),))
+    head = Task((Head("labels", "sigmoid", ("big", "dark"), threshold=(0.5, 0.2)),))
     shares = np.array([[0.9, 0.1], [0.8, 0.3], [0.4, 0.05], [0.1, 0.15], [0.7, 0.6]], np.float32)
-    truth = np.array([[1, 0], [1, 0], [1, 0], [np.nan, 1], [0, 1]], np.float32)
+    truth = np.array([[1, 0], [1, 1], [1, 0], [np.nan, 1], [0, 1]], np.float32)
     wrong, right = answers_of_heads(head, shares, truth, columns=3)
     assert [(one.row, one.predicted, one.true, one.applies) for one in wrong] == [
         (3, "not dark", "dark", False), (4, "big", "not big", True), (2, "not big", "big", False),

@@ -1,11 +1,13 @@
-"""How far a network's probabilities can be believed: its temperature and reliability curves. Needs numpy only.
+"""How far a network's probabilities can be believed: reliability curves, and thresholds of labels. Needs numpy only.
 
 ``logits``, ``probabilities`` and ``values`` are those of ``tasks``. What is fitted or drawn here on val is stored beside
-the network: its temperature and the curve before and after it.
+the network: its temperature, the curve before and after it, and for labels of which several may apply the threshold
+of each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from edgedistill.errors import ArtifactError
 from edgedistill.tasks import Floats, Head, Task, Values, probabilities_of
 
 BIN_COUNT = 10
+# Of fewer images to which a label applies, the best threshold is chance.
+MIN_POSITIVES = 10
 DECIMALS = 4
 MAX_COUNT = 2**53
 
@@ -142,22 +146,58 @@ def calibration_of(task: Task, logits: Floats, values: Values, *, temperature: f
     return Calibration(split, len(values), temperature, tuple(curves))
 
 
-# ---- all together ----
+# ---- thresholds ----
+
+
+def best_threshold(probabilities: Floats, applies: npt.NDArray[np.bool_], *, otherwise: float) -> float:
+    """The threshold with the best F1 of one label, float [M] and bool [M]: midway between two images, of equal ones the
+    nearest to 0.5. ``otherwise`` where the label applies to fewer than MIN_POSITIVES images or to all."""
+    positives = int(applies.sum())
+    if positives < MIN_POSITIVES or positives == len(applies):
+        return otherwise
+    order = np.argsort(-probabilities, kind="stable")
+    shares = np.append(probabilities[order].astype(np.float64), 0.0)
+    f1 = 2 * np.cumsum(applies[order]) / (np.arange(1, len(order) + 1) + positives)
+    middles = (shares[:-1] + shares[1:]) / 2
+    f1[shares[:-1] == shares[1:]] = -1.0  # no threshold parts equal probabilities
+    best = np.flatnonzero(f1 >= f1.max() - 1e-12)
+    return float(middles[best[np.argmin(np.abs(middles[best] - 0.5))]])
+
+
+def with_thresholds(task: Task, probabilities: Floats, values: Values) -> Task:
+    """The task whose sigmoid heads have the threshold of the best F1 for each label. ``probabilities`` float [N, D], as
+    the deployed network gives them."""
+    heads = []
+    for head, own, truth in task.parts(probabilities, values):
+        if head.kind != "sigmoid":
+            heads.append(head)
+            continue
+        known = ~np.isnan(truth)
+        found = tuple(
+            best_threshold(own[rows, label], truth[rows, label] >= 0.5, otherwise=head.thresholds[label])
+            for label, rows in enumerate(known.T)
+        )
+        heads.append(dataclasses.replace(head, threshold=found))
+    return Task(tuple(heads))
+
+
+# ---- both ----
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a network's outputs on val say. ``calibration`` None: there was no val."""
+    """What a network's outputs on val say: ``task`` with its thresholds. ``calibration`` None: there was no val."""
 
+    task: Task
     temperature: float = 1.0
     calibration: Calibration | None = None
 
 
 def fit(task: Task, logits: Floats, values: Values, *, split: str = "val") -> Fitted:
-    """Temperature and curves from ``logits`` float [N, D] of images that the network has not seen."""
+    """Temperature, curves and thresholds from ``logits`` float [N, D] of images that the network has not seen."""
     if task.is_single:
         temperature = metrics.fit_temperature(logits, values[:, 0].astype(np.int64))
     else:
         temperature = task_metrics.fit_temperature(task, logits, values)
     calibration = calibration_of(task, logits, values, temperature=temperature, split=split)
-    return Fitted(temperature, calibration)
+    return Fitted(with_thresholds(task, task.probabilities(logits, temperature), values), temperature, calibration)

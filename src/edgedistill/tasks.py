@@ -38,7 +38,7 @@ class Head:
 
     ``classes``: of a softmax head, or the labels of a sigmoid head; () for regression. ``weight``: of its loss.
     ``mean`` and ``std``: of the training images' values, regression only. ``threshold``: the probability from which a
-    sigmoid head's label applies. Raises ArtifactError for values that cannot be.
+    sigmoid head's labels apply, one number or one for each label (a number again where all are equal). Raises ArtifactError for values that cannot be.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Head:
     weight: float = 1.0
     mean: float = 0.0
     std: float = 1.0
-    threshold: float = 0.5
+    threshold: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         if not HEAD_NAME.fullmatch(self.name) or not self.name.isprintable():
@@ -59,11 +59,17 @@ class Head:
             raise ArtifactError(f"head {self.name}: {len(self.classes)} classes, {self.kind} needs {least} or more")
         if not all(self.classes) or len(set(self.classes)) != len(self.classes):
             raise ArtifactError(f"head {self.name}: a class name is empty or stands twice")
-        numbers = (self.weight, self.mean, self.std, self.threshold)
+        thresholds = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        numbers = (self.weight, self.mean, self.std, *thresholds)
         if not all(math.isfinite(number) for number in numbers) or self.weight < 0 or self.std <= 0:
             raise ArtifactError(f"head {self.name}: weight, mean, std or threshold out of range ({numbers})")
-        if not 0 <= self.threshold <= 1:
+        if not all(0 <= threshold <= 1 for threshold in thresholds):
             raise ArtifactError(f"head {self.name}: threshold {self.threshold}, expected 0 to 1")
+        if isinstance(self.threshold, tuple):
+            if self.kind != "sigmoid" or len(thresholds) != self.width:
+                raise ArtifactError(f"head {self.name}: {len(thresholds)} thresholds, expected one or {self.width}")
+            if len(set(thresholds)) == 1:
+                object.__setattr__(self, "threshold", thresholds[0])
 
     @property
     def width(self) -> int:
@@ -75,13 +81,18 @@ class Head:
         """Columns of ``values``."""
         return self.width if self.kind == "sigmoid" else 1
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One for each output."""
+        return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * self.width
+
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {"name": self.name, "kind": self.kind, "classes": list(self.classes)}
         values["weight"] = self.weight
         if self.kind == "regression":
             values |= {"mean": self.mean, "std": self.std}
         if self.kind == "sigmoid":
-            values["threshold"] = self.threshold
+            values["threshold"] = list(self.threshold) if isinstance(self.threshold, tuple) else self.threshold
         return values
 
 
@@ -195,16 +206,18 @@ class Task:
 
     def margins(self, logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:
         """float64 [N]: how far the logits are from another answer in any head: the gap between a softmax head's two
-        largest, the distance of a sigmoid head's logits from its threshold."""
+        largest, the distance of a sigmoid head's logits from their thresholds."""
         margins = np.full(len(logits), np.inf)
         for head, part in self.slices():
             own = logits[:, part].astype(np.float64)
             if head.kind == "softmax":
                 top2 = np.sort(own, axis=1)[:, -2:]
                 margins = np.minimum(margins, top2[:, 1] - top2[:, 0])
-            elif head.kind == "sigmoid" and 0 < head.threshold < 1:
-                edge = temperature * math.log(head.threshold / (1 - head.threshold))
-                margins = np.minimum(margins, np.abs(own - edge).min(axis=1))
+            elif head.kind == "sigmoid":
+                share = np.array(head.thresholds)
+                with np.errstate(divide="ignore"):  # no logit reaches a threshold of 0 or 1
+                    edges = temperature * (np.log(share) - np.log1p(-share))
+                margins = np.minimum(margins, np.abs(own - edges).min(axis=1))
         return margins
 
     def divergence(self, reference: Floats, logits: Floats) -> npt.NDArray[np.float64]:
@@ -269,16 +282,25 @@ def _head(entry: Mapping[str, Any]) -> Head:
     classes = entry.get("classes", [])
     texts = [entry.get("name"), entry.get("kind"), *(classes if isinstance(classes, list) else [None])]
     numbers = {name: entry[name] for name in ("weight", "mean", "std", "threshold") if name in entry}
+    listed = numbers.pop("threshold") if isinstance(numbers.get("threshold"), list) else None
     wrong = [
-        name for name, number in numbers.items() if isinstance(number, bool) or not isinstance(number, int | float)
+        name
+        for name, number in [*numbers.items(), *(("threshold", one) for one in listed or ())]
+        if not _number(number)
     ]
     if unknown or wrong or not all(isinstance(text, str) for text in texts):
         raise ArtifactError(f"head {str(entry.get('name'))[:60]!r}: {unknown or wrong or 'not text'} cannot be read")
     try:
-        values = {name: float(number) for name, number in numbers.items()}
+        values: dict[str, Any] = {name: float(number) for name, number in numbers.items()}
+        if listed is not None:
+            values["threshold"] = tuple(float(number) for number in listed)
     except OverflowError as error:
         raise ArtifactError(f"head {str(entry.get('name'))[:60]!r}: a number is out of range") from error
     return Head(texts[0], texts[1], tuple(classes), **values)  # type: ignore[arg-type]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def softmax(logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:
@@ -309,4 +331,4 @@ def answers_of(head: Head, probabilities: Floats) -> npt.NDArray[np.int64]:
     if head.kind == "softmax":
         return probabilities.argmax(axis=1)[:, None].astype(np.int64)
     # In float32, as the runtimes compare.
-    return (probabilities.astype(np.float32) >= np.float32(head.threshold)).astype(np.int64)
+    return (probabilities.astype(np.float32) >= np.array(head.thresholds, np.float32)).astype(np.int64)

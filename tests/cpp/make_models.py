@@ -32,7 +32,7 @@ LABELS = ("red", "green", "very blue")
 BLUENESS = {"name": "blueness", "kind": "regression", "classes": [], "weight": 0.1, "mean": 40.0, "std": 7.5}
 HEADS = {
     "softmax": {"name": "hue", "kind": "softmax", "classes": ["red", "green"], "weight": 1.0},
-    "sigmoid": {"name": "hues", "kind": "sigmoid", "classes": ["red", "green"], "weight": 1.0, "threshold": 0.6},
+    "sigmoid": {"name": "hues", "kind": "sigmoid", "classes": ["red", "green"], "weight": 1.0, "threshold": [0.6, 0.3]},
 }
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 COLOURS_BGR = {

@@ -292,6 +292,9 @@ def test_several_labels_at_once_are_accepted_alike(make: Any) -> None:
     assert set(accepted) == {(0,), (1,), (2,), (0, 1, 2)}
     sure = make.ir(make.folder / "sure" / "model.xml", spec=spec, changes=changes, sigmoid=True, gain=500.0)
     assert_same_on_colours(make, sure)
+    each = make.ir(make.folder / "each" / "model.xml", spec=spec, changes=changes | {"thresholds": "[1, 0, 0.5]"})
+    accepted = [answer.accepted for answer in assert_same_on_colours(make, each)]
+    assert set(accepted) == {(1,), (1, 2)}
 
 
 def test_an_output_that_is_no_number_is_an_error_in_both(make: Any) -> None:

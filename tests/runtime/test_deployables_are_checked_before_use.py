@@ -11,6 +11,7 @@ import pytest
 
 from edgedistill.errors import ArtifactError, ModelError
 from edgedistill.images import InputSpec
+from edgedistill.runtime import Classifier
 from edgedistill.runtime.bundle import (
     MAX_METADATA_CHARACTERS,
     Bundle,
@@ -195,6 +196,14 @@ METADATA_CHANGES = {
     "a head of another kind": heads_metadata(HUE | {"kind": "argmax"}, DEPTH),
     "a head with one class": heads_metadata(HUE | {"classes": ["red"]}, DEPTH),
     "a head with a number for a class": heads_metadata(HUE | {"classes": ["red", 1]}, DEPTH),
+    "thresholds of more labels than there are": {"task": "multi-label", "thresholds": "[0.5, 0.5, 0.5, 0.5]"},
+    "a threshold above 1": {"task": "multi-label", "thresholds": "[0.5, 1.5, 0.5]"},
+    "a threshold that is no number": {"task": "multi-label", "thresholds": '[0.5, "a", true]'},
+    "thresholds that are no list": {"task": "multi-label", "thresholds": '{"a": 1}'},
+    "a head with a threshold too few": heads_metadata(HUE | {"kind": "sigmoid", "threshold": [0.5]}, DEPTH),
+    "a head with a threshold below 0": heads_metadata(HUE | {"kind": "sigmoid", "threshold": [0.5, -0.1]}, DEPTH),
+    "a head with no thresholds": heads_metadata(HUE | {"kind": "sigmoid", "threshold": []}, DEPTH),
+    "an attribute with thresholds": heads_metadata(HUE | {"threshold": [0.5, 0.4]}, DEPTH),
     "a head with an unknown field": heads_metadata(HUE | {"x": 1}, DEPTH),
     "a head that says =": heads_metadata(HUE | {"name": "a=b"}, DEPTH),
     "a head with a nameless class": heads_metadata(
@@ -310,6 +319,20 @@ def test_several_labels_at_once_are_told_from_one(make: Any) -> None:
     assert metadata.multi_label and metadata.threshold == 0.25
     with pytest.raises(ArtifactError, match="ends in a softmax"):
         read_metadata(make.describe(make.model(softmax=True), "edgedistill", values), "m.xml")
+
+
+def test_each_label_has_its_own_threshold(make: Any) -> None:
+    spec, info = InputSpec(height=32, width=32), {"confidence_threshold": "0.7"}
+    for said, threshold in (("[0.9, 0.2, 0.5]", (0.9, 0.2, 0.5)), ("[0.5]", 0.7), ("null", 0.7), ("0.3", (0.3,) * 3)):
+        values = make.own_metadata(spec, task="multi-label", thresholds=said)
+        model = make.describe(make.describe(make.model(), "edgedistill", values), "model_info", info)
+        assert read_metadata(model, "m.xml").threshold == threshold
+    path = make.ir(make.folder / "model.xml", spec=spec, changes={"task": "multi-label", "thresholds": "[1, 0, 0.5]"})
+    accepted = {colour: Classifier(path).classify(make.photo(colour)).accepted for colour in make.labels}
+    assert len(set(accepted.values())) == 2 and all(1 in numbers and 0 not in numbers for numbers in accepted.values())
+    many = heads_metadata(HUE | {"kind": "sigmoid", "threshold": [0, 1]}, DEPTH)
+    answer = Classifier(make.ir(make.folder / "heads.xml", spec=spec, changes=many)).classify(make.photo("green"))
+    assert answer.heads[0].accepted == (0,) and answer.heads[0].label == HUE["classes"][0]
 
 
 def test_networks_that_are_no_image_classifiers_are_refused(make: Any) -> None:

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -167,7 +168,14 @@ nb::dict describe(const Head& head) {
     values["classes"] = tuple_of(head.classes);
     values["mean"] = head.mean;
     values["std"] = head.std;
-    values["threshold"] = head.threshold;
+    // One number where all labels have the same, as Python's Head has it.
+    const std::vector<double>& thresholds = head.thresholds;
+    const auto is_other = [&](double threshold) { return threshold != head.threshold; };
+    if (std::any_of(thresholds.begin(), thresholds.end(), is_other)) {
+        values["threshold"] = tuple_of(thresholds);
+    } else {
+        values["threshold"] = head.threshold;
+    }
     return values;
 }
 

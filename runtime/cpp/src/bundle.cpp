@@ -22,7 +22,7 @@ namespace {
 bool same_heads(const std::vector<Head>& one, const std::vector<Head>& other) {
     return std::equal(one.begin(), one.end(), other.begin(), other.end(), [](const Head& a, const Head& b) {
         return a.name == b.name && a.kind == b.kind && a.classes == b.classes && a.mean == b.mean && a.std == b.std &&
-               a.threshold == b.threshold;
+               a.thresholds == b.thresholds;
     });
 }
 

@@ -35,6 +35,7 @@ public:
     const std::vector<ModelMetadata>& metadata() const noexcept { return metadata_; }  // one per stage
     const std::vector<std::string>& labels() const noexcept { return metadata_[0].labels; }
     bool multi_label() const noexcept { return metadata_[0].multi_label; }
+    const std::vector<double>& thresholds() const noexcept { return metadata_[0].thresholds; }
     const std::vector<Head>& heads() const noexcept { return metadata_[0].heads; }
 
     // The IR for that precision, at the stage's resolution; the caller's own. Throws Error (model, usage).

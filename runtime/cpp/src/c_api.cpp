@@ -266,6 +266,19 @@ edgedistill_status head_at(const std::vector<edgedistill::Head>& heads, std::int
     return EDGEDISTILL_OK;
 }
 
+// `thresholds`: of a network with several labels per image.
+float threshold_at(const std::vector<double>& thresholds, const std::vector<edgedistill::Head>& heads,
+                   std::int32_t index) noexcept {
+    if (index < 0) return -1.0F;
+    const auto place = static_cast<std::size_t>(index);
+    if (place < thresholds.size()) return static_cast<float>(thresholds[place]);
+    for (const edgedistill::Head& head : heads) {
+        if (head.kind != edgedistill::HeadKind::sigmoid || place < head.first) continue;
+        if (place < head.first + head.width()) return static_cast<float>(head.thresholds[place - head.first]);
+    }
+    return -1.0F;
+}
+
 // ---- handing images over ----
 
 std::size_t bytes_per_pixel(edgedistill::PixelFormat format) noexcept {
@@ -394,6 +407,11 @@ edgedistill_status edgedistill_classifier_head(const edgedistill_classifier* cla
     return classifier == nullptr ? EDGEDISTILL_USAGE : head_at(classifier->classifier.heads(), index, out);
 }
 
+float edgedistill_classifier_threshold(const edgedistill_classifier* classifier, int32_t index) {
+    if (classifier == nullptr) return -1.0F;
+    return threshold_at(classifier->classifier.thresholds(), classifier->classifier.heads(), index);
+}
+
 edgedistill_status edgedistill_classify_pixels(edgedistill_classifier* classifier, const edgedistill_image* image,
                                                edgedistill_prediction* out, float* probabilities,
                                                size_t probability_count, char* error, size_t error_size) {
@@ -457,6 +475,12 @@ int32_t edgedistill_engine_head_count(const edgedistill_engine* engine) {
 
 edgedistill_status edgedistill_engine_head(const edgedistill_engine* engine, int32_t index, edgedistill_head* out) {
     return engine == nullptr ? EDGEDISTILL_USAGE : head_at(engine->core.bundle()->heads(), index, out);
+}
+
+float edgedistill_engine_threshold(const edgedistill_engine* engine, int32_t index) {
+    if (engine == nullptr) return -1.0F;
+    const auto bundle = engine->core.bundle();
+    return threshold_at(bundle->thresholds(), bundle->heads(), index);
 }
 
 edgedistill_status edgedistill_engine_submit_file(edgedistill_engine* engine, const char* path, uint64_t user,

@@ -132,6 +132,10 @@ const std::vector<Head>& Classifier::heads() const noexcept {
     return impl_->network.bundle().heads();
 }
 
+const std::vector<double>& Classifier::thresholds() const noexcept {
+    return impl_->network.bundle().thresholds();
+}
+
 bool Classifier::multi_label() const noexcept {
     return impl_->network.bundle().multi_label();
 }

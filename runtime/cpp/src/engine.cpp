@@ -105,6 +105,10 @@ const std::vector<Head>& Engine::heads() const noexcept {
     return impl_->core.bundle()->heads();
 }
 
+const std::vector<double>& Engine::thresholds() const noexcept {
+    return impl_->core.bundle()->thresholds();
+}
+
 bool Engine::multi_label() const noexcept {
     return impl_->core.bundle()->multi_label();
 }

@@ -132,13 +132,26 @@ std::vector<double> numbers_from(const std::string& text, const std::string& nam
     return numbers;
 }
 
-double threshold_of(const ov::Model& model) {
+// Of all `count` labels, as Model API has it.
+std::vector<double> threshold_of(const ov::Model& model, std::size_t count) {
     const std::string name = "model_info.confidence_threshold";
     const double threshold = numbers_from(text_of(model, "model_info", "confidence_threshold", "0.5"), name, 1)[0];
     if (!(threshold >= 0 && threshold <= 1)) {
         refuse("metadata " + name + " " + shown(threshold) + ", expected a number from 0 to 1");
     }
-    return threshold;
+    return std::vector<double>(count, threshold);
+}
+
+// One number for all `count` labels, or a list with one for each.
+std::vector<double> thresholds_from(const nlohmann::json& value, const std::string& name, std::size_t count) {
+    const auto is_share = [](const nlohmann::json& one) {
+        return one.is_number() && one.get<double>() >= 0 && one.get<double>() <= 1;
+    };
+    if (is_share(value)) return std::vector<double>(count, value.get<double>());
+    if (!value.is_array() || value.size() != count || !std::all_of(value.begin(), value.end(), is_share)) {
+        refuse(name + ": threshold, expected a number from 0 to 1 or a list of " + std::to_string(count) + " of them");
+    }
+    return value.get<std::vector<double>>();
 }
 
 nlohmann::json json_of(const ov::Model& model, const char* key) {
@@ -211,10 +224,18 @@ Head head_of(const nlohmann::json& entry) {
     }
     head.mean = number_of(entry, "mean", 0.0);
     head.std = number_of(entry, "std", 1.0);
-    head.threshold = number_of(entry, "threshold", 0.5);
-    if (!(head.std > 0 && head.threshold >= 0 && head.threshold <= 1 && number_of(entry, "weight", 1.0) >= 0)) {
-        refuse("head " + head.name + ": weight, std or threshold out of range");
+    if (!(head.std > 0 && number_of(entry, "weight", 1.0) >= 0)) {
+        refuse("head " + head.name + ": weight or std out of range");
     }
+    const auto thresholds = entry.find("threshold");
+    head.thresholds.assign(head.width(), 0.5);
+    if (thresholds != entry.end()) {
+        if (thresholds->is_array() && head.kind != HeadKind::sigmoid) {
+            refuse("head " + head.name + ": thresholds, expected of a sigmoid head alone");
+        }
+        head.thresholds = thresholds_from(*thresholds, "head " + head.name, head.width());
+    }
+    head.threshold = *std::min_element(head.thresholds.begin(), head.thresholds.end());
     return head;
 }
 
@@ -242,6 +263,14 @@ std::vector<Head> heads_of(const ov::Model& model, const std::vector<std::string
     return heads;
 }
 
+// A list with one for each label; null, or the list of one number of older exports: what Model API's section says.
+std::vector<double> own_thresholds(const ov::Model& model, std::size_t count) {
+    if (!has(model, "edgedistill", "thresholds")) return threshold_of(model, count);
+    const nlohmann::json list = json_of(model, "thresholds");
+    if (list.is_null() || (count > 1 && list.is_array() && list.size() == 1)) return threshold_of(model, count);
+    return thresholds_from(list, "metadata edgedistill.thresholds", count);
+}
+
 ModelMetadata own_metadata(const ov::Model& model) {
     const std::string version = text_of(model, "edgedistill", "format_version");
     if (version != "1") {
@@ -263,7 +292,7 @@ ModelMetadata own_metadata(const ov::Model& model) {
     // Not used here; but what is longer than any of them may be is no metadata of ours.
     for (const char* key : {"architecture", "dataset_hash", "weights_hash"}) find_text(model, "edgedistill", key);
     metadata.multi_label = task == "multi-label";
-    if (metadata.multi_label) metadata.threshold = threshold_of(model);
+    if (metadata.multi_label) metadata.thresholds = own_thresholds(model, metadata.labels.size());
     return metadata;
 }
 
@@ -289,7 +318,6 @@ ModelMetadata model_api_metadata(const ov::Model& model, const Shapes& shapes) {
     metadata.own = false;
     metadata.bgr = !flag_of(model, "reverse_input_channels");
     metadata.multi_label = flag_of(model, "multilabel");
-    if (metadata.multi_label) metadata.threshold = threshold_of(model);
     InputSpec spec;
     spec.height = shapes.height;
     spec.width = shapes.width;
@@ -298,6 +326,7 @@ ModelMetadata model_api_metadata(const ov::Model& model, const Shapes& shapes) {
     spec.std = rgb_of(model, "scale_values", "1 1 1", metadata.bgr);
     metadata.input_spec = checked_spec(spec);
     metadata.labels = split_words(text_of(model, "model_info", "labels"));
+    if (metadata.multi_label) metadata.thresholds = threshold_of(model, metadata.labels.size());
     return metadata;
 }
 

@@ -18,7 +18,7 @@ struct ModelMetadata {
     InputSpec input_spec;
     double temperature = 1.0;
     bool multi_label = false;          // every class for itself (sigmoid) instead of one of them (softmax)
-    double threshold = 0.5;            // multi-label: classes from this probability on are accepted
+    std::vector<double> thresholds;    // multi-label: of each class, the probability from which it is accepted
     bool bgr = false;                  // it wants BGR planes
     bool nhwc = false;                 // the layout of its input
     bool gives_probabilities = false;  // it ends in a softmax, or a sigmoid where it is multi-label

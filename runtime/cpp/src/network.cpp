@@ -563,9 +563,8 @@ void Worker::Impl::answer_head(const Head& head, double temperature, Prediction&
         answer.label.assign(head.classes[static_cast<std::size_t>(best)]);
         return;
     }
-    const auto threshold = static_cast<float>(head.threshold);
     for (std::size_t place = 0; place < head.width(); ++place) {
-        if (shares[static_cast<std::ptrdiff_t>(place)] < threshold) continue;
+        if (shares[static_cast<std::ptrdiff_t>(place)] < static_cast<float>(head.thresholds[place])) continue;
         answer.accepted.push_back(static_cast<int>(place));
         answer.label.append(answer.label.empty() ? "" : "|").append(head.classes[place]);
     }
@@ -608,9 +607,10 @@ Worker::Impl::Verdict Worker::Impl::settle(std::size_t number, Prediction& out) 
 
 void Worker::Impl::accept(const CompiledStage& stage, Prediction& out) const {
     // As numpy compares float32 with a number.
-    const auto threshold = static_cast<float>(stage.metadata->threshold);
+    const std::vector<double>& thresholds = stage.metadata->thresholds;
     for (std::size_t index = 0; index < out.probabilities.size(); ++index) {
-        if (out.probabilities[index] >= threshold) out.accepted.push_back(static_cast<int>(index));
+        if (out.probabilities[index] < static_cast<float>(thresholds[index])) continue;
+        out.accepted.push_back(static_cast<int>(index));
     }
 }
 

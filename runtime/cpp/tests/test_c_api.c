@@ -394,6 +394,26 @@ static void several_heads(const char* model, const char* photo) {
     edgedistill_classifier_free(classifier);
 }
 
+static void each_label_has_a_threshold(const char* heads, const char* multi_label) {
+    edgedistill_options options = quiet_options();
+    edgedistill_classifier* classifier = NULL;
+    edgedistill_engine* engine = NULL;
+    edgedistill_head hues;
+
+    EXPECT(edgedistill_classifier_open(heads, &options, &classifier, error, sizeof(error)), EDGEDISTILL_OK);
+    EXPECT(edgedistill_engine_open(multi_label, &options, &engine, error, sizeof(error)), EDGEDISTILL_OK);
+    if (classifier == NULL || engine == NULL) exit(1);
+    CHECK(edgedistill_classifier_head(classifier, 0, &hues) == EDGEDISTILL_OK && hues.threshold == 0.3F);
+    CHECK(edgedistill_classifier_threshold(classifier, 0) == 0.6F);
+    CHECK(edgedistill_classifier_threshold(classifier, 1) == 0.3F);
+    CHECK(edgedistill_classifier_threshold(classifier, 2) < 0.0F);
+    CHECK(edgedistill_classifier_threshold(classifier, -1) < 0.0F);
+    CHECK(edgedistill_classifier_threshold(NULL, 0) < 0.0F && edgedistill_engine_threshold(NULL, 0) < 0.0F);
+    CHECK(edgedistill_engine_threshold(engine, 2) == 0.5F && edgedistill_engine_threshold(engine, 3) < 0.0F);
+    edgedistill_engine_free(engine);
+    edgedistill_classifier_free(classifier);
+}
+
 int main(int argc, char** argv) {
     const char* models = getenv("EDGEDISTILL_TEST_MODELS");
     if (argc != 4 && models == NULL) {
@@ -415,7 +435,12 @@ int main(int argc, char** argv) {
         char* weights = join(models, "/single/stages/tiny/model.bin");
         char* heads = join(models, "/heads");
         a_model_in_memory(xml, weights, photo);
+        char* many = join(models, "/heads_many");
+        char* multi_label = join(models, "/multi_label");
         several_heads(heads, photo);
+        each_label_has_a_threshold(many, multi_label);
+        free(many);
+        free(multi_label);
         free(heads);
         free(xml);
         free(weights);

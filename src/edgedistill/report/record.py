@@ -84,10 +84,11 @@ class RunRecord:
 
     @property
     def main_task(self) -> Task | None:
-        """The heads of the main model; None where every image has one label."""
+        """The heads of the main model, with the thresholds of its labels; None where every image has one label."""
         if self.evaluation is None or "heads" not in self.evaluation:
             return None
-        return Task.from_dict(self.evaluation["heads"])
+        model = self.evaluation["models"].get(self.main_model, {})
+        return Task.from_dict(model.get("task", self.evaluation["heads"]))
 
     def command(self, stage: str) -> str:
         """The command line that makes a missing part of this run."""

@@ -24,6 +24,7 @@ from edgedistill.metrics import (
     macro_f1,
     paired_bootstrap_difference,
 )
+from edgedistill.tasks import Task
 from edgedistill.training.checkpoints import LoadedModel, read_model
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.settings import choose_device
@@ -69,6 +70,7 @@ def evaluate_test(
     labels = dataset.labels[rows]
     probabilities = {MAJORITY: majority(dataset, len(rows))}
     temperatures: dict[str, float] = {}
+    tasks: dict[str, Task] = {}
     for name, paths in models.items():
         loaded = [_load(path, dataset) for path in paths]
         members = [
@@ -77,7 +79,7 @@ def evaluate_test(
         ]
         probabilities[name] = np.stack(members).mean(axis=0, dtype=np.float64).astype(np.float32)
         if len(loaded) == 1:
-            temperatures[name] = loaded[0].temperature
+            temperatures[name], tasks[name] = loaded[0].temperature, loaded[0].task
     for name, combination in (combinations or {}).items():
         members = [probabilities[member] for member in combination.members]
         probabilities[name] = combination.combine(members).astype(np.float32)
@@ -86,7 +88,8 @@ def evaluate_test(
     write_array(run.evaluation / "test_ids.npy", dataset.ids[rows].astype(str))
     if dataset.task is not None and dataset.values is not None:
         write_array(run.evaluation / "test_values.npy", dataset.values[rows])
-        result = task_evaluation(dataset.task, probabilities, dataset.values[rows], pairs=pairs_of(probabilities))
+        pairs = pairs_of(probabilities)
+        result = task_evaluation(dataset.task, probabilities, dataset.values[rows], pairs=pairs, own=tasks)
         write_json(run.evaluation / "evaluation.json", result, format=EVALUATION_FORMAT)
         return run.evaluation / "evaluation.json"
     write_array(run.evaluation / "test_labels.npy", labels.astype(np.int32))

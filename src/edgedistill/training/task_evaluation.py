@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,26 @@ SHOWN = {"softmax": ("accuracy", "accuracy"), "sigmoid": ("map", "mAP"), "regres
 
 
 def task_evaluation(
-    task: Task, probabilities: dict[str, Probabilities], values: Values, *, pairs: Sequence[tuple[str, str]]
+    task: Task,
+    probabilities: dict[str, Probabilities],
+    values: Values,
+    *,
+    pairs: Sequence[tuple[str, str]],
+    own: Mapping[str, Task] | None = None,
 ) -> dict[str, Any]:
     """evaluation.json: as for one label per image, ``accuracy`` being the joint score and ``macro_f1`` the mean over
-    heads; ``heads`` describes them, and each model has their figures by name."""
-    scored = {name: Scored(task, found, values) for name, found in probabilities.items()}
+    heads; ``heads`` describes them, and each model has their figures by name. ``own``: the task of a model whose labels
+    have thresholds of their own, which its figures then say as ``task``."""
+    own = {name: theirs for name, theirs in (own or {}).items() if theirs != task}
+    scored = {name: Scored(own.get(name, task), found, values) for name, found in probabilities.items()}
     return {
         "split": "test",
         "n": len(values),
         "classes": list(task.outputs),
         "heads": task.to_dict(),
-        "models": {name: _row(one) for name, one in scored.items()},
+        "models": {
+            name: _row(one) | ({"task": own[name].to_dict()} if name in own else {}) for name, one in scored.items()
+        },
         "paired": [
             {"a": a, "b": b, "metric": metric} | paired_difference(metric, scored[a], scored[b])
             for a, b in pairs

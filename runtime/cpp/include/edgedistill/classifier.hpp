@@ -46,6 +46,8 @@ public:
     const std::vector<std::string>& labels() const noexcept;
     const InputSpec& spec() const noexcept;  // of the first stage
     bool multi_label() const noexcept;
+    // Multi-label: of each class, the probability from which it is accepted; else empty.
+    const std::vector<double>& thresholds() const noexcept;
     const std::vector<Head>& heads() const noexcept;  // of a network with several heads; else empty
     double temperature() const noexcept;              // of the first stage
     const std::string& precision() const noexcept;    // "int8+f32" where the stages of a cascade differ

@@ -78,12 +78,13 @@ typedef struct edgedistill_prediction {
 
 typedef enum edgedistill_head_kind {
     EDGEDISTILL_SOFTMAX = 0,   /* one of its classes: the largest probability */
-    EDGEDISTILL_SIGMOID = 1,   /* each class for itself: those from `threshold` on */
+    EDGEDISTILL_SIGMOID = 1,   /* each class for itself: those from their threshold on */
     EDGEDISTILL_REGRESSION = 2 /* one value, in the place of a probability */
 } edgedistill_head_kind;
 
 /* One question that a network with several heads answers: its outputs are the `count` from `first` on, in
- * `probabilities` as in the labels. `name` belongs to the classifier or engine and lives as long. */
+ * `probabilities` as in the labels. `name` belongs to the classifier or engine and lives as long. `threshold`: the
+ * smallest of the head's labels; edgedistill_classifier_threshold has each one's. */
 typedef struct edgedistill_head {
     const char* name;
     edgedistill_head_kind kind;
@@ -123,6 +124,9 @@ EDGEDISTILL_C_API int32_t edgedistill_classifier_head_count(const edgedistill_cl
 /* EDGEDISTILL_USAGE for an index outside 0 .. head_count - 1. */
 EDGEDISTILL_C_API edgedistill_status edgedistill_classifier_head(const edgedistill_classifier* classifier,
                                                                  int32_t index, edgedistill_head* out);
+/* The probability from which the label of that output applies; below 0 for an output that is no such label: of a
+ * network with one label per image, of a softmax or regression head, outside 0 .. class_count - 1. */
+EDGEDISTILL_C_API float edgedistill_classifier_threshold(const edgedistill_classifier* classifier, int32_t index);
 
 /* `probabilities`: NULL, or room for `probability_count` floats, of which the first class_count are written;
  * EDGEDISTILL_USAGE when there is less room. */
@@ -153,6 +157,7 @@ EDGEDISTILL_C_API const char* edgedistill_engine_label(const edgedistill_engine*
 EDGEDISTILL_C_API int32_t edgedistill_engine_head_count(const edgedistill_engine* engine);
 EDGEDISTILL_C_API edgedistill_status edgedistill_engine_head(const edgedistill_engine* engine, int32_t index,
                                                              edgedistill_head* out);
+EDGEDISTILL_C_API float edgedistill_engine_threshold(const edgedistill_engine* engine, int32_t index);
 
 /* `timeout_ms` < 0 waits for ever. `user` comes back with the answer, and names bytes and pixels in messages. The
  * engine copies path, bytes and pixels. */

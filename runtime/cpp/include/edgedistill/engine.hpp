@@ -92,6 +92,7 @@ public:
     const std::vector<std::string>& labels() const noexcept;
     const InputSpec& spec() const noexcept;
     bool multi_label() const noexcept;
+    const std::vector<double>& thresholds() const noexcept;
     const std::vector<Head>& heads() const noexcept;  // of a network with several heads; else empty
     const std::string& precision() const noexcept;    // "int8+f32" where the stages of a cascade differ
     int streams() const noexcept;

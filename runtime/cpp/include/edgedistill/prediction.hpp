@@ -24,7 +24,8 @@ struct Head {
     std::vector<std::string> classes;  // empty for regression
     double mean = 0.0;                 // regression: of the training images' values, and their standard deviation
     double std = 1.0;
-    double threshold = 0.5;  // sigmoid: labels from this probability on apply
+    double threshold = 0.5;          // sigmoid: the smallest of `thresholds`
+    std::vector<double> thresholds;  // sigmoid: of each label, the probability from which it applies
     std::size_t first = 0;
 
     std::size_t width() const noexcept { return classes.empty() ? 1 : classes.size(); }
@@ -48,7 +49,7 @@ struct HeadPrediction {
 //
 // Single-label: `index` and `label` are the likeliest class, `probabilities` [C] sum to 1. Below the deployable's
 // `reject_below`, `index` is -1 and `label` "unknown". Multi-label: `probabilities` [C] are independent, `accepted`
-// holds the classes at or above the model's confidence threshold in ascending order, `index` the likeliest class.
+// holds the classes at or above their thresholds in ascending order, `index` the likeliest class.
 // Several heads: `heads` has the answer of each, `label` theirs with commas between, `index` is the first head's place
 // among all outputs, `probability` the smallest over the heads of classes; `probabilities` lie side by side, a
 // regression head's value among them.

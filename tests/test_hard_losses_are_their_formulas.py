@@ -18,6 +18,8 @@ from edgedistill.training.losses import (
     LossSettings,
     class_weights,
     hard_loss_of,
+    label_loss_of,
+    label_weights,
     ldam_margins,
     loss_of,
     make_targets,
@@ -107,6 +109,58 @@ def test_bce_is_one_sigmoid_per_class_as_in_timm(logits, mixed):
     assert hard_loss_of(logits, mixed, HardLoss("bce")).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+LABELS_TRUE = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 1, 0], [1, 1, 0]]).float()
+
+
+def test_losses_of_labels_that_each_apply_or_not_are_torchs_and_scikit_learns(logits):
+    unknown = LABELS_TRUE.clone()
+    unknown[0, 1] = unknown[4, 2] = float("nan")
+    known = ~torch.isnan(unknown)
+    weights = label_weights(np.array([3.0, 3.0, 1.0]), np.array([6, 5, 5]), "inverse", beta=0.9)
+    assert weights == pytest.approx((1.0, 2 / 3, 4.0))
+    each = F.binary_cross_entropy_with_logits(logits, LABELS_TRUE, pos_weight=torch.tensor(weights), reduction="none")
+    for name in ("ce", "bce"):
+        ours = label_loss_of(logits, unknown, HardLoss(name, class_weights=weights))
+        assert ours.item() == pytest.approx(each[known].mean().item(), rel=1e-5)
+    import_timm()
+    from torchvision.ops import sigmoid_focal_loss
+
+    expected = sigmoid_focal_loss(logits[known], LABELS_TRUE[known], alpha=-1, gamma=1.5, reduction="mean")
+    ours = label_loss_of(logits, unknown, HardLoss("focal", gamma=1.5, alpha=0.5))
+    assert ours.item() == pytest.approx(0.5 * expected.item(), rel=1e-5)
+    expected = 1 - f1_score(LABELS_TRUE.numpy(), (logits > 0).numpy(), average="macro")
+    assert label_loss_of(1000 * logits, LABELS_TRUE, HardLoss("soft-f1")).item() == pytest.approx(expected, abs=1e-6)
+    unknown[:, 2] = float("nan")  # a label that no image of the batch is known to have or lack
+    expected = 1 - f1_score(LABELS_TRUE.numpy()[:, 0], (logits > 0).numpy()[:, 0])
+    rows = known[:, 1]
+    expected += 1 - f1_score(LABELS_TRUE[rows].numpy()[:, 1], (logits[rows] > 0).numpy()[:, 1])
+    assert label_loss_of(1000 * logits, unknown, HardLoss("soft-f1")).item() == pytest.approx(expected / 2, abs=1e-6)
+
+
+def test_weights_of_labels_compare_the_images_with_and_without():
+    applies, known = np.array([10.0, 90.0, 0.0, 100.0]), np.full(4, 100)
+    assert label_weights(applies, known, "none", beta=0.9) == ()
+    assert label_weights(applies, known, "inverse", beta=0.9) == pytest.approx((9.0, 1 / 9, 1.0, 1.0))
+    few, many = (sum(0.99**power for power in range(count)) for count in (10, 90))
+    balanced = label_weights(applies, known, "class-balanced", beta=0.99)
+    assert balanced == pytest.approx((many / few, few / many, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("name", ["ce", "focal", "soft-f1"])
+def test_losses_of_labels_fall_when_they_are_followed_and_unknown_ones_pull_nowhere(name, logits):
+    target = LABELS_TRUE.clone()
+    target[0, 0] = float("nan")
+    parameter = torch.nn.Parameter(logits.clone())
+    optimizer = torch.optim.SGD([parameter], lr=10.0)
+    start = label_loss_of(parameter, target, HardLoss(name)).item()
+    for _ in range(50):
+        optimizer.zero_grad()
+        label_loss_of(parameter, target, HardLoss(name)).backward()
+        optimizer.step()
+    assert label_loss_of(parameter, target, HardLoss(name)).item() < 0.5 * start
+    assert parameter[0, 0] == logits[0, 0] and not torch.isnan(parameter).any()
+
+
 @pytest.mark.parametrize("name", ["ce", "focal", "ldam", "soft-f1", "bce"])
 def test_every_loss_falls_when_it_is_followed(name, logits):
     settings = TeacherSettings(hard_loss=name, classifier="cosine" if name == "ldam" else "linear")
@@ -133,6 +187,12 @@ def test_soft_labels_join_every_hard_loss_in_their_share(logits):
         for name, part in (("ce", soft_ce), ("kl", kl)):
             ours = loss_of(logits, targets, LossSettings(name, 0.3, 1.0, hard))
             assert ours.item() == pytest.approx((0.7 * alone + 0.3 * part).item(), abs=1e-5)
+    sigmoids = HardLoss("bce", class_weights=weights)
+    soft_bce = F.binary_cross_entropy_with_logits(logits, F.softmax(teacher, dim=1), reduction="none").sum(1).mean()
+    expected = 0.7 * hard_loss_of(logits, ONE_HOT, sigmoids) + 0.3 * soft_bce
+    assert loss_of(logits, targets, LossSettings("ce", 0.3, 1.0, sigmoids)).item() == pytest.approx(
+        expected.item(), abs=1e-5
+    )
     mixture = 0.7 * ONE_HOT + 0.3 * F.softmax(teacher, dim=1)
     expected = F.binary_cross_entropy_with_logits(logits, mixture, reduction="none").sum(1).mean()
     ours = loss_of(logits, targets, LossSettings("ce", 0.3, 1.0, HardLoss("bce")))

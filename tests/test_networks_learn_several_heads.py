@@ -37,11 +37,19 @@ from edgedistill.runtime import Classifier
 from edgedistill.student import StudentSettings
 from edgedistill.task_metrics import Scored
 from edgedistill.tasks import Head, Task, sigmoid, softmax
-from edgedistill.teacher import read_blend
+from edgedistill.teacher import TeacherSettings, read_blend
 from edgedistill.training.answers import confidences, scores_of_shares, shares_of
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.heads import make_task_targets, read_scores, scores_from, scores_of, task_loss, write_scores
-from edgedistill.training.losses import LossSettings, make_targets
+from edgedistill.training.losses import (
+    HardLossName,
+    LossName,
+    LossSettings,
+    hard_loss_of,
+    label_loss_of,
+    ldam_margins,
+    make_targets,
+)
 from edgedistill.training.losses import loss_of as one_head_loss
 from edgedistill.training.mixing import Mixing, mix
 from edgedistill.training.predict import predict_logits
@@ -182,35 +190,103 @@ def test_soft_targets_keep_the_temperature_and_cutmix_mixes_all_heads() -> None:
     assert torch.all((mixed.hard[known, :3].sum(dim=1) - 1).abs() < 1e-6)
 
 
-def test_class_weights_are_each_softmax_heads_own() -> None:
+def test_class_weights_are_each_heads_own() -> None:
     task = Task((TASK.heads[0], Head("shape", "softmax", ("bar", "disc")), TASK.heads[1]))
-    values = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [1, 0, 1, 1], [2, 1, 0, 0]], np.float32)
+    values = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [1, 0, 1, 1], [2, 1, 1, 0]], np.float32)
     logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
     settings = TrainSettings(name="x", class_weights="inverse", balanced_sampling=False)
     hard = settings.loss_against_heads(task, values)
-    assert hard.class_weights == pytest.approx((4 / 6, 4 / 3, 4 / 3, 2.0, 4 / 6, 1.0, 1.0))
+    assert hard.class_weights == pytest.approx((4 / 6, 4 / 3, 4 / 3, 2.0, 4 / 6, 1 / 3, 1.0))
     loss = task_loss(logits, make_task_targets(task, values), LossSettings(hard=hard), task)
     truth = torch.from_numpy(values)
     expected = (
         F.cross_entropy(logits[:, :3], truth[:, 0].long(), torch.tensor(hard.class_weights[:3]))
         + F.cross_entropy(logits[:, 3:5], truth[:, 1].long(), torch.tensor(hard.class_weights[3:5]))
-        + F.binary_cross_entropy_with_logits(logits[:, 5:], truth[:, 2:])
+        + F.binary_cross_entropy_with_logits(logits[:, 5:], truth[:, 2:], pos_weight=torch.tensor([1 / 3, 1.0]))
     )
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_what_needs_one_label_per_image_is_refused() -> None:
+THREE = Task((TASK.heads[0], Head("shape", "softmax", ("bar", "disc")), TASK.heads[2]))
+
+
+def test_margins_of_ldam_are_each_heads_own() -> None:
+    values = np.array([[0, 1, 10], [0, 0, 14], [1, 1, 6], [2, 1, 10], [np.nan, 1, 10]], np.float32)
+    settings = TrainSettings(
+        name="x", hard_loss="ldam", classifier="cosine", cutmix_probability=0.0, class_weights="inverse",
+        balanced_sampling=False,
+    )  # fmt: skip
+    settings.refuse_for(THREE)
+    hard = settings.loss_against_heads(THREE, values)
+    colors, shapes = ldam_margins(np.array([2, 1, 1])), ldam_margins(np.array([1, 4]))
+    assert hard.margins == pytest.approx((*colors, *shapes, 0.0)) and len(hard.class_weights) == 6
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    loss = task_loss(logits, make_task_targets(THREE, values), LossSettings(hard=hard), THREE)
+    color, shape = (torch.from_numpy(values[:, column]) for column in (0, 1))
+    expected = 0.5 * F.smooth_l1_loss(logits[:, 5], torch.from_numpy((values[:, 2] - 10) / 4))
+    for part, truth, margins, weights in (
+        (logits[:4, :3], color[:4].long(), colors, hard.class_weights[:3]),
+        (logits[:, 3:5], shape.long(), shapes, hard.class_weights[3:5]),
+    ):
+        moved = part - F.one_hot(truth, part.shape[1]) * torch.tensor(margins)
+        expected = expected + F.cross_entropy(moved, truth, torch.tensor(weights))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["focal", "soft-f1", "bce"])
+def test_every_head_of_classes_has_the_hard_loss_that_was_chosen(name: HardLossName) -> None:
+    task = Task((*THREE.heads[:2], TASK.heads[1]))
+    values = np.array([[0, 1, 1, 0], [0, 1, 0, 1], [1, 0, 1, 1], [2, 1, 0, 0]], np.float32)
+    settings = TrainSettings(name="x", hard_loss=name)
+    settings.refuse_for(task)
+    hard, logits = settings.loss_against_heads(task, values), torch.randn(4, 7)
+    truth = torch.from_numpy(values)
+    expected = (
+        hard_loss_of(logits[:, :3], F.one_hot(truth[:, 0].long(), 3).float(), hard)
+        + hard_loss_of(logits[:, 3:5], F.one_hot(truth[:, 1].long(), 2).float(), hard)
+        + label_loss_of(logits[:, 5:], truth[:, 2:], hard)
+    )
+    loss = task_loss(logits, make_task_targets(task, values), LossSettings(hard=hard), task)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ce", "kl"])
+def test_the_teachers_answer_counts_where_the_label_is_missing(name: LossName) -> None:
+    logits, teacher = (torch.randn(3, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    targets = make_task_targets(TASK, VALUES, soft_scores=scores_of(TASK, teacher.numpy()))
+    loss = task_loss(logits, targets, LossSettings(name, 0.3), TASK)
+    hard = task_loss(logits, make_task_targets(TASK, VALUES), LossSettings(), TASK)
+
+    def soft_ce(soft: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return -(soft * F.log_softmax(own, dim=1)).sum(dim=1).mean() + (
+            (soft * soft.log()).sum(dim=1).mean() if name == "kl" else 0.0
+        )
+
+    p = torch.sigmoid(teacher[:, 3:5]).reshape(-1)
+    z = logits[:, 3:5].reshape(-1)
+    soft = (
+        soft_ce(F.softmax(teacher[:, :3], dim=1), logits[:, :3])
+        + soft_ce(torch.stack([p, 1 - p], 1), torch.stack([z, torch.zeros_like(z)], 1))
+        + 0.5 * F.smooth_l1_loss(logits[:, 5], teacher[:, 5])
+    )
+    assert float(loss) == pytest.approx(float(0.7 * hard + 0.3 * soft), rel=1e-5)
+    logits.requires_grad_()
+    alone = make_task_targets(TASK, np.full_like(VALUES, np.nan), soft_scores=scores_of(TASK, teacher.numpy()))
+    task_loss(logits, alone, LossSettings(name, 0.3), TASK).backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all() and logits.grad.any(dim=0).all()
+
+
+def test_what_needs_classes_that_exclude_each_other_is_refused() -> None:
     settings = StudentSettings(hard_loss="soft-f1", live_teachers=True, drop_noisy=0.1)
-    with pytest.raises(UsageError, match="--hard-loss soft-f1: for one label per image"):
-        settings.refuse_for(TASK)
+    settings.refuse_for(TASK)
     settings.refuse_for(None)
     StudentSettings(views=2, unlabelled="folder", drop_noisy=0.1, calibrate_soft_labels=True).refuse_for(TASK)
-    weighted = TrainSettings(name="x", class_weights="inverse", balanced_sampling=False)
-    weighted.refuse_for(TASK)
+    margins = TeacherSettings(hard_loss="ldam", classifier="cosine")
+    margins.refuse_for(THREE)
     with pytest.raises(
-        UsageError, match="--class-weights inverse: for one label per image, and these images have labels"
+        UsageError, match=r"teacher: --teacher-hard-loss ldam sets a class apart.*'labels' do not exclude"
     ):
-        weighted.refuse_for(Task((TASK.heads[1],)))
+        margins.refuse_for(Task((TASK.heads[1],)))
 
 
 def test_shares_are_the_targets_and_go_back_to_scores() -> None:

@@ -23,7 +23,15 @@ from edgedistill.data.soft_label_store import BLOCK_ROWS, StoreKind, kind_for, o
 from edgedistill.errors import ArtifactError
 from edgedistill.task_metrics import Scored
 from edgedistill.tasks import Floats, Head, Task, Values
-from edgedistill.training.losses import LossSettings, Targets, loss_of
+from edgedistill.training.losses import (
+    HardLoss,
+    LossSettings,
+    Targets,
+    hard_loss_of,
+    label_loss_of,
+    loss_of,
+    soft_loss_of,
+)
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 Scores = npt.NDArray[np.float32]
@@ -74,24 +82,56 @@ def _tempered(head: Head, scores: Scores, temperature: float) -> npt.NDArray[np.
 def task_loss(logits: torch.Tensor, targets: Targets, settings: LossSettings, task: Task) -> torch.Tensor:
     """The sum over heads of weight * mean loss over what is known, a float32 scalar. ``logits``: [B, D].
 
-    Softmax heads: ``loss_of``. Sigmoid heads: the same over each label as a choice between two, whose logits are
-    (z, 0): cross-entropy is then the binary one. Class weights, one for each output, count in softmax heads. Regression: smooth L1 against (1 - w) hard and w soft values.
+    Softmax heads: ``loss_of``. Sigmoid heads: ``label_loss_of``, and against soft labels each label as a choice between
+    two, whose logits are (z, 0). Regression: smooth L1 against (1 - w) hard and w soft values. Where an image's label is
+    missing and its teacher answered, the soft part alone counts: hard and soft parts are each a mean over the images that
+    have them.
     """
     total = logits.new_zeros((), dtype=torch.float32)
     for head, part in task.slices():
         own, hard, soft = logits[:, part].float(), targets.hard[:, part], targets.soft[:, part]
         if head.kind == "softmax":
-            loss = _known_loss(own, hard, soft, _with_weights(settings, settings.hard.class_weights[part]))
+            loss = _softmax_loss(own, hard, soft, _of_head(settings, part))
         elif head.kind == "sigmoid":
-            loss = _known_loss(_as_pairs(own), _shares(hard), _shares(soft), _with_weights(settings, ()))
+            loss = _sigmoid_loss(own, hard, soft, _of_head(settings, part))
         else:
             loss = _regression_loss(own, hard, soft, settings.soft_weight)
         total = total + head.weight * loss
     return total
 
 
-def _with_weights(settings: LossSettings, class_weights: tuple[float, ...]) -> LossSettings:
-    return replace(settings, hard=replace(settings.hard, class_weights=class_weights))
+def _of_head(settings: LossSettings, part: slice) -> LossSettings:
+    """The settings with the margins and weights of one head's outputs."""
+    hard = settings.hard
+    own = replace(hard, margins=hard.margins[part], class_weights=hard.class_weights[part])
+    return replace(settings, hard=own)
+
+
+def _softmax_loss(logits: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    known = ~torch.isnan(hard[:, 0])
+    if bool(known.all()):
+        return loss_of(logits, Targets(hard, soft), settings)
+    weight, loss = settings.soft_weight, logits.sum() * 0.0
+    if weight < 1 and bool(known.any()):
+        loss = loss + (1 - weight) * hard_loss_of(logits[known], hard[known], settings.hard)
+    taught = ~torch.isnan(soft[:, 0])
+    if weight > 0 and bool(taught.any()):
+        loss = loss + weight * soft_loss_of(logits[taught], soft[taught], settings)
+    return loss
+
+
+def _sigmoid_loss(logits: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    weight = settings.soft_weight
+    loss = (1 - weight) * label_loss_of(logits, hard, settings.hard)
+    if weight == 0:
+        return loss
+    if settings.name == "ce":
+        return loss + weight * label_loss_of(logits, soft, HardLoss())
+    pairs = _shares(soft)
+    taught = ~torch.isnan(pairs[:, 0])
+    if not bool(taught.any()):
+        return loss
+    return loss + weight * soft_loss_of(_as_pairs(logits)[taught], pairs[taught], settings)
 
 
 def _as_pairs(logits: torch.Tensor) -> torch.Tensor:
@@ -105,21 +145,13 @@ def _shares(target: torch.Tensor) -> torch.Tensor:
     return torch.stack([target.reshape(-1), 1 - target.reshape(-1)], dim=1)
 
 
-def _known_loss(logits: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor, settings: LossSettings) -> torch.Tensor:
-    known = ~torch.isnan(hard[:, 0])
-    if bool(known.all()):
-        return loss_of(logits, Targets(hard, soft), settings)
-    if not bool(known.any()):
-        return logits.sum() * 0.0
-    return loss_of(logits[known], Targets(hard[known], soft[known]), settings)
-
-
 def _regression_loss(values: torch.Tensor, hard: torch.Tensor, soft: torch.Tensor, weight: float) -> torch.Tensor:
-    known = ~torch.isnan(hard)
-    if not bool(known.any()):
-        return values.sum() * 0.0
-    loss = (1 - weight) * F.smooth_l1_loss(values[known], hard[known])
-    return loss + weight * F.smooth_l1_loss(values[known], soft[known]) if weight else loss
+    loss = values.sum() * 0.0
+    for share, target in ((1 - weight, hard), (weight, soft)):
+        known = ~torch.isnan(target)
+        if share > 0 and bool(known.any()):
+            loss = loss + share * F.smooth_l1_loss(values[known], target[known])
+    return loss
 
 
 def scores_of(task: Task, logits: Floats) -> Scores:

@@ -34,6 +34,8 @@ class HardLoss:
 
     ``class_weights``: one per class, or empty. An image weighs what its classes weigh, and the mean over the batch is a
     weighted one, as in torch's cross_entropy. ``deferred``: the share of the epochs that pass before weights count (DRW).
+    With several heads ``margins`` and ``class_weights`` have one entry for each output; see label_loss_of for those of
+    sigmoid heads.
     """
 
     name: HardLossName = "ce"
@@ -215,6 +217,26 @@ def class_weights(counts: npt.NDArray[np.int64], kind: ClassWeights, *, beta: fl
     return tuple(float(value) for value in raw * scale)
 
 
+def label_weights(
+    applies: npt.NDArray[np.float64], known: npt.NDArray[np.int64], kind: ClassWeights, *, beta: float
+) -> tuple[float, ...]:
+    """The ``pos_weight`` of each label that may apply: how much an image that has it weighs against one without. () for
+    'none'; 1 for a label that all images have, or none.
+
+    ``applies``: float [C], images that have the label (shares count as such), of ``known`` [C]. 'inverse': n- / n+, as
+    torch's BCEWithLogitsLoss advises. 'class-balanced': E(n-) / E(n+) with the effective number of n images
+    E(n) = (1 - beta^n) / (1 - beta) (Cui et al., 1901.05555).
+    """
+    if kind == "none":
+        return ()
+    lacks = known - applies
+    one_sided = (applies <= 0) | (lacks <= 0)
+    have, lack = (np.where(one_sided, 1.0, numbers) for numbers in (applies, lacks))
+    if kind == "class-balanced":
+        have, lack = (1.0 - np.power(beta, have), 1.0 - np.power(beta, lack))
+    return tuple(float(value) for value in lack / have)
+
+
 def ldam_margins(counts: npt.NDArray[np.int64]) -> tuple[float, ...]:
     """Margins proportional to n_c^(-1/4), the largest LDAM_MAX_MARGIN in cosines, here times LDAM_SCALE: in logits."""
     margins = np.where(counts > 0, np.power(np.maximum(counts, 1.0), -0.25), 0.0)
@@ -223,19 +245,24 @@ def ldam_margins(counts: npt.NDArray[np.int64]) -> tuple[float, ...]:
 
 def loss_of(logits: torch.Tensor, targets: Targets, settings: LossSettings) -> torch.Tensor:
     """The mean loss of a batch, a float32 scalar. ``logits``: [B, C]."""
-    weight, temperature, hard = settings.soft_weight, settings.temperature, settings.hard
+    weight, hard = settings.soft_weight, settings.hard
     logits = logits.float()
-    linear = hard.name in ("ce", "bce") and not hard.class_weights
     if weight == 0.0:
         return hard_loss_of(logits, targets.hard, hard)
-    if settings.name == "ce" and linear:
+    if settings.name == "ce" and hard.name in ("ce", "bce") and not hard.class_weights:
         return hard_loss_of(logits, (1 - weight) * targets.hard + weight * targets.soft, hard)
-    hard_loss = hard_loss_of(logits, targets.hard, hard)
+    return (1 - weight) * hard_loss_of(logits, targets.hard, hard) + weight * soft_loss_of(
+        logits, targets.soft, settings
+    )
+
+
+def soft_loss_of(logits: torch.Tensor, soft: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """The part of the loss that compares with the soft labels, before its weight. ``logits``, ``soft``: float32 [B, C]."""
     if settings.name == "ce":
-        return (1 - weight) * hard_loss + weight * hard_loss_of(logits, targets.soft, HardLoss())
-    softened = F.log_softmax(logits / temperature, dim=1)
-    divergence = _kl(targets.soft, softened) if settings.name == "kl" else _js(targets.soft, softened)
-    return (1 - weight) * hard_loss + weight * temperature**2 * divergence
+        return hard_loss_of(logits, soft, HardLoss("bce" if settings.hard.name == "bce" else "ce"))
+    softened = F.log_softmax(logits / settings.temperature, dim=1)
+    divergence = _kl(soft, softened) if settings.name == "kl" else _js(soft, softened)
+    return settings.temperature**2 * divergence
 
 
 def hard_loss_of(logits: torch.Tensor, target: torch.Tensor, hard: HardLoss) -> torch.Tensor:
@@ -260,6 +287,31 @@ def _soft_f1(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     # 2 tp + fp + fn is the sum of both; softmax keeps it above 0.
     found = 2 * (target * probabilities).sum(dim=0) / (target.sum(dim=0) + probabilities.sum(dim=0))
     return 1 - found.mean()
+
+
+def label_loss_of(logits: torch.Tensor, target: torch.Tensor, hard: HardLoss) -> torch.Tensor:
+    """``hard`` for labels that each apply or not, p = sigmoid(logits): a float32 scalar, the mean over what is known.
+
+    ``logits``: float32 [B, C]; ``target``: float32 [B, C], 0 to 1, NaN where unknown. 'ce' and 'bce' are the binary
+    cross-entropy; 'focal' has a factor (1 - p)^gamma where the label applies and p^gamma where it does not; 'soft-f1' is
+    1 - mean over labels known in the batch. ``class_weights`` are torch's pos_weight (see label_weights). 'ldam' does not
+    exist here: its margin parts classes that exclude each other.
+    """
+    known = ~torch.isnan(target)
+    target = torch.where(known, target, 0.0)
+    if hard.name == "soft-f1":
+        found = torch.sigmoid(logits) * known
+        both = (target + found).sum(dim=0).clamp(min=1e-12)
+        counted = known.any(dim=0)
+        f1 = 2 * (target * found).sum(dim=0) / both
+        return ((1 - f1) * counted).sum() / counted.sum().clamp(min=1)
+    applies, lacks = F.logsigmoid(logits), F.logsigmoid(-logits)
+    if hard.name == "focal":
+        applies, lacks = (hard.alpha * (1 - part.exp()) ** hard.gamma * part for part in (applies, lacks))
+    if hard.class_weights:
+        applies = applies * _per_class(hard.class_weights, logits.device)
+    losses = -(target * applies + (1 - target) * lacks)
+    return (losses * known).sum() / known.sum().clamp(min=1)
 
 
 def _weighted_mean(losses: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:

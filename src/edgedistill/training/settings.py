@@ -24,6 +24,7 @@ from edgedistill.training.losses import (
     HardLoss,
     HardLossName,
     class_weights,
+    label_weights,
     ldam_margins,
 )
 from edgedistill.training.mixing import Mixing
@@ -216,17 +217,20 @@ class TrainSettings:
 
     def single_label_only(self) -> list[tuple[bool, str]]:
         """(whether it is asked for, its flag) of what needs exactly one label per image."""
-        return [
-            (self.hard_loss not in ("ce", "focal"), f"--hard-loss {self.hard_loss}"),
-        ]
+        return []
 
     def refuse_for(self, task: Task | None) -> None:
         """Raises UsageError for what a network of several heads cannot learn by. ``task``: None where it has one."""
         if task is None:
             return
+        many = [head.name for head in task.heads if head.kind == "sigmoid"]
+        if self.hard_loss == "ldam" and many:
+            advice = (
+                f"--hard-loss ldam sets a class apart from the others of its head, and the labels of {many[0]!r} do not "
+                "exclude each other; give --hard-loss focal, or --class-weights class-balanced"
+            )
+            raise UsageError(f"{self.role}: {self.in_own_flags(advice)}")
         found = [flag for asked, flag in self.single_label_only() if asked]
-        if self.class_weights != "none" and not any(head.kind == "softmax" for head in task.heads):
-            found.append(f"--class-weights {self.class_weights}")
         if found:
             heads = ", ".join(head.name for head in task.heads)
             raise UsageError(
@@ -304,16 +308,26 @@ class TrainSettings:
         )
 
     def loss_against_heads(self, task: Task, values: Values) -> HardLoss:
-        """The same for several heads, ``values``: float32 [N, V]. Each softmax head has class weights of its own."""
+        """The same for several heads, ``values``: float32 [N, V]. Each head has margins and weights of its own, one for
+        each output; of a sigmoid head they are pos_weights (see losses.label_weights)."""
+        margins: list[float] = []
         weights: list[float] = []
         for head, columns in task.columns():
-            if self.class_weights != "none" and head.kind == "softmax":
-                known = values[:, columns][~np.isnan(values[:, columns])].astype(np.int64)
-                counts = np.bincount(known, minlength=head.width)
+            own = values[:, columns]
+            if head.kind == "softmax":
+                counts = np.bincount(own[~np.isnan(own)].astype(np.int64), minlength=head.width)
+                margins += ldam_margins(counts) if self.hard_loss == "ldam" else ()
                 weights += class_weights(counts, self.class_weights, beta=self.class_weight_beta)
-            elif self.class_weights != "none":
-                weights += [1.0] * head.width
-        return HardLoss(self.hard_loss, self.focal_gamma, self.focal_alpha, (), tuple(weights), self.defer_weights)
+                continue
+            margins += [0.0] * head.width if self.hard_loss == "ldam" else []
+            if head.kind == "sigmoid":
+                applies, known = np.nansum(own, axis=0, dtype=np.float64), (~np.isnan(own)).sum(axis=0)
+                weights += label_weights(applies, known, self.class_weights, beta=self.class_weight_beta)
+            else:
+                weights += [1.0] * head.width if self.class_weights != "none" else []
+        return HardLoss(
+            self.hard_loss, self.focal_gamma, self.focal_alpha, tuple(margins), tuple(weights), self.defer_weights
+        )
 
     def augment_settings(self) -> AugmentSettings:
         return AugmentSettings(

@@ -519,23 +519,23 @@ def _phases(
 ) -> tuple[Phase, ...]:
     """The epochs on train, then those whose weights are averaged, on all labelled rows of the store; the unlabelled ones
     join the batches of both."""
-    labels = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[store_rows]
     train_rows = np.flatnonzero(dataset.splits[store_rows] == "train")
 
     def draw(rows: npt.NDArray[np.int64]) -> Draw:
+        labels, weights = settings.sampling(dataset, store_rows[rows])
         plain = Draw(
             rows=rows,
-            labels=labels[rows],
+            labels=labels,
             batch_size=min(settings.batch_size, len(train_rows)),
             balanced=settings.balanced_sampling,
             seed=derive(settings.seed, "student"),
-            weights=settings.sampling_weights(labels[rows], dataset.class_names),
+            weights=weights,
         )
         if not len(unlabelled):
             return plain
         return MixedDraw(**vars(plain), unlabelled=unlabelled, share=settings.unlabelled_share)
 
-    return make_phases("student", settings, draw(train_rows), last=draw(np.arange(len(labels))))
+    return make_phases("student", settings, draw(train_rows), last=draw(np.arange(len(store_rows))))
 
 
 def _fitted(settings: StudentSettings, dataset: Dataset, model: nn.Module, spec: InputSpec) -> calibration.Fitted:

@@ -330,14 +330,14 @@ def _job(shared: _Shared, folder: Path, fold: int) -> Job:
         values = dataset.values[rows]
         targets = make_task_targets(dataset.task, values, label_smoothing=smoothing)
         hard = settings.loss_against_heads(dataset.task, values[seen])
-    drawn = (dataset.labels if settings.weighs_draws else dataset.sampling_labels)[rows][seen]
+    drawn, weights = settings.sampling(dataset, rows[seen])
     draw = Draw(
         rows=seen,
         labels=drawn,
         batch_size=min(settings.batch_size, len(seen)),
         balanced=settings.balanced_sampling,
         seed=derive(settings.seed, "fold", fold),
-        weights=settings.sampling_weights(drawn, dataset.class_names),
+        weights=weights,
     )
     return Job(
         title=f"{shared.member.folder or 'teacher'} {fold + 1}/{dataset.fold_count}",

@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
+from edgedistill.data.manifest import Dataset
 from edgedistill.errors import UsageError
-from edgedistill.training.loader import Draw, sampling_weights
+from edgedistill.tasks import Head, Task
+from edgedistill.teacher import TeacherSettings
+from edgedistill.training.loader import Draw, head_sampling_weights, sampling_weights, shared_out
+from edgedistill.training.settings import TrainSettings
 
 NAMES = ("good", "cracked", "a=b")
 LABELS = np.repeat([0, 1, 2], [80, 15, 5]).astype(np.int32)
@@ -52,5 +56,84 @@ def test_a_class_without_images_and_one_without_a_name():
     weights = sampling_weights(labels, NAMES, power=1.0)
     rows = Draw(np.arange(30), labels, 10, balanced=False, seed=0, weights=weights).epoch(0).ravel()
     assert np.bincount(labels[rows], minlength=3).tolist() == [15, 0, 15]
-    with pytest.raises(UsageError, match=r"--oversample crackd: no such class; did you mean cracked\?"):
+    with pytest.raises(UsageError, match=r"--oversample 'crackd': no such class; did you mean 'cracked'\?"):
         sampling_weights(LABELS, NAMES, oversample=("crackd=3",))
+
+
+# ---- several labels per image ----
+
+ATTRIBUTES = Task(
+    (Head("color", "softmax", ("blue", "red")), Head("shape", "softmax", ("bar", "disc")), Head("size", "regression"))
+)
+# 200 images: red in 1 of 5 and disc in 1 of 4, independently; the last ten lack their colour.
+COLOR = np.tile(np.repeat([0, 1], [4, 1]), 40).astype(np.float32)
+SHAPE = np.repeat([0, 1], [150, 50]).astype(np.float32)
+JOINT = ("?, disc", "blue, bar", "blue, disc", "red, bar", "red, disc")
+
+
+def attributes(lacking=10):
+    color = COLOR.copy()
+    color[len(color) - lacking :] = np.nan
+    values = np.stack([color, SHAPE, np.arange(200, dtype=np.float32)], axis=1)
+    labels = np.array([JOINT.index(ATTRIBUTES.joint_label(row)) for row in values], np.int32)
+    names = np.array([f"{n:03d}" for n in range(200)])
+    none = np.full(200, "")
+    return Dataset(
+        names, names, np.full(200, "0" * 64), labels, none, np.full(200, "train"), np.arange(200) % 2, JOINT,
+        task=ATTRIBUTES, values=values,
+    )  # fmt: skip
+
+
+def drawn(settings, dataset, epochs=30):
+    labels, weights = settings.sampling(dataset, np.arange(len(dataset)))
+    draw = Draw(np.arange(len(dataset)), labels, 20, balanced=False, seed=3, weights=weights)
+    return np.concatenate([draw.epoch(epoch).ravel() for epoch in range(epochs)])
+
+
+def test_power_balances_every_head_that_is_independent_of_the_others():
+    settings = TrainSettings(name="x", balanced_sampling=False, sample_power=1.0)
+    rows = drawn(settings, attributes(lacking=0))
+    assert COLOR[rows].mean() == pytest.approx(0.5, abs=0.01) and SHAPE[rows].mean() == pytest.approx(0.5, abs=0.01)
+    lacking = drawn(settings, attributes())
+    assert 0 < (lacking >= 190).mean() < 0.15  # images without a colour are neither left out nor favoured
+
+
+def test_an_image_is_drawn_by_the_product_of_its_labels_factors():
+    settings = TrainSettings(name="x", balanced_sampling=False, oversample=("color=red=3", "shape=disc=2"))
+    dataset = attributes()
+    times = np.bincount(drawn(settings, dataset), minlength=200)
+    color, shape = dataset.values[:, 0], dataset.values[:, 1]
+    weights = np.where(color == 1, 3, 1) * np.where(shape == 1, 2, 1)
+    assert times / times.sum() == pytest.approx(weights / weights.sum(), rel=0.08)
+    joint = head_sampling_weights(ATTRIBUTES, dataset.values, dataset.labels, JOINT, oversample=("red, disc=5",))
+    assert (joint == np.where(dataset.labels == 4, 5, 1)).all()
+
+
+def test_of_several_labels_the_rarest_counts_for_power_and_all_for_factors():
+    task = Task((Head("labels", "sigmoid", ("a", "b")),))
+    values = np.array([[1, 0]] * 4 + [[1, 1]] * 2 + [[0, 0]] * 2 + [[np.nan, np.nan]] * 2, np.float32)
+    names = ("?", "a", "a|b", "none")
+    joint = np.repeat([1, 2, 3, 0], [4, 2, 2, 2]).astype(np.int32)
+    weights = head_sampling_weights(task, values, joint, names, power=1.0)
+    assert weights[:6] / weights[0] == pytest.approx([1, 1, 1, 1, 3, 3])  # a: 6 images, b: 2
+    factors = head_sampling_weights(task, values, joint, names, oversample=("a=2", "b=3"))
+    assert factors.tolist() == [2] * 4 + [6] * 2 + [1] * 4
+
+
+def test_classes_of_heads_are_named_with_their_head():
+    dataset = attributes()
+    for settings, message in (
+        (TrainSettings(name="x", balanced_sampling=False, oversample=("red=3",)), r"^--oversample 'red': no such class; did you mean 'color=red'\?"),
+        (TeacherSettings(oversample=("red, dis=3",)), r"^--teacher-oversample 'red, dis': .*did you mean 'red, disc', "),
+        (TrainSettings(name="x", balanced_sampling=False, oversample=("size=2",)), r"'size': no such class"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            settings.sampling(dataset, dataset.rows("train"))
+
+
+def test_many_small_classes_keep_their_share_over_the_epochs():
+    shares = np.array([0.3] * 300 + [10.0])
+    given, quotas = shared_out(shares, 100, 19)
+    assert np.abs(given + quotas - 20 * shares).max() <= 1.5 and (quotas >= 0).all() and quotas.sum() >= 100
+    again, _ = shared_out(shares, 100, 20)
+    assert (again == given + quotas).all()

@@ -162,7 +162,11 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
     _each("plain_epochs", int, "Last of all epochs, in which nothing is mixed (default: 0)."),
     _each("balanced", bool, "Draw every class equally often for the student.", field="balanced_sampling", default=True),
     _each("sample_power", float, "Draw by inverse frequency to this power: 0 as it is, 1 balanced (default: 0)."),
-    _each("oversample", list[str], "Draw a class more often: CLASS=FACTOR, such as defective=3; may be repeated."),
+    _each(
+        "oversample",
+        list[str],
+        "Draw a class more often: CLASS=FACTOR, such as defective=3, or HEAD=CLASS=FACTOR; may be repeated.",
+    ),
     _both("augment", str, "light", "none, light (crop, flip) or standard (also colour, affine)."),
     _both(
         "any_way_up",

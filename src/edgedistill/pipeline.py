@@ -264,7 +264,7 @@ def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
             check_store(parse_store(settings.soft_label_store), len(dataset.class_names), dataset.task)
             if settings.fold is not None and settings.fold >= dataset.fold_count:
                 raise UsageError(f"--fold {settings.fold}: the data set has folds 0 to {dataset.fold_count - 1}")
-        settings.sampling_weights(dataset.labels[dataset.rows("train")], dataset.class_names)
+        settings.sampling(dataset, dataset.rows("train"))
 
 
 def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> None:

@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from edgedistill import console
 from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
+from edgedistill.tasks import Task, Values
 from edgedistill.training.processes import ALONE, Part, part
 from edgedistill.training.seeds import generator
 
+Counts = npt.NDArray[np.int64]
 Augmentation = Callable[[ImageU8, int], ImageU8]
 IMAGES_AHEAD = 2  # batches that each worker prepares ahead
 FREE_MEMORY_SHARE = 0.5
@@ -121,7 +123,8 @@ class Draw:
 
     ``rows``: int64 [N], rows of the store; ``labels``: int [N]. With ``balanced`` each class gives the same number of
     images per epoch. ``weights``: one per class number, the chance of its images relative to others; an epoch stays as
-    long as it was. With either, an image is drawn as often as any other of its class over the epochs.
+    long as it was, and after each epoch every class has been drawn as often as its share says, give or take an image.
+    With either, an image is drawn as often as any other of its class over the epochs.
     """
 
     rows: npt.NDArray[np.int64]
@@ -147,20 +150,36 @@ class Draw:
             order = generator(self.seed, "order", epoch).permutation(len(self.rows))[:count]
             return self.rows[order].reshape(self.steps, self.batch_size)
         classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
+        starts, quotas = self._quotas(classes, count, epoch)
         drawn = [
-            members[cycled(len(members), epoch * quota, quota, self.seed, number)]
-            for number, (members, quota) in enumerate(zip(classes, self._quotas(classes, count), strict=True))
+            members[cycled(len(members), int(start), int(quota), self.seed, number)]
+            for number, (members, start, quota) in enumerate(zip(classes, starts, quotas, strict=True))
             if quota
         ]
         order = generator(self.seed, "order", epoch).permutation(np.concatenate(drawn))[:count]
         return self.rows[order].reshape(self.steps, self.batch_size)
 
-    def _quotas(self, classes: Sequence[npt.NDArray[np.int64]], count: int) -> list[int]:
-        """Images per class and epoch, rounded up: together at least ``count``."""
+    def _quotas(self, classes: Sequence[npt.NDArray[np.int64]], count: int, epoch: int) -> tuple[Counts, Counts]:
+        """(drawn of each class before the epoch, drawn in it), together at least ``count``."""
         if self.balanced:
-            return [-(-count // len(classes))] * len(classes)
+            quotas = np.full(len(classes), -(-count // len(classes)))
+            return epoch * quotas, quotas
         chances = np.array([len(members) * self.weights[self.labels[members[0]]] for members in classes])
-        return [int(np.ceil(round(share, 9))) for share in count * chances / chances.sum()]
+        return shared_out(count * chances / chances.sum(), count, epoch)
+
+
+def shared_out(shares: npt.NDArray[np.float64], count: int, epoch: int) -> tuple[Counts, Counts]:
+    """(given before ``epoch``, given in it), int64 [K]: whole numbers, at least ``count`` an epoch, that follow the sums
+    of ``shares`` (float [K], of sum ``count``): what rounding takes from one epoch the next gives back, so that small
+    classes beside many others keep their share."""
+    before = given = quotas = np.zeros(len(shares), np.int64)
+    for passed in range(epoch + 1):
+        owed = np.maximum(np.round(shares * (passed + 1) - given, 9), 0.0)
+        quotas = np.floor(owed).astype(np.int64)
+        lacking = max(0, count - int(quotas.sum()))
+        quotas[np.argsort(quotas - owed, kind="stable")[:lacking]] += 1
+        before, given = given, given + quotas
+    return before, quotas
 
 
 def sampling_weights(
@@ -175,11 +194,7 @@ def sampling_weights(
 
     Raises UsageError for a class that the data does not have and for what cannot be read.
     """
-    factors = dict(map(parse_oversample, oversample))
-    for name in factors:
-        if name not in class_names:
-            close = difflib.get_close_matches(name, class_names, n=3) or list(class_names)[:5]
-            raise UsageError(f"--oversample {name}: no such class; did you mean {', '.join(close)}?")
+    factors = chosen_factors(oversample, class_names)
     if not power and not factors:
         return ()
     counts = np.maximum(np.bincount(labels, minlength=len(class_names)), 1)
@@ -188,15 +203,70 @@ def sampling_weights(
     )
 
 
+def head_sampling_weights(
+    task: Task,
+    values: Values,
+    joint_labels: npt.NDArray[np.int32],
+    joint_names: Sequence[str],
+    *,
+    power: float = 0.0,
+    oversample: Sequence[str] = (),
+) -> npt.NDArray[np.float64]:
+    """float64 [N]: each image's chance relative to others where it carries several labels. ``values``: float32 [N, V];
+    ``joint_labels``: int32 [N], numbers of ``joint_names``.
+
+    ``oversample`` names HEAD=CLASS=FACTOR (of one head alone: LABEL=FACTOR), or a joint label such as 'blue, bar=3'; an
+    image's factors are multiplied. ``power``: each head multiplies by (n_c / mean n)^-power for the class of n_c images,
+    and by 1 where the label is missing. A product, since it makes every head balanced at power 1 where heads are
+    independent of each other; a mean over heads would balance none. Of several labels the rarest that applies counts
+    alone, as in the repeat factors of LVIS (Gupta et al., 1908.03195): a product would leave an epoch to the few images
+    that many labels apply to.
+    Raises UsageError for a class that the data does not have and for what cannot be read.
+    """
+    marks, names = task.marks(values), [name for name in task.outputs if name not in _regressions(task)]
+    factors = chosen_factors(oversample, [*names, *(name for name in joint_names if name not in names)])
+    of_marks = np.array([factors.get(name, 1.0) for name in names])
+    of_joint = np.array([1.0 if name in names else factors.get(name, 1.0) for name in joint_names])
+    weights = np.where(marks, of_marks, 1.0).prod(axis=1) * of_joint[joint_labels]
+    start = 0
+    for head in task.class_heads if power else ():
+        own = marks[:, start : start + head.width]
+        start += head.width
+        if head.kind == "sigmoid":  # images that nothing applies to are one more class
+            own = np.concatenate([own, ~own.any(axis=1, keepdims=True)], axis=1)
+        counts = own.sum(axis=0)
+        rarest = np.where(own, counts, np.iinfo(np.int64).max).min(axis=1)
+        weights *= np.where(own.any(axis=1), (rarest / counts[counts > 0].mean()) ** -power, 1.0)
+    return weights
+
+
+def _regressions(task: Task) -> set[str]:
+    return {head.name for head in task.heads if head.kind == "regression"}
+
+
+def chosen_factors(oversample: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """{name: factor}. Raises UsageError for names that are not among ``names``, with those that are like them."""
+    factors = dict(map(parse_oversample, oversample))
+    for name in factors:
+        if name not in names:
+            of_heads = [full for full in names if full.endswith(f"={name}")]
+            close = of_heads or difflib.get_close_matches(name, names, n=3) or list(names)[:5]
+            shown = ", ".join(f"'{other}'" for other in close)
+            raise UsageError(f"--oversample '{name}': no such class; did you mean {shown}?")
+    return factors
+
+
 def parse_oversample(text: str) -> tuple[str, float]:
-    """'defective=3' -> ('defective', 3.0). Raises UsageError."""
+    """'defective=3' -> ('defective', 3.0), 'age=old=3' -> ('age=old', 3.0). Raises UsageError."""
     name, _, factor = text.rpartition("=")
     try:
         value = float(factor)
     except ValueError:
         value = 0.0
     if not name or not 0 < value <= 1000:
-        raise UsageError(f"--oversample {text}: expected CLASS=FACTOR with a factor above 0, such as defective=3")
+        raise UsageError(
+            f"--oversample {text}: expected CLASS=FACTOR, or HEAD=CLASS=FACTOR, with a factor above 0, such as defective=3"
+        )
     return name, value
 
 

@@ -12,11 +12,12 @@ import torch
 
 from edgedistill.artifacts import settings_dict
 from edgedistill.data.augment import CROP, STANDARD_JITTER, Augment, AugmentSettings, Strength
+from edgedistill.data.manifest import Dataset
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.tasks import Task, Values
 from edgedistill.training.classifier import ClassifierName, ClassifierSettings, PoolName
-from edgedistill.training.loader import parse_oversample, sampling_weights
+from edgedistill.training.loader import head_sampling_weights, parse_oversample, sampling_weights
 from edgedistill.training.losses import (
     CLASS_WEIGHTS,
     HARD_LOSSES,
@@ -59,7 +60,8 @@ class TrainSettings:
     ``hard_loss``, ``focal_gamma``, ``focal_alpha``: see losses.HardLoss. ``class_weights``: 'none', 'inverse' frequency
     or 'class-balanced' with ``class_weight_beta``, which count after the share ``defer_weights`` of the epochs (DRW).
     ``augment`` to ``coarse_dropout``: see data.augment.AugmentSettings. ``balanced_sampling`` draws every class equally
-    often; ``sample_power``, ``oversample`` (CLASS=FACTOR): see loader.sampling_weights. ``cutmix_probability`` and
+    often; ``sample_power``, ``oversample`` (CLASS=FACTOR): see loader.sampling_weights and, for several heads,
+    loader.head_sampling_weights. ``cutmix_probability`` and
     ``mixup_probability`` are per batch; the last ``plain_epochs`` of all mix nothing.
     ``pool``, ``hidden_units``, ``classifier_dropout``, ``dropout_samples``, ``classifier``: see
     classifier.ClassifierSettings.
@@ -292,8 +294,34 @@ class TrainSettings:
         return self.sample_power > 0 or bool(self.oversample)
 
     def sampling_weights(self, labels: npt.NDArray[np.int32], class_names: Sequence[str]) -> tuple[float, ...]:
-        """Of loader.Draw. Raises UsageError for a class that the data does not have."""
-        return sampling_weights(labels, class_names, power=self.sample_power, oversample=self.oversample)
+        """Of loader.Draw, where each image has one label. Raises UsageError for a class that the data does not have."""
+        try:
+            return sampling_weights(labels, class_names, power=self.sample_power, oversample=self.oversample)
+        except UsageError as error:
+            raise UsageError(self.in_own_flags(str(error))) from error
+
+    def sampling(
+        self, dataset: Dataset, rows: npt.NDArray[np.integer[Any]]
+    ) -> tuple[npt.NDArray[np.int32], tuple[float, ...]]:
+        """(``labels`` int32 [len(rows)], ``weights``) of loader.Draw for rows of the data set. Where images carry several
+        labels and have chances of their own, those of equal chance are one class of the draw.
+
+        Raises UsageError for a class that the data does not have.
+        """
+        if not self.weighs_draws:
+            return dataset.sampling_labels[rows], ()
+        labels = dataset.labels[rows]
+        if dataset.task is None or dataset.values is None:
+            return labels, self.sampling_weights(labels, dataset.class_names)
+        values, names = dataset.values[rows], dataset.class_names
+        try:
+            chances = head_sampling_weights(
+                dataset.task, values, labels, names, power=self.sample_power, oversample=self.oversample
+            )
+        except UsageError as error:
+            raise UsageError(self.in_own_flags(str(error))) from error
+        weights, codes = np.unique(np.round(chances, 12), return_inverse=True)
+        return codes.astype(np.int32), tuple(weights.tolist())
 
     def loss_against(self, labels: npt.NDArray[np.int32], class_count: int) -> HardLoss:
         """The loss against hard labels when training on ``labels``, int32 [N]: margins and weights come from them."""
@@ -321,7 +349,8 @@ class TrainSettings:
                 continue
             margins += [0.0] * head.width if self.hard_loss == "ldam" else []
             if head.kind == "sigmoid":
-                applies, known = np.nansum(own, axis=0, dtype=np.float64), (~np.isnan(own)).sum(axis=0)
+                applies = np.asarray(np.nansum(own, axis=0, dtype=np.float64))
+                known = (~np.isnan(own)).sum(axis=0)
                 weights += label_weights(applies, known, self.class_weights, beta=self.class_weight_beta)
             else:
                 weights += [1.0] * head.width if self.class_weights != "none" else []

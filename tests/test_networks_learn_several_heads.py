@@ -337,6 +337,28 @@ def test_metrics_of_heads_match_sklearn() -> None:
     assert same["difference"] == 0 and same["p_value"] == 1
 
 
+def test_joint_classes_of_attributes_have_sklearns_macro_f1() -> None:
+    rng = np.random.default_rng(1)
+    values = np.column_stack([rng.integers(0, 3, 90), rng.integers(0, 2, 90), rng.normal(10, 4, 90)]).astype(np.float32)
+    values[:5, 0], values[5:9, 1] = np.nan, np.nan
+    logits = rng.normal(size=(90, 6))
+    logits[np.arange(90), np.nan_to_num(values[:, 0]).astype(int)] += 2
+    scored = Scored(ATTRIBUTES, ATTRIBUTES.probabilities(logits), values)
+    truth = 2 * values[9:, 0] + values[9:, 1]
+    answers = 2 * logits[9:, :3].argmax(axis=1) + logits[9:, 3:5].argmax(axis=1)
+    expected = f1_score(truth, answers, average="macro")
+    found = task_metrics.summary(scored)
+    assert 0 < expected < 1 and found["joint_macro_f1"] == pytest.approx(expected)
+    low, high = task_metrics.bootstrap_interval("joint_macro_f1", scored, resamples=200)
+    assert low < expected < high
+    rare = Scored(ATTRIBUTES, ATTRIBUTES.probabilities(logits), np.where(values == 2, np.nan, values))
+    assert 0 < task_metrics.joint_macro_f1(rare) < 1  # a class that no image of the split has
+    rng = np.random.default_rng(0)
+    assert "joint_macro_f1" not in task_metrics.summary(
+        Scored(TASK, TASK.probabilities(rng.normal(size=(3, 6))), VALUES)
+    )
+
+
 def test_missing_labels_count_nowhere() -> None:
     logits = np.array([[9, 0, 0, 9, -9, 0], [0, 0, 9, -9, 9, 2.0], [0, 9, 0, -9, -9, 0]])
     found = task_metrics.summary(Scored(TASK, TASK.probabilities(logits), VALUES))
@@ -386,6 +408,8 @@ def test_students_learn_every_attribute(attributes: Path) -> None:
     student, majority = models["student"], models["majority"]
     assert student["heads"]["color"]["accuracy"] > majority["heads"]["color"]["accuracy"] + 0.25
     assert student["accuracy"] > majority["accuracy"] + 0.15
+    low, high = student["joint_macro_f1_ci95"]
+    assert low <= student["joint_macro_f1"] <= high and student["joint_macro_f1"] > majority["joint_macro_f1"]
     dataset, probabilities = dataset_of(attributes), read_array(attributes / "evaluation" / "student.probs.npy")
     values = read_array(attributes / "evaluation" / "test_values.npy")
     assert dataset.values is not None
@@ -466,7 +490,10 @@ def test_predict_prints_what_each_head_says(
 
 
 def test_the_report_shows_each_head(attributes: Path, many: Path) -> None:
-    for run, words in ((attributes, ("color: accuracy", "size: MAE")), (many, ("labels: mAP", "average precision"))):
+    for run, words in (
+        (attributes, ("color: accuracy", "size: MAE", "joint macro-F1")),
+        (many, ("labels: mAP", "average precision")),
+    ):
         page = write_report(RunDir(run)).read_text(encoding="utf-8")
         assert "Each head on the test split" in page and all(word in page for word in words)
         assert "could not be understood" not in page

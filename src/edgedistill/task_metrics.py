@@ -55,14 +55,14 @@ class Scored:
 
 def summary(scored: Scored) -> dict[str, Any]:
     """``accuracy`` (the joint score), ``macro_f1`` and ``ece`` (means over the heads of classes), ``log_loss`` (their
-    sum, nats), and ``heads``: each head's own figures by name."""
+    sum, nats), ``joint_macro_f1`` where there are several attributes, and ``heads``: each head's own figures by name."""
     heads = {head.name: head_metrics(head, own, truth) for head, own, truth in _parts(scored)}
     of_classes = [heads[head.name] for head in scored.task.class_heads]
     calibrated = [head["ece"] for head in of_classes if "ece" in head]
     return {
         "n": len(scored),
         "accuracy": joint_accuracy(scored),
-        "macro_f1": mean_f1(scored),
+        **{name: statistic(scored) for name, statistic in statistics_of(scored.task).items() if name != "accuracy"},
         "log_loss": float(sum(head["log_loss"] for head in of_classes)),
         "ece": float(np.mean(calibrated)),
         "heads": heads,
@@ -85,6 +85,25 @@ def mean_f1(scored: Scored) -> float:
         if head.kind != "regression" and not np.isnan(truth).all()
     ]
     return float(np.mean(values))
+
+
+def joint_macro_f1(scored: Scored) -> float:
+    """Macro-F1 of the joint classes of all softmax heads, such as the 18 of mask x gender x age: the mean over those that
+    occur among labels or answers, as ``sklearn.metrics.f1_score(average="macro")`` of the joined labels. Images that
+    lack one of these labels are left out; 0 without any other."""
+    parts = [(head, own, truth[:, 0]) for head, own, truth in _parts(scored) if head.kind == "softmax"]
+    known = ~np.any([np.isnan(truth) for _, _, truth in parts], axis=0)
+    count = int(known.sum())
+    codes = np.zeros(2 * count, np.int64)
+    for head, own, truth in parts:
+        both = np.concatenate([own[known].argmax(axis=1), truth[known].astype(np.int64)])
+        # Numbered anew after each head: the product of all numbers of classes may be beyond 64 bits.
+        codes = np.unique(codes * head.width + both, return_inverse=True)[1].astype(np.int64)
+    if not count:
+        return 0.0
+    hits = codes[:count] == codes[count:]
+    found = np.bincount(codes[:count][hits], minlength=int(codes.max()) + 1)
+    return float((2 * found / np.bincount(codes)).mean())
 
 
 def head_metrics(head: Head, probabilities: Floats, values: Values) -> dict[str, Any]:
@@ -172,7 +191,17 @@ def average_precision(scores: Floats, truth: npt.NDArray[np.bool_]) -> float | N
 # ---- how sure ----
 
 
-STATISTICS: dict[str, Callable[[Scored], float]] = {"accuracy": joint_accuracy, "macro_f1": mean_f1}
+STATISTICS: dict[str, Callable[[Scored], float]] = {
+    "accuracy": joint_accuracy,
+    "macro_f1": mean_f1,
+    "joint_macro_f1": joint_macro_f1,
+}
+
+
+def statistics_of(task: Task) -> dict[str, Callable[[Scored], float]]:
+    """The STATISTICS of a task: one of several attributes has a score of their joint classes."""
+    joint = sum(head.kind == "softmax" for head in task.heads) > 1
+    return {name: statistic for name, statistic in STATISTICS.items() if joint or name != "joint_macro_f1"}
 
 
 def bootstrap_interval(metric: str, scored: Scored, *, resamples: int = RESAMPLES, seed: int = 0) -> list[float]:

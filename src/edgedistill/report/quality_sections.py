@@ -126,12 +126,14 @@ def head_blocks(evaluation: dict[str, Any], models: dict[str, Any], names: list[
     heads = [(str(head["name"]), str(head["kind"])) for head in evaluation.get("heads", ())]
     if not heads:
         return ()
-    columns = ["network"]
+    joint = "joint_macro_f1" in next(iter(models.values()), {})
+    columns = ["network", *(["joint macro-F1"] if joint else [])]
     for head, kind in heads:
         columns += [f"{shorten(head, 30)}: {title}" for _, title, _ in HEAD_FIGURES[kind]]
     rows = tuple(
         (
             model_name(name),
+            *([percent(models[name].get("joint_macro_f1"))] if joint else []),
             *(
                 show(models[name]["heads"][head].get(figure))
                 for head, kind in heads

@@ -16,7 +16,7 @@ MODEL_NAMES = {
     "student": "distilled student",
     "teacher": "teacher",
 }
-METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "joint_macro_f1": "joint macro-F1"}
 
 
 def clean(text: object) -> str:

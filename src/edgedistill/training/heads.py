@@ -180,7 +180,9 @@ def scores_from(task: Task, probabilities: Floats) -> Scores:
 def validation_metrics(task: Task, logits: Floats, values: Values) -> dict[str, float]:
     """The joint figures and each head's, under val_NAME and val_HEAD_NAME."""
     found = task_metrics.summary(Scored(task, task.probabilities(logits), values))
-    row = {f"val_{name}": found[name] for name in ("accuracy", "macro_f1", "log_loss")}
+    row = {
+        f"val_{name}": found[name] for name in ("accuracy", "macro_f1", "joint_macro_f1", "log_loss") if name in found
+    }
     for head, figures in found["heads"].items():
         for name in ("accuracy", "macro_f1", "map", "mae"):
             if figures.get(name) is not None:

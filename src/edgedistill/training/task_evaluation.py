@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill import console
-from edgedistill.task_metrics import STATISTICS, Scored, bootstrap_interval, paired_difference, summary
+from edgedistill.task_metrics import Scored, bootstrap_interval, paired_difference, statistics_of, summary
 from edgedistill.tasks import Task, Values
 
 Probabilities = npt.NDArray[np.float32]
@@ -26,8 +26,9 @@ def task_evaluation(
     own: Mapping[str, Task] | None = None,
 ) -> dict[str, Any]:
     """evaluation.json: as for one label per image, ``accuracy`` being the joint score and ``macro_f1`` the mean over
-    heads; ``heads`` describes them, and each model has their figures by name. ``own``: the task of a model whose labels
-    have thresholds of their own, which its figures then say as ``task``."""
+    heads and, of several attributes, ``joint_macro_f1`` that of their joint classes; ``heads`` describes them, and each
+    model has their figures by name. ``own``: the task of a model whose labels have thresholds of their own, which its
+    figures then say as ``task``."""
     own = {name: theirs for name, theirs in (own or {}).items() if theirs != task}
     scored = {name: Scored(own.get(name, task), found, values) for name, found in probabilities.items()}
     return {
@@ -41,13 +42,15 @@ def task_evaluation(
         "paired": [
             {"a": a, "b": b, "metric": metric} | paired_difference(metric, scored[a], scored[b])
             for a, b in pairs
-            for metric in STATISTICS
+            for metric in statistics_of(task)
         ],
     }
 
 
 def _row(scored: Scored) -> dict[str, Any]:
-    return summary(scored) | {f"{metric}_ci95": bootstrap_interval(metric, scored) for metric in STATISTICS}
+    return summary(scored) | {
+        f"{metric}_ci95": bootstrap_interval(metric, scored) for metric in statistics_of(scored.task)
+    }
 
 
 def priors(task: Task, values: Values, count: int) -> Probabilities:
@@ -71,13 +74,19 @@ def priors(task: Task, values: Values, count: int) -> Probabilities:
 def head_table(evaluation: dict[str, Any]) -> Any:
     """The joint score and one figure of each head as a table for ``console.out.print``."""
     heads = [(str(head["name"]), *SHOWN[head["kind"]]) for head in evaluation["heads"]]
+    joint = [name for name in ("joint_macro_f1",) if all(name in row for row in evaluation["models"].values())]
     rows = []
     for name, row in evaluation["models"].items():
         low, high = row["accuracy_ci95"]
         figures = [row["heads"][head].get(figure) for head, figure, _ in heads]
         shown = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
-        rows.append(
-            [name.replace("_", "-"), f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]", f"{row['macro_f1']:.3f}", *shown]
-        )
-    columns = ("model", "all right [95%]", "macro-F1", *(f"{head}: {word}" for head, _, word in heads))
+        f1 = [f"{row[figure]:.3f}" for figure in ("macro_f1", *joint)]
+        rows.append([name.replace("_", "-"), f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]", *f1, *shown])
+    columns = (
+        "model",
+        "all right [95%]",
+        "macro-F1",
+        *("joint macro-F1" for _ in joint),
+        *(f"{head}: {word}" for head, _, word in heads),
+    )
     return console.table(f"test split, {evaluation['n']} images", columns, rows)

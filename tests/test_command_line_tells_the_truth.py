@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from edgedistill import cli
+from edgedistill.options import TRAINING_OPTIONS
 from edgedistill.student import StudentSettings
 from edgedistill.teacher import TeacherSettings
 
@@ -22,7 +24,10 @@ STUDENT = {
     "loss": "loss",
     "soft_temperature": "soft_temperature",
     "extra_epochs": "extra_epochs",
+    "extra_lr": "extra_lr",
     "cutmix": "cutmix_probability",
+    "cutmix_alpha": "cutmix_alpha",
+    "mixup_alpha": "mixup_alpha",
 }
 TEACHER = {"teacher_epochs": "epochs", "teacher_batch_size": "batch_size", "teacher_lr": "lr"}
 
@@ -58,10 +63,25 @@ def test_the_help_names_the_teachers_defaults(command: Callable[..., Any], optio
         ("image_size", StudentSettings, "image_size"),
         ("augment", StudentSettings, "augment"),
         ("resize", StudentSettings, "resize"),
+        ("final_lr", StudentSettings, "final_lr"),
+        ("deterministic", TeacherSettings, "deterministic"),
+        ("tensorboard", StudentSettings, "tensorboard"),
     ],
 )
 def test_flags_and_settings_have_the_same_defaults(option: str, settings: Any, field: str) -> None:
     assert inspect.signature(cli.distill).parameters[option].default == getattr(settings(), field)
+
+
+def test_every_setting_of_a_training_has_a_flag() -> None:
+    named = {"name": "student", "weights": "student_weights", "distillation": "no_distillation"}
+    for settings, role in ((StudentSettings, "student"), (TeacherSettings, "teacher")):
+        flags = set(inspect.signature(cli.distill).parameters) | set(inspect.signature(cli.teach).parameters)
+        of_field = {option.settings_field: option for option in TRAINING_OPTIONS}
+        for field in dataclasses.fields(settings):
+            option = of_field.get(field.name)
+            flag = named.get(field.name, field.name).replace("student", role) if option is None else option.name
+            own = option.twin if option is not None and role == "teacher" else None
+            assert flag in flags and (own is None or own in flags), f"{role}: {field.name}"
 
 
 @pytest.mark.parametrize("name", ["distill", "export-openvino", "bench-fps"])

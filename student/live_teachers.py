@@ -104,7 +104,7 @@ def find_teachers(soft_labels: Path, dataset: Dataset) -> list[TeacherFile]:
                 f"{meta}: the teacher of fold {fold} did not train on exactly the other folds; train it again"
             )
         found.append(TeacherFile(fold, by_hash[digest], digest, _weight(blend, teacher)))
-    missing = sorted(set(folds[train].tolist()) - {teacher.fold for teacher in found})
+    missing = sorted(set(folds[dataset.held_out_rows].tolist()) - {teacher.fold for teacher in found})
     if missing:
         raise ArtifactError(f"{meta}: no teacher held out fold {missing[0]}; train it with 'edgedistill teach'")
     return found

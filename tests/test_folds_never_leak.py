@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from edgedistill.data import duplicates, folds
+from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, Table, deal, deal_splits, freeze_dataset, group_codes, verify_folds
-from edgedistill.data.sources import Item, Source
+from edgedistill.data.manifest import ALWAYS_TRAINED, read_dataset, write_dataset
+from edgedistill.data.sources import Item, Source, open_source
 from edgedistill.errors import DataError, EdgedistillError, UsageError
 
 NO_NEAR = SplitSettings(near_duplicates=False)
@@ -186,6 +188,75 @@ def test_the_smallest_allowed_class_reaches_test_val_and_every_fold(count):
         assert sorted(dealt[500:][dealt[500:] >= 0].tolist()) == list(range(count))
 
 
+# ---- classes too small for the folds ----
+
+
+def keep(how):
+    return SplitSettings(near_duplicates=False, small_classes=how)
+
+
+def test_the_refusal_of_a_small_class_names_the_option(source):
+    with pytest.raises(DataError, match="keep it in training alone with --small-classes train-only"):
+        freeze_dataset(source({"a": 40, "b": 1}), NO_NEAR)
+
+
+def test_a_class_of_one_image_is_always_trained_on_and_never_held_out(source, tmp_path, capsys):
+    group = lambda label, number: f"p{number}" if label in ("a", "c") and number < 3 else ""  # noqa: E731
+    dataset = freeze_dataset(source({"a": 40, "b": 1, "c": 3, "d": 40}, group=group), keep("train-only"))
+    apart = dataset.folds == ALWAYS_TRAINED
+    # 'c' is too small and shares its three people with 'a', whose images must stay on the same side.
+    assert set(dataset.ids[apart]) == {"b/0000.png", *(f"{label}/{n:04d}.png" for label in "ac" for n in range(3))}
+    assert (dataset.splits[apart] == "train").all() and dataset.fold_count == 5
+    for label in (0, 3):
+        own = dataset.folds[(dataset.labels == label) & ~apart]
+        assert (np.bincount(own[own >= 0], minlength=5) >= 1).all()
+        assert {"val", "test"} <= set(dataset.splits[dataset.labels == label])
+    assert "7 images are in every teacher's training" in capsys.readouterr().err.replace("\n", " ")
+    assert dataset.class_names == ("a", "b", "c", "d")
+    verify_folds(dataset)
+    write_dataset(dataset, tmp_path / "dataset.csv")
+    again = read_dataset(tmp_path / "dataset.csv")
+    assert (again.folds == dataset.folds).all() and again.hash == dataset.hash
+    for row, fold, message in (
+        (np.flatnonzero(dataset.splits == "test")[0], ALWAYS_TRAINED, "train images have a fold"),
+        (np.flatnonzero(dataset.ids == "c/0001.png")[0], 2, "is missing in fold 0"),
+        (np.flatnonzero(dataset.ids == "a/0001.png")[0], 2, "the same group in different splits or folds"),
+    ):
+        folds = dataset.folds.copy()
+        folds[row] = fold
+        with pytest.raises(DataError, match=message):
+            verify_folds(dataclasses.replace(dataset, folds=folds))
+
+
+def test_dropped_classes_are_gone_and_counted(source, capsys):
+    made = source({"a": 40, "b": 1, "c": 3, "d": 40})
+    dataset = freeze_dataset(made, keep("drop"))
+    assert dataset.class_names == ("a", "d") and len(dataset) == 80
+    assert "4 images are left out, of class 'b', class 'c'" in capsys.readouterr().err.replace("\n", " ")
+    assert (dataset.folds != ALWAYS_TRAINED).all()
+    with pytest.raises(DataError, match="drop leaves fewer than two classes"):
+        freeze_dataset(source({"a": 40, "e": 2}), keep("drop"))
+
+
+def test_where_every_class_is_small_nothing_can_be_dealt(source):
+    with pytest.raises(DataError, match="every class has fewer than 7 images"):
+        freeze_dataset(source({"a": 5, "b": 6}), keep("train-only"))
+    test_only = lambda label, number: "test" if label == "b" else ""  # noqa: E731
+    with pytest.raises(DataError, match="class 'b': no image to train on"):
+        freeze_dataset(source({"a": 40, "b": 9}, split=test_only), keep("train-only"))
+
+
+@pytest.mark.parametrize(("how", "says"), [("train-only", "in every teacher's training"), ("drop", "are left out")])
+def test_check_data_says_what_becomes_of_small_classes(make_photos, tmp_path, how, says):
+    root = make_photos(tmp_path / "photos", per_class=10)
+    (root / "ring").mkdir()
+    (root / "bar" / "000.jpg").rename(root / "ring" / "000.jpg")
+    report = check_data(open_source(str(root)), settings=SplitSettings(folds=2, small_classes=how))
+    (finding,) = [finding for finding in report.findings if finding.kind == "small classes"]
+    assert finding.severity == "warning" and says in finding.message and "class 'ring'" in finding.message
+    assert not report.errors
+
+
 # ---- near-duplicates ----
 
 
@@ -315,7 +386,9 @@ def test_the_proof_passes_on_what_was_frozen_and_names_what_was_tampered_with(fr
             verify_folds(dataset)
 
 
-@pytest.mark.parametrize("wrong", [{"folds": 1}, {"test_fraction": 0.0}, {"val_fraction": 0.9}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"folds": 1}, {"test_fraction": 0.0}, {"val_fraction": 0.9}, {"seed": -1}, {"small_classes": "merge"}]
+)
 def test_settings_out_of_range_are_wrong_usage(wrong):
     with pytest.raises(UsageError, match="splits: "):
         SplitSettings(**wrong)

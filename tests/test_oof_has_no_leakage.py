@@ -7,19 +7,25 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from edgedistill.artifacts import RunDir, read_json, write_array
-from edgedistill.data.manifest import Dataset
+from edgedistill.cli import app
+from edgedistill.data.manifest import ALWAYS_TRAINED, Dataset
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.images import load_image, normalize
 from edgedistill.metrics import accuracy, log_loss
+from edgedistill.report import write_report
 from edgedistill.teacher import TeacherSettings, teach, train_teachers
 from edgedistill.training.checkpoints import read_model
+from edgedistill.training.losses import make_targets
+from edgedistill.training.noisy_labels import find_noisy_labels
 from edgedistill.training.predict import predict_logits
 from edgedistill.training.soft_labels import (
     FoldResult,
     ids_hash,
     prove_out_of_fold,
+    read_folds,
     read_soft_labels,
     write_soft_labels,
 )
@@ -279,3 +285,56 @@ def test_teachers_that_saw_mixed_images_end_with_the_statistics_of_clean_ones(ti
         first = network.conv_stem(torch.from_numpy(normalize(pixels, loaded.input_spec)))
     clean = torch.allclose(network.bn1.running_mean, first.mean(dim=(0, 2, 3)), atol=1e-4)
     assert clean == (cutmix > 0)
+
+
+def test_images_of_small_classes_are_in_every_training_and_have_their_hard_label(tmp_path):
+    dataset = make_dataset()
+    labels, dealt = dataset.labels.copy(), dataset.folds.copy()
+    labels[[3, 8]], dealt[[3, 8]] = 3, ALWAYS_TRAINED
+    dataset = dataclasses.replace(dataset, labels=labels, folds=dealt, class_names=("a", "b", "c", "rare"))
+    results, table = make_results(dataset)
+    table = np.concatenate([table, np.full((len(table), 1), -50, np.float32)], axis=1)
+    rows = [np.flatnonzero(dataset.folds == result.fold) for result in results]
+    results = [dataclasses.replace(result, log_probs=table[own]) for result, own in zip(results, rows, strict=True)]
+    write_soft_labels(tmp_path, dataset, results)
+    entry = read_json(tmp_path / "meta.json", format="edgedistill-soft-labels")["always_trained"]
+    assert entry == {"n": 2, "soft_label": "the hard label, without smoothing"}
+    soft = read_soft_labels(tmp_path, dataset)
+    assert np.isnan(soft[[3, 8]]).all() and np.isfinite(soft[np.concatenate(rows)]).all()
+    assert read_folds(tmp_path, dataset)[[3, 8]].tolist() == [ALWAYS_TRAINED] * 2
+    targets = make_targets(dataset.labels, 4, soft_log_probs=soft, label_smoothing=0.1)
+    whole = targets.take(np.arange(len(dataset)))
+    assert whole.soft[[3, 8]].tolist() == [[0, 0, 0, 1]] * 2 and whole.hard[3, 3] < 1
+    noisy = find_noisy_labels(dataset, soft)
+    assert len(noisy.rows) == 22 and not np.isin([3, 8], noisy.rows).any()
+    careless = ids_hash(dataset.ids[(dataset.folds >= 0) & (dataset.folds != 0)])
+    with pytest.raises(DataError, match="teacher 0 did not train on exactly the other folds"):
+        prove_out_of_fold(dataset, [dataclasses.replace(results[0], trained_on=careless), results[1]])
+    asked = dataclasses.replace(results[0], ids=np.append(results[0].ids, dataset.ids[3]))
+    with pytest.raises(DataError, match="belong to no training image"):
+        prove_out_of_fold(dataset, [asked, results[1]])
+
+
+def test_a_job_with_a_class_of_one_image_runs_resumes_and_lends_its_soft_labels(make_photos, tmp_path, tiny_options):
+    photos = make_photos(tmp_path / "photos")
+    (photos / "ring").mkdir()
+    (photos / "bar" / "000.jpg").rename(photos / "ring" / "000.jpg")
+    options = [*tiny_options, "--workers", "0", "--no-baseline", "--no-tensorboard", "--small-classes", "train-only"]
+
+    def call(*more):
+        command = ["distill", "--data", str(photos), *options, *map(str, more)]
+        result = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    with pytest.raises(UsageError, match="every teacher trained on 1 images"):
+        call("--out", tmp_path / "live", "--live-teachers")
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, more in ((one, ()), (two, ("--soft-labels", one / "soft_labels"))):
+        call("--out", out, *more)
+        evaluation = read_json(out / "evaluation" / "evaluation.json", format="edgedistill-evaluation")
+        assert evaluation["classes"] == ["bar", "disc", "ring"] and 0 < evaluation["models"]["student"]["macro_f1"] <= 1
+    (one / "model.pt").unlink()
+    call("--out", one, "--resume")
+    assert read_model(one / "model.pt").classes == ("bar", "disc", "ring")
+    page = write_report(RunDir(one)).read_text(encoding="utf-8")
+    assert "1 more, of small classes, are always trained on" in page and "do not trust" not in page

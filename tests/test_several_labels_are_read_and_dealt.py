@@ -13,7 +13,7 @@ import pytest
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.label_columns import LabelColumns
-from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
+from edgedistill.data.manifest import ALWAYS_TRAINED, Dataset, read_dataset, write_dataset
 from edgedistill.data.sources import Source, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.tasks import Task
@@ -49,10 +49,37 @@ def attribute_rows(count: int = 60) -> list[Row]:
     return rows
 
 
-def frozen(path: Path, labels: LabelColumns, *, folds: int = 3) -> Dataset:
-    return freeze_dataset(
-        open_source(str(path), labels=labels), SplitSettings(folds=folds, near_duplicates=False, test_fraction=0.2)
-    )
+def frozen(path: Path, labels: LabelColumns, *, folds: int = 3, small: Any = "refuse") -> Dataset:
+    split = SplitSettings(folds=folds, near_duplicates=False, test_fraction=0.2, small_classes=small)
+    return freeze_dataset(open_source(str(path), labels=labels), split)
+
+
+def test_small_classes_of_attributes_are_always_trained_on_or_dropped(tmp_path: Path) -> None:
+    rows = attribute_rows()
+    rows[7] = rows[7] | {"color": "violet"}
+    path = write_csv(tmp_path, rows)
+    with pytest.raises(DataError, match=r"class 'violet' of 'color': 1 images, .* --small-classes train-only"):
+        frozen(path, ATTRIBUTES)
+    kept = frozen(path, ATTRIBUTES, small="train-only")
+    (row,) = np.flatnonzero(kept.folds == ALWAYS_TRAINED)
+    assert kept.ids[row] == "007.png" and kept.splits[row] == "train"
+    assert kept.task is not None and kept.task.heads[1].classes == ("blue", "green", "red", "violet")
+    less = frozen(path, ATTRIBUTES, small="drop")
+    assert less.task is not None and less.task.heads[1].classes == ("blue", "green", "red")
+    assert len(less) == 59 and less.values is not None and kept.values is not None
+    together = np.isin(kept.ids, less.ids)
+    np.testing.assert_array_equal(less.values, kept.values[together])
+    assert not any("violet" in name for name in less.class_names)
+
+
+def test_small_labels_of_many_are_dropped_with_their_column(tmp_path: Path) -> None:
+    rows: list[Row] = [{"label": ("cat", "dog", "cat|dog", "|")[number % 4]} for number in range(60)]
+    rows[5] = {"label": "bird|cat"}
+    dataset = frozen(write_csv(tmp_path, rows), MANY, small="drop")
+    assert dataset.task is not None and dataset.values is not None
+    assert dataset.task.heads[0].classes == ("cat", "dog") and dataset.values.shape == (59, 2)
+    (apart,) = np.flatnonzero(frozen(tmp_path / "labels.csv", MANY, small="train-only").folds == ALWAYS_TRAINED)
+    assert apart == 5
 
 
 def test_attributes_reach_every_fold_and_the_manifest_keeps_them(tmp_path: Path) -> None:

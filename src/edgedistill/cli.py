@@ -58,6 +58,12 @@ TeacherWeights = Annotated[
 Folds = Annotated[int, typer.Option(help="K teachers; each labels the images that it did not see.")]
 TestFraction = Annotated[float, typer.Option(help="Share held out for the final evaluation.")]
 ValFraction = Annotated[float | None, typer.Option(help="Share for calibration and tuning (default: 10% to 20%).")]
+SmallClasses = Annotated[
+    str,
+    typer.Option(
+        help="A class with fewer images than folds + 2: refuse, train-only (in every training, held out nowhere), or drop."
+    ),
+]
 MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
 Processes = Annotated[
@@ -122,6 +128,7 @@ def _data(
     test_fraction: float,
     val_fraction: float | None,
     *,
+    small_classes: str,
     seed: int,
     max_pixels: int,
     labels: Any,
@@ -129,7 +136,13 @@ def _data(
     from edgedistill.data.folds import SplitSettings
     from edgedistill.pipeline import DataSettings
 
-    split = SplitSettings(folds=folds, test_fraction=test_fraction, val_fraction=val_fraction, seed=seed)
+    split = SplitSettings(
+        folds=folds,
+        test_fraction=test_fraction,
+        val_fraction=val_fraction,
+        seed=seed,
+        small_classes=small_classes,  # type: ignore[arg-type]
+    )
     return DataSettings(data, split, max_pixels, labels)
 
 
@@ -221,6 +234,7 @@ def teach(
     ] = None,
     test_fraction: TestFraction = 0.2,
     val_fraction: ValFraction = None,
+    small_classes: SmallClasses = "refuse",
     teacher_image_size: Annotated[int, typer.Option(help="Teacher's input, pixels.")] = 224,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     recipe: RecipeName = None,
@@ -241,7 +255,16 @@ def teach(
     )
     seed = training.teacher["seed"]
     settings = pipeline.TeachSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
+        data=_data(
+            data,
+            folds,
+            test_fraction,
+            val_fraction,
+            small_classes=small_classes,
+            seed=seed,
+            max_pixels=max_pixels,
+            labels=labels,
+        ),
         out=out,
         teacher=first,
         ensemble=ensemble,
@@ -274,6 +297,7 @@ def distill(
     folds: Folds = 5,
     test_fraction: TestFraction = 0.2,
     val_fraction: ValFraction = None,
+    small_classes: SmallClasses = "refuse",
     image_size: Annotated[int, typer.Option(help="Student's input, pixels.")] = 224,
     teacher_image_size: Annotated[
         int | None, typer.Option(help="Teacher's input, pixels (default: the student's).")
@@ -325,7 +349,16 @@ def distill(
     )
     seed = training.student["seed"]
     settings = pipeline.DistillSettings(
-        data=_data(data, folds, test_fraction, val_fraction, seed=seed, max_pixels=max_pixels, labels=labels),
+        data=_data(
+            data,
+            folds,
+            test_fraction,
+            val_fraction,
+            small_classes=small_classes,
+            seed=seed,
+            max_pixels=max_pixels,
+            labels=labels,
+        ),
         out=out,
         teacher=first_teacher,
         ensemble=ensemble,
@@ -374,6 +407,7 @@ def check_data(
     ],
     labels: Any,
     folds: Folds = 5,
+    small_classes: SmallClasses = "refuse",
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     plot: Annotated[Path | None, typer.Option(help="PNG with the class distribution and the image sizes.")] = None,
     as_json: Json = False,
@@ -381,9 +415,11 @@ def check_data(
     """Find what would spoil a training: damaged, huge, duplicate or doubtful images, classes too small."""
     from edgedistill import console
     from edgedistill.data import checks
+    from edgedistill.data.folds import SplitSettings
     from edgedistill.data.sources import open_source
 
-    report = checks.check_data(open_source(data, labels=labels), folds=folds, max_pixels=max_pixels)
+    split = SplitSettings(folds=folds, small_classes=small_classes)  # type: ignore[arg-type]
+    report = checks.check_data(open_source(data, labels=labels), settings=split, max_pixels=max_pixels)
     if plot is not None:
         checks.plot_data(report, plot)
     title = f"{report.name}: {report.summary()}"

@@ -31,7 +31,7 @@ from edgedistill.artifacts import (
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.label_columns import LabelColumns
-from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
+from edgedistill.data.manifest import ALWAYS_TRAINED, Dataset, read_dataset, write_dataset
 from edgedistill.data.soft_label_store import check_store, parse_store
 from edgedistill.data.sources import SINGLE_LABEL, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
@@ -265,6 +265,21 @@ def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
             if settings.fold is not None and settings.fold >= dataset.fold_count:
                 raise UsageError(f"--fold {settings.fold}: the data set has folds 0 to {dataset.fold_count - 1}")
         settings.sampling(dataset, dataset.rows("train"))
+        if (
+            isinstance(settings, StudentSettings)
+            and settings.distillation
+            and (settings.live_teachers or settings.views)
+        ):
+            _refuse_always_trained(dataset, "--live-teachers" if settings.live_teachers else "--views")
+
+
+def _refuse_always_trained(dataset: Dataset, flag: str) -> None:
+    count = int((dataset.folds == ALWAYS_TRAINED).sum())
+    if count:
+        raise UsageError(
+            f"{flag}: every teacher trained on {count} images (--small-classes train-only), so that none may judge them; "
+            "leave it away, or give --small-classes drop"
+        )
 
 
 def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edgedistill import console
 from edgedistill.artifacts import atomic_path
 from edgedistill.data import duplicates, sources
-from edgedistill.data.folds import SplitSettings, deal_splits, make_plan
+from edgedistill.data.folds import SplitSettings, deal_splits, plan_deal, small_class_remark
 from edgedistill.data.sources import Source
 from edgedistill.errors import DataError, ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, read_header
@@ -506,18 +506,19 @@ def _trial(
             )
         ]
     try:
-        plan = make_plan(rest, digests[keep], place[near])
+        rest, plan, _ = plan_deal(rest, digests[keep], place[near], settings)
     except DataError as error:
         if "different labels" in str(error):
             return []  # found above, with all its files
         return [Finding("error", "splits", str(error), "see the message")]
     remarks = [Finding("warning", "near-duplicates", remark, "look at them") for remark in plan.remarks()]
     try:
-        deal_splits(plan.table, settings, rest.class_names)
+        _, dealt = deal_splits(plan.table, settings, rest.class_names)
     except DataError as error:
         message, _, remedy = str(error).partition("; ")
         return [Finding("error", "class too small", message, remedy), *remarks]
-    return remarks
+    set_apart = small_class_remark(plan, dealt, rest.class_names)
+    return [*([Finding("warning", "small classes", set_apart, "add images of them")] if set_apart else []), *remarks]
 
 
 def _largest(report: DataReport) -> list[tuple[int, str | None, npt.NDArray[np.int64]]]:

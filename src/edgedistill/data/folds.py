@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from edgedistill import console
 from edgedistill.data import duplicates, stratify
-from edgedistill.data.manifest import Dataset, hash_files
-from edgedistill.data.sources import Source
+from edgedistill.data.manifest import ALWAYS_TRAINED, Dataset, hash_files
+from edgedistill.data.sources import Source, without_classes
 from edgedistill.data.stratify import Marks
 from edgedistill.errors import DataError, UsageError
 
@@ -35,6 +35,7 @@ MAX_CHAIN_FRACTION, MIN_CHAIN_LIMIT = 0.01, 10
 # StratifiedGroupKFold costs about 0.3 ms for each group and takes minutes where there are hundreds of thousands.
 MAX_SKLEARN_GROUPS = 5_000
 
+SMALL_CLASSES = ("refuse", "train-only", "drop")
 Codes = npt.NDArray[np.int64]
 GIVEN = {"": 0, "train": 0, "val": 1, "test": 2}
 
@@ -42,13 +43,16 @@ GIVEN = {"": 0, "train": 0, "val": 1, "test": 2}
 @dataclass(frozen=True)
 class SplitSettings:
     """``test_fraction`` and ``val_fraction`` count only where the data give no such split; ``val_fraction`` None:
-    max(10%, min(300 images, 20%)) of what the test split left. Raises UsageError out of range."""
+    max(10%, min(300 images, 20%)) of what the test split left. ``small_classes``: what becomes of a class with fewer
+    images, or groups, than folds + 2: 'refuse' stops, 'train-only' trains every teacher and the student on its images and
+    holds them out nowhere, 'drop' leaves the class out. Raises UsageError out of range."""
 
     folds: int = 5
     test_fraction: float = 0.2
     val_fraction: float | None = None
     seed: int = 0
     near_duplicates: bool = True
+    small_classes: Literal["refuse", "train-only", "drop"] = "refuse"
 
     def __post_init__(self) -> None:
         problems = []
@@ -60,6 +64,8 @@ class SplitSettings:
             problems.append(f"val fraction {self.val_fraction}, expected above 0, at most 0.5")
         if not 0 <= self.seed < 2**32:
             problems.append(f"seed {self.seed}, expected 0 to {2**32 - 1}")
+        if self.small_classes not in SMALL_CLASSES:
+            problems.append(f"small classes {self.small_classes!r}, expected one of {', '.join(SMALL_CLASSES)}")
         if problems:
             raise UsageError("splits: " + "; ".join(problems))
 
@@ -93,11 +99,15 @@ def freeze_dataset(source: Source, settings: SplitSettings, *, checks: DataRepor
     paths = [item.path for item in source.items]
     digests = hash_files(paths) if checks is None else checks.sha256
     near = _near_pairs(source, digests, checks) if settings.near_duplicates else duplicates.NO_PAIRS
-    plan = make_plan(source, digests, near)
+    source, plan, kept = plan_deal(source, digests, near, settings)
+    paths, digests = [item.path for item in source.items], digests[kept]
     if checks is None:
         for message in plan.remarks():
             console.warn(message)
     splits, folds = deal_splits(plan.table, settings, source.class_names)
+    set_apart = small_class_remark(plan, folds, source.class_names)
+    if checks is None and set_apart:
+        console.warn(set_apart)
     absolute = np.asarray([os.path.abspath(path) for path in paths])  # noqa: PTH100 (symbolic links stay as they are)
     labels = plan.table.classes.astype(np.int32)
     dataset = Dataset(plan.ids, absolute, digests, labels, plan.groups, splits, folds, source.class_names)
@@ -110,13 +120,15 @@ def freeze_dataset(source: Source, settings: SplitSettings, *, checks: DataRepor
 @dataclass(frozen=True)
 class Plan:
     """What is known before the deal. ``groups``: str [N], '' where an image stands alone; ``across``: near-duplicate
-    pairs that the data's own splits part; ``chains``: rows of near-duplicates too many to be kept together."""
+    pairs that the data's own splits part; ``chains``: rows of near-duplicates too many to be kept together; ``dropped``:
+    which classes were left out, in words."""
 
     ids: npt.NDArray[np.str_]
     table: Table
     groups: npt.NDArray[np.str_]
     across: duplicates.Pairs
     chains: list[Codes]
+    dropped: str = ""
 
     def remarks(self) -> list[str]:
         """What the deal does not enforce, in words."""
@@ -134,6 +146,33 @@ class Plan:
                 f"{max(map(len, self.chains))} images in the longest, first {self.ids[self.chains[0][0]]}"
             )
         return remarks
+
+
+def plan_deal(
+    source: Source, digests: npt.NDArray[np.bytes_], near: duplicates.Pairs, settings: SplitSettings
+) -> tuple[Source, Plan, Codes]:
+    """(source, its plan, the rows kept of the one given): without the classes that ``settings`` drop.
+
+    Leaving a class out can leave too few images of another, where images carry several labels: it goes too.
+    Raises what make_plan raises, and DataError where nothing is left to tell apart.
+    """
+    count, names = len(source.items), list[str]()
+    plan, kept = make_plan(source, digests, near), np.arange(count)
+    while settings.small_classes == "drop":
+        own = names_of_classes(plan.table, source.class_names)
+        small = _small_classes(plan.table, np.flatnonzero(plan.table.given == 0), settings.folds, len(own))
+        if not small.any():
+            break
+        names += [own[number] for number in np.flatnonzero(small)]
+        rows = np.flatnonzero(~_of_classes(plan.table, small))
+        source = without_classes(source, rows, small)
+        place = np.full(len(plan.ids), -1)
+        place[rows] = np.arange(len(rows))
+        kept, digests, near = kept[rows], digests[rows], place[near][(place[near] >= 0).all(axis=1)]
+        plan = make_plan(source, digests, near)
+    if names:
+        plan = replace(plan, dropped=_dropped_remark(names, count - len(kept), settings.folds))
+    return source, plan, kept
 
 
 def make_plan(source: Source, digests: npt.NDArray[np.bytes_], near: duplicates.Pairs) -> Plan:
@@ -255,12 +294,18 @@ def deal_splits(
 ) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.int16]]:
     """(splits str [N], folds int16 [N]); the same for the same table and seed.
 
-    Raises DataError for a class with fewer images, or fewer groups, than folds + 2 among the rows to deal.
+    Rows that ``settings.small_classes`` keeps in every training have fold ALWAYS_TRAINED. Raises DataError for a class
+    with fewer images, or fewer groups, than folds + 2 among the rows to deal.
     """
     rng = np.random.default_rng(settings.seed)
     splits = np.choose(table.given, ["train", "val", "test"])
     cut_val, cut_test = not (table.given == 1).any(), not (table.given == 2).any()
-    pool = np.flatnonzero(table.given == 0)
+    apart = np.zeros(len(splits), bool)
+    if settings.small_classes == "train-only":
+        apart = _always_trained(table, settings.folds, class_names)
+    pool = np.flatnonzero((table.given == 0) & ~apart)
+    if apart.any():
+        table, class_names = _without_absent(table, pool, class_names)
     _check_class_sizes(table.take(pool), settings.folds, class_names)
     if cut_test:
         pool, test = _cut(table, pool, settings.test_fraction, settings.folds + cut_val, rng)
@@ -270,7 +315,97 @@ def deal_splits(
         splits[val] = "val"
     folds = np.full(len(splits), -1, np.int16)
     folds[pool] = _deal_folds(table.take(pool), settings, rng, class_names)
+    folds[apart] = ALWAYS_TRAINED
     return splits, folds
+
+
+# ---- small classes ----
+
+
+def names_of_classes(table: Table, class_names: Sequence[str]) -> tuple[str, ...]:
+    """What errors call the classes that every fold needs: 'class NAME', with the head where there are several."""
+    return table.marks.names if table.marks is not None else tuple(f"class {name!r}" for name in class_names)
+
+
+def _small_classes(table: Table, pool: Codes, folds: int, count: int) -> npt.NDArray[np.bool_]:
+    """bool [count]: classes with fewer images, or groups, than folds + 2 among the rows ``pool``."""
+    return _class_sizes(table.take(pool), count)[1] < folds + 2
+
+
+def _class_sizes(pool: Table, count: int) -> tuple[Codes, Codes]:
+    """(images, groups) of each of ``count`` classes."""
+    if pool.marks is not None:
+        columns = pool.marks.table[:, :count]
+        groups = [len(np.unique(pool.groups[column])) for column in columns.T]
+        return columns.sum(axis=0), np.array(groups, np.int64)
+    images = np.bincount(pool.classes, minlength=count)
+    if not _is_grouped(pool):
+        return images, images
+    pairs = np.unique(np.stack([pool.classes, pool.groups]), axis=1)
+    return images, np.bincount(pairs[0], minlength=count)
+
+
+def _of_classes(table: Table, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """bool [N]: rows that carry one of the ``chosen`` classes."""
+    if table.marks is not None:
+        return np.asarray(table.marks.table[:, : len(chosen)][:, chosen].any(axis=1))
+    return chosen[table.classes]
+
+
+def _always_trained(table: Table, folds: int, class_names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """bool [N]: rows to deal of classes too small for the folds, and of their groups; repeated, since they may have been
+    another class's last images. Raises DataError for a class without any, which nobody could learn."""
+    apart, names = np.zeros(len(table.classes), bool), names_of_classes(table, class_names)
+    while True:
+        pool = (table.given == 0) & ~apart
+        images, groups = _class_sizes(table.take(np.flatnonzero(pool)), len(names))
+        if not apart.any() and not images.all():
+            raise DataError(f"{names[int(np.argmin(images))]}: no image to train on; add images or remove the class")
+        small = (images > 0) & (groups < folds + 2)
+        if not small.any():
+            break
+        rows = pool & _of_classes(table, small)
+        apart |= pool & np.isin(table.groups, table.groups[rows])
+    if not pool.any():
+        raise DataError(
+            f"every class has fewer than {folds + 2} images or groups, so that none is left for test, val and folds; "
+            "add images, or use fewer --folds"
+        )
+    return apart
+
+
+def _without_absent(table: Table, pool: Codes, class_names: Sequence[str]) -> tuple[Table, Sequence[str]]:
+    """The table with the classes of the rows ``pool`` alone, and their names: what the others lack is no one's fault."""
+    present, codes = np.unique(table.classes[pool], return_inverse=True)
+    classes = np.zeros_like(table.classes)
+    classes[pool] = codes
+    marks = table.marks
+    if marks is not None:
+        seen = np.asarray(marks.table[pool].any(axis=0))
+        names = tuple(name for name, kept in zip(marks.names, seen, strict=False) if kept)
+        marks = Marks(marks.table[:, seen], names)
+    return replace(table, classes=classes, marks=marks), [class_names[number] for number in present]
+
+
+def _dropped_remark(names: Sequence[str], images: int, folds: int) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"--small-classes drop: {images} images are left out, of {shown}: fewer than {folds + 2} images or groups"
+
+
+def small_class_remark(plan: Plan, folds: npt.NDArray[np.int16], class_names: Sequence[str]) -> str:
+    """What became of the classes too small to be dealt, in words; '' where there were none."""
+    if not (folds == ALWAYS_TRAINED).any():
+        return plan.dropped
+    table = plan.table
+    names, apart = names_of_classes(table, class_names), folds == ALWAYS_TRAINED
+    dealt, _ = _class_sizes(table.take(np.flatnonzero(~apart)), len(names))
+    kept, _ = _class_sizes(table.take(np.flatnonzero(apart)), len(names))
+    whole = [name for name, there, here in zip(names, dealt, kept, strict=True) if here and not there]
+    shown = ", ".join(whole[:5]) + (f" and {len(whole) - 5} more" if len(whole) > 5 else "")
+    return (
+        f"--small-classes train-only: {apart.sum()} images are in every teacher's training and in no test, val or fold; "
+        f"no figure says how well the student knows {shown or 'their classes'}"
+    )
 
 
 def _cut(table: Table, pool: Codes, share: float, reserve: int, rng: np.random.Generator) -> tuple[Codes, Codes]:
@@ -296,9 +431,7 @@ def _check_class_sizes(pool: Table, folds: int, class_names: Sequence[str]) -> N
     if pool.marks is not None:
         stratify.check_sizes(pool.marks, pool.groups, folds)
         return
-    images = np.bincount(pool.classes, minlength=len(class_names))
-    pairs = np.unique(np.stack([pool.classes, pool.groups]), axis=1) if _is_grouped(pool) else None
-    groups = images if pairs is None else np.bincount(pairs[0], minlength=len(class_names))
+    images, groups = _class_sizes(pool, len(class_names))
     small = int(np.argmin(groups))
     if groups[small] < folds + 2:
         what = f"{images[small]} images"
@@ -306,7 +439,8 @@ def _check_class_sizes(pool: Table, folds: int, class_names: Sequence[str]) -> N
             what += f" in {groups[small]} groups (of one person, session or scene, or copies of one image)"
         raise DataError(
             f"class {class_names[small]!r}: {what}, expected at least {folds + 2} for {folds} folds, val and test; "
-            "add images, merge it with another class or remove it, or use fewer --folds"
+            "add images, merge it with another class or remove it, use fewer --folds, or keep it in training alone with "
+            "--small-classes train-only"
         )
 
 
@@ -464,35 +598,52 @@ def _quotas(room: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
 
 
 def verify_folds(dataset: Dataset) -> None:
-    """Proof, from the manifest alone, that nothing leaks: each training image is held out in exactly one fold, no other
-    image is in a fold, every fold lacks no class, no group and no byte-equal copy crosses a split or a fold.
+    """Proof, from the manifest alone, that nothing leaks: each training image is held out in exactly one fold or always
+    trained on, no other image is in a fold, every fold lacks no class that is held out at all, no group and no byte-equal
+    copy crosses a split or a fold.
 
     Called when the data set is frozen and again before soft labels are written. Raises DataError that names the image.
     """
     train = dataset.splits == "train"
-    wrong = np.flatnonzero(train != (dataset.folds >= 0))
+    wrong = np.flatnonzero(train != ((dataset.folds >= 0) | (dataset.folds == ALWAYS_TRAINED)))
     if len(wrong):
         row = wrong[0]
         raise DataError(
             f"{dataset.ids[row]}: split {dataset.splits[row]} and fold {dataset.folds[row]}; train images have a fold, others none"
         )
-    if not train.any():
+    dealt = dataset.held_out_rows
+    if not len(dealt):
         raise DataError("no image is in split train; freeze the data set again")
     order = np.sort(dataset.ids)
     if (order[1:] == order[:-1]).any():
         raise DataError(f"{order[:-1][order[1:] == order[:-1]][0]}: the id stands twice; freeze the data set again")
-    if dataset.task is not None and dataset.values is not None:
-        marks = Marks(dataset.task.marks(dataset.values[train]), dataset.task.mark_names)
-        stratify.prove(marks, dataset.folds[train], range(dataset.fold_count))
-        missing = None
-    else:
-        missing = _missing(dataset.folds[train], dataset.labels[train].astype(np.int64), dataset.fold_count)
-    if missing is not None:
-        raise DataError(f"class {dataset.class_names[missing[1]]!r} is missing in fold {missing[0]}; use fewer --folds")
+    _prove_classes(dataset, dealt)
     places = np.unique(dataset.splits, return_inverse=True)[1] * 1000 + dataset.folds
     grouped = np.flatnonzero(dataset.groups != "")
     _prove_together(dataset, places, grouped[duplicates.same_value_pairs(dataset.groups[grouped])], "the same group")
     _prove_together(dataset, places, duplicates.same_value_pairs(dataset.sha256), "the same bytes")
+
+
+def _prove_classes(dataset: Dataset, dealt: Codes) -> None:
+    """Every class is in every fold, but for those whose images are all always trained on."""
+    apart = np.flatnonzero(dataset.folds == ALWAYS_TRAINED)
+    if dataset.task is not None and dataset.values is not None:
+        table = dataset.task.marks(dataset.values)
+        needed = np.asarray(table[dealt].any(axis=0) | ~table[apart].any(axis=0))
+        names = tuple(name for name, wanted in zip(dataset.task.mark_names, needed, strict=True) if wanted)
+        stratify.prove(Marks(table[dealt][:, needed], names), dataset.folds[dealt], range(dataset.fold_count))
+        return
+    labels = dataset.labels.astype(np.int64)
+    needed = np.setdiff1d(
+        np.arange(labels[dataset.rows("train")].max() + 1), np.setdiff1d(labels[apart], labels[dealt])
+    )
+    codes = np.searchsorted(needed, labels[dealt])
+    folds = dataset.folds[dealt]
+    absent = np.flatnonzero(np.bincount(codes, minlength=len(needed)) == 0)
+    missing = (0, int(absent[0])) if len(absent) else _missing(folds, codes, dataset.fold_count)
+    if missing is not None:
+        name = dataset.class_names[needed[missing[1]]]
+        raise DataError(f"class {name!r} is missing in fold {missing[0]}; use fewer --folds")
 
 
 def _prove_together(dataset: Dataset, places: Codes, pairs: duplicates.Pairs, what: str) -> None:

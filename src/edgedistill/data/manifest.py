@@ -1,7 +1,8 @@
 """dataset.csv: the frozen manifest that every stage reads. Needs numpy only.
 
 Columns: id, path, sha256, label, group, split, fold. ``id`` is the NFC-normalised relative POSIX path; ``split`` is
-train, val or test; ``fold`` is 0..K-1 on train and -1 elsewhere. Where images carry several labels, ``label`` is their
+train, val or test; ``fold`` is 0..K-1 on train and -1 elsewhere; -2 on train marks images of a class too small to be dealt:
+every teacher trains on them and none is asked about them, so that their hard labels stand in for soft ones. Where images carry several labels, ``label`` is their
 joint label and further columns hold each of them (see task_columns).
 """
 
@@ -35,6 +36,7 @@ COLUMNS = ("id", "path", "sha256", "label", "group", "split", "fold")
 CHUNK_ROWS = 2_048  # more rows at once and Python's garbage collector doubles the time
 HEXADECIMAL = re.compile("[0-9a-f]*")
 MAX_FOLDS = 1000
+ALWAYS_TRAINED = -2  # the fold of train images that no fold holds out
 # Of a joint label, or balanced sampling would draw a handful of images all the time.
 MIN_JOINT_IMAGES = 8
 REMEDY = "make it again with a new run folder, or restore it from a copy"
@@ -45,7 +47,8 @@ class Dataset:
     """N images of C classes; all arrays are [N] and in the manifest's order.
 
     ``labels``: int32, index into ``class_names`` (sorted by code point). ``groups``: str, '' where the image stands
-    alone. ``splits``: one of SPLITS. ``folds``: int16, -1 outside train. ``sha256``: 64 hexadecimal digits as bytes
+    alone. ``splits``: one of SPLITS. ``folds``: int16, -1 outside train, ALWAYS_TRAINED for train images that no fold
+    holds out. ``sha256``: 64 hexadecimal digits as bytes
     (str costs four times the memory: 256 MB for a million images); str is converted. ``task`` and ``values``, float32
     [N, V] as ``tasks`` has them: where images carry several labels; ``labels`` are then their joint labels. Mean and
     standard deviation of a task's regression heads are taken from the train rows.
@@ -89,6 +92,11 @@ class Dataset:
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """Row numbers of one split, ascending."""
         return np.flatnonzero(self.splits == split)
+
+    @property
+    def held_out_rows(self) -> npt.NDArray[np.int64]:
+        """Row numbers of the train images that a fold holds out, ascending: those that get soft labels."""
+        return np.flatnonzero((self.splits == "train") & (self.folds >= 0))
 
     @property
     def fold_count(self) -> int:
@@ -278,9 +286,11 @@ def _fold_problem(split: str, fold: str) -> str:
         return f"split {split!r}, expected one of {', '.join(SPLITS)}"
     if split != "train":
         return "" if fold == "-1" else f"fold {fold!r} in split {split}, expected -1"
+    if fold == str(ALWAYS_TRAINED):
+        return ""
     if fold.isascii() and fold.isdecimal() and len(fold) < 5 and int(fold) < MAX_FOLDS:
         return ""
-    return f"fold {fold!r} in split train, expected 0 to the number of folds - 1"
+    return f"fold {fold!r} in split train, expected 0 to the number of folds - 1, or {ALWAYS_TRAINED}"
 
 
 def _label_codes(chunks: list[npt.NDArray[Any]]) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:

@@ -28,7 +28,7 @@ from edgedistill.data.label_columns import LabelColumns, check_header, read_labe
 from edgedistill.data.shards import find_shards, read_shards
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES
-from edgedistill.tasks import Task, Values
+from edgedistill.tasks import Head, Task, Values
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # Photographs that look like images to their owner and that no decoder here reads; left out silently they would be missed.
@@ -79,6 +79,42 @@ class Source:
     def values(self) -> Values:
         """float32 [N, V], in the order of ``items``; V is 0 without a task."""
         return np.asarray([item.values for item in self.items], np.float32).reshape(len(self.items), -1)
+
+
+def without_classes(source: Source, rows: npt.NDArray[np.int64], gone: npt.NDArray[np.bool_]) -> Source:
+    """The images ``rows`` of the source, none of which has one of the classes ``gone``, bool [C]: of its class names, or
+    of its task's marks. Raises DataError where a head is left without a choice."""
+    items = [source.items[row] for row in rows]
+    if source.task is None:
+        if len({item.label for item in items}) < 2:
+            raise DataError(f"{source.root}: --small-classes drop leaves fewer than two classes; add images")
+        return dataclasses.replace(source, items=tuple(items))
+    heads: list[Head] = []
+    columns: list[Values] = []
+    left, values, start = ~gone, source.values[rows], 0
+    for head, part in source.task.columns():
+        if head.kind == "regression":
+            heads.append(head)
+            columns.append(values[:, part])
+            continue
+        keep = left[start : start + head.width]
+        start += head.width
+        if keep.sum() < (2 if head.kind == "softmax" else 1):
+            raise DataError(f"{source.root}: --small-classes drop leaves {head.name!r} without a choice; add images")
+        heads.append(dataclasses.replace(head, classes=tuple(np.asarray(head.classes, object)[keep].tolist())))
+        columns.append(_renumbered(values[:, part], keep) if head.kind == "softmax" else values[:, part][:, keep])
+    task, values = Task(tuple(heads)), np.concatenate(columns, axis=1)
+    labelled = (
+        dataclasses.replace(item, label=task.joint_label(row), values=tuple(row.tolist()))
+        for item, row in zip(items, values, strict=True)
+    )
+    return dataclasses.replace(source, items=tuple(labelled), task=task)
+
+
+def _renumbered(values: Values, keep: npt.NDArray[np.bool_]) -> Values:
+    """Class numbers [N, 1] where only the classes ``keep`` are left; NaN stays."""
+    numbers = np.append(np.cumsum(keep) - 1, np.nan).astype(np.float32)
+    return numbers[np.where(np.isnan(values), len(keep), values).astype(np.int64)]
 
 
 def open_source(data: str, *, cache: Path | None = None, labels: LabelColumns = SINGLE_LABEL) -> Source:

@@ -49,7 +49,8 @@ def check_sizes(marks: Marks, groups: Codes, folds: int) -> None:
             what = f"{len(rows)} images" + (f" in {count} groups" if count < len(rows) else "")
             raise DataError(
                 f"{name}: {what}, expected at least {folds + 2} for {folds} folds, val and test; add images, merge it "
-                "with another class or remove it, or use fewer --folds"
+                "with another class or remove it, use fewer --folds, or keep it in training alone with --small-classes "
+                "train-only"
             )
 
 

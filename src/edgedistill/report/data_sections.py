@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.data.manifest import SPLITS, Dataset
+from edgedistill.data.manifest import ALWAYS_TRAINED, SPLITS, Dataset
 from edgedistill.errors import ImageError
 from edgedistill.images import image_size, read_bytes
 from edgedistill.report.blocks import (
@@ -273,7 +273,9 @@ def _files(paths: Sequence[str]) -> str:
 def _proof(dataset: Dataset, soft_labels: SoftLabelKeys | None) -> list[Block]:
     """Checked again from the files while the page is written, not copied from what training claims."""
     train, folds = dataset.rows("train"), dataset.fold_count
+    always = int((dataset.folds == ALWAYS_TRAINED).sum())
     train_folds = dataset.folds[train]
+    train_folds = train_folds[train_folds != ALWAYS_TRAINED]
     outside = np.delete(dataset.folds, train)
     sizes = np.bincount(np.maximum(train_folds, 0), minlength=max(1, folds))
     blocks: list[Block] = []
@@ -282,8 +284,9 @@ def _proof(dataset: Dataset, soft_labels: SoftLabelKeys | None) -> list[Block]:
         blocks.append(
             Callout(
                 "good",
-                f"Checked while this page was written: each of the {len(train):,} training images is in exactly one of "
-                f"{folds} folds, and no val or test image is in any.",
+                f"Checked while this page was written: each of the {len(train_folds):,} training images is in exactly one of "
+                f"{folds} folds, and no val or test image is in any."
+                + (f" {always:,} more, of small classes, are always trained on." if always else ""),
             )
         )
     else:
@@ -316,7 +319,7 @@ def _group_proof(dataset: Dataset) -> list[Block]:
 
 
 def _soft_label_proof(dataset: Dataset, soft_labels: SoftLabelKeys) -> Callout:
-    train = dataset.rows("train")
+    train = dataset.held_out_rows
     expected = train[np.argsort(dataset.ids[train])]
     order = np.argsort(soft_labels.ids)
     same_ids = len(order) == len(expected) and bool((soft_labels.ids[order] == dataset.ids[expected]).all())

@@ -71,8 +71,8 @@ class NoisyLabels:
 
 def find_noisy_labels(dataset: Dataset, log_probs: LogProbs | SoftRows) -> NoisyLabels:
     """``log_probs``: what read_soft_labels returns, float32 [len(dataset), C] or the scores of several heads, or what
-    soft_rows does."""
-    rows = dataset.rows("train")
+    soft_rows does. Images that every teacher trained on are left out: nobody's opinion of them is worth anything."""
+    rows = dataset.held_out_rows
     soft = HeldRows(log_probs) if isinstance(log_probs, np.ndarray) else log_probs
     questions: tuple[Question, ...]
     if dataset.task is None or dataset.values is None:
@@ -151,7 +151,7 @@ def _judged(
 def rows_to_drop(noisy: NoisyLabels, dataset: Dataset, share: float) -> npt.NDArray[np.int64]:
     """The images of the most doubtful suspects: at most ``share`` (0 to 1) of the training images and half of any class
     of any head; ascending."""
-    train = dataset.rows("train")
+    train = dataset.held_out_rows
     limit = int(share * len(train))
     classes, left = _classes_of_images(noisy.questions, len(train))
     place_of = np.full(len(dataset), -1, np.int64)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgedistill import console
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
-from edgedistill.data.manifest import Dataset
+from edgedistill.data.manifest import ALWAYS_TRAINED, Dataset
 from edgedistill.data.soft_label_store import (
     BLOCK_ROWS,
     HeldRows,
@@ -72,12 +72,14 @@ def ids_hash(ids: Iterable[str]) -> str:
 def prove_out_of_fold(dataset: Dataset, results: Iterable[FoldResult]) -> None:
     """Raises DataError unless every training image is labelled exactly once, by a teacher that never saw it.
 
-    Held-out folds partition the training ids; no group crosses folds; each teacher trained on exactly the training
-    images of the other folds, for a number of epochs fixed beforehand.
+    Held-out folds partition the training ids, but for those that are always trained on, of which no teacher is asked; no
+    group crosses folds; each teacher trained on exactly the training images of the other folds and those, for a number of
+    epochs fixed beforehand.
     """
     results = list(results)
-    train = dataset.rows("train")
-    folds_by_id = dict(zip(dataset.ids[train].tolist(), dataset.folds[train].tolist(), strict=True))
+    train, dealt = dataset.rows("train"), dataset.held_out_rows
+    folds_by_id = dict(zip(dataset.ids[dealt].tolist(), dataset.folds[dealt].tolist(), strict=True))
+    always = dataset.ids[dataset.folds == ALWAYS_TRAINED].tolist()
     labelled = [str(i) for result in results for i in result.ids]
     if len(labelled) != len(set(labelled)):
         raise DataError("soft labels: an image was labelled by two teachers; train the teachers again")
@@ -91,7 +93,7 @@ def prove_out_of_fold(dataset: Dataset, results: Iterable[FoldResult]) -> None:
     _prove_groups(dataset, train)
     for result in results:
         own = [i for i, fold in folds_by_id.items() if fold == result.fold]
-        others = [i for i, fold in folds_by_id.items() if fold != result.fold]
+        others = [*always, *(i for i, fold in folds_by_id.items() if fold != result.fold)]
         if set(own) != {str(i) for i in result.ids}:
             raise DataError(f"soft labels: teacher {result.fold} labelled images of other folds; train it again")
         if result.trained_on != ids_hash(others):
@@ -153,10 +155,17 @@ def write_soft_labels(
             "heads": heads,
             "teachers": [result.teacher() for result in results] if teachers is None else list(teachers),
         }
-        | ({} if blend is None else {"blend": dict(blend)}),
+        | ({} if blend is None else {"blend": dict(blend)})
+        | _always_trained(dataset),
         format=SOFT_LABELS_FORMAT,
     )
     return folder
+
+
+def _always_trained(dataset: Dataset) -> dict[str, Any]:
+    """meta.json's entry on images that no teacher may be asked about: they have no row here."""
+    count = int((dataset.folds == ALWAYS_TRAINED).sum())
+    return {"always_trained": {"n": count, "soft_label": "the hard label, without smoothing"}} if count else {}
 
 
 def _say_what_is_lost(entry: Mapping[str, Any], whose: str, count: int) -> None:
@@ -187,7 +196,7 @@ def _gathered(
 class SoftLabels:
     """A folder of soft labels joined to a data set; the labels themselves stay on the disk.
 
-    ``row_of``: int64 [len(dataset)], each image's row in the store, -1 for those that are not in train.
+    ``row_of``: int64 [len(dataset)], each image's row in the store, -1 for those that no fold holds out.
     """
 
     store: SoftLabelStore
@@ -212,15 +221,15 @@ class SoftLabels:
 
 
 def read_soft_labels(folder: Path, dataset: Dataset) -> npt.NDArray[np.float32]:
-    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train. With several heads:
-    their scores, [len(dataset), D] (see heads.scores_of).
+    """float32 [len(dataset), C] log-probabilities at T=1 in the data set's order; NaN outside train and where no
+    fold holds an image out. With several heads: their scores, [len(dataset), D] (see heads.scores_of).
 
     Raises ArtifactError when the labels belong to other images, other classes or another format.
     """
     joined = np.full((len(dataset), len(dataset.outputs)), np.nan, np.float32)
     if dataset.task is not None:
         meta, row_of = _matched(folder, dataset)
-        train = dataset.rows("train")
+        train = dataset.held_out_rows
         joined[train] = read_scores(folder, dataset, len(train), meta.get("heads", {}))[row_of[train]]
         return joined
     for rows, block in open_soft_labels(folder, dataset).blocks():
@@ -233,7 +242,7 @@ def open_soft_labels(folder: Path, dataset: Dataset) -> SoftLabels:
     read_soft_labels does."""
     meta, row_of = _matched(folder, dataset)
     entry = dict(meta.get("heads", {}).get(HEAD, {}))
-    count = len(dataset.rows("train"))
+    count = len(dataset.held_out_rows)
     return SoftLabels(open_store(folder, HEAD, entry, count=count, class_count=len(dataset.class_names)), row_of)
 
 
@@ -282,7 +291,7 @@ def _matched(folder: Path, dataset: Dataset) -> tuple[dict[str, Any], npt.NDArra
     ids = read_array(folder / "ids.npy")
     if ids.ndim != 1 or ids.dtype.kind != "U" or len(set(ids.tolist())) != len(ids):
         raise ArtifactError(f"{folder / 'ids.npy'}: expected distinct strings [N], got {ids.dtype} {ids.shape}")
-    train = dataset.rows("train")
+    train = dataset.held_out_rows
     if set(ids.tolist()) != set(dataset.ids[train].tolist()):
         raise ArtifactError(
             f"{folder}: labels for {len(ids)} images that are not exactly the {len(train)} training images: the splits "
@@ -306,7 +315,8 @@ def blend_of(folder: Path) -> dict[str, Any] | None:
 
 
 def read_folds(folder: Path, dataset: Dataset) -> npt.NDArray[np.int16]:
-    """int16 [len(dataset)]: the fold whose teacher labelled each image; -1 where nobody did, so that nobody saw it.
+    """int16 [len(dataset)]: the fold whose teacher labelled each image; ALWAYS_TRAINED where all teachers saw it, else -1
+    where nobody labelled it, so that nobody saw it.
 
     ``dataset`` may have other folds than the run that made the labels. Raises ArtifactError for a damaged folder.
     """
@@ -314,4 +324,5 @@ def read_folds(folder: Path, dataset: Dataset) -> npt.NDArray[np.int16]:
     if folds.shape != ids.shape or folds.dtype != np.int16:
         raise ArtifactError(f"{folder / 'fold.npy'}: {folds.dtype} {folds.shape}, expected int16 {ids.shape}")
     fold_of = dict(zip(ids.tolist(), folds.tolist(), strict=True))
-    return np.array([fold_of.get(name, -1) for name in dataset.ids.tolist()], np.int16)
+    labelled = np.array([fold_of.get(name, -1) for name in dataset.ids.tolist()], np.int16)
+    return np.where(dataset.folds == ALWAYS_TRAINED, np.int16(ALWAYS_TRAINED), labelled)

@@ -72,7 +72,8 @@ std::vector<Said> heads_said(const Prediction& prediction, int top_k, const std:
     return said;
 }
 
-// What is said about an image: labels and probabilities from the likeliest down (top_k of each head); of several labels all.
+// What is said about an image: labels and probabilities from the likeliest down (top_k of each head); of several labels
+// all.
 std::vector<Said> said_of(const Prediction& prediction, int top_k, const Labels& labels) {
     if (prediction.index < 0) return {{prediction.label, prediction.probability}};
     if (!labels.heads->empty()) return heads_said(prediction, top_k, *labels.heads);

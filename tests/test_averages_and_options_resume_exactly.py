@@ -143,5 +143,5 @@ def test_averages_that_cannot_be_are_refused(wrong, message):
 def test_a_class_that_is_not_there_is_told(tiny_dataset, tmp_path):
     settings = dataclasses.replace(STUDENT, balanced_sampling=False, oversample=("d=2",))
     run = RunDir(tmp_path)
-    with pytest.raises(UsageError, match=r"--oversample d: no such class"):
+    with pytest.raises(UsageError, match=r"--oversample 'd': no such class"):
         train_student(settings, tiny_dataset, run, soft_labels=None, out=run.model, resume=False)

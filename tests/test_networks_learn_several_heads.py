@@ -343,7 +343,7 @@ def test_joint_classes_of_attributes_have_sklearns_macro_f1() -> None:
     values[:5, 0], values[5:9, 1] = np.nan, np.nan
     logits = rng.normal(size=(90, 6))
     logits[np.arange(90), np.nan_to_num(values[:, 0]).astype(int)] += 2
-    scored = Scored(ATTRIBUTES, ATTRIBUTES.probabilities(logits), values)
+    scored = Scored(THREE, THREE.probabilities(logits), values)
     truth = 2 * values[9:, 0] + values[9:, 1]
     answers = 2 * logits[9:, :3].argmax(axis=1) + logits[9:, 3:5].argmax(axis=1)
     expected = f1_score(truth, answers, average="macro")
@@ -351,7 +351,7 @@ def test_joint_classes_of_attributes_have_sklearns_macro_f1() -> None:
     assert 0 < expected < 1 and found["joint_macro_f1"] == pytest.approx(expected)
     low, high = task_metrics.bootstrap_interval("joint_macro_f1", scored, resamples=200)
     assert low < expected < high
-    rare = Scored(ATTRIBUTES, ATTRIBUTES.probabilities(logits), np.where(values == 2, np.nan, values))
+    rare = Scored(THREE, THREE.probabilities(logits), np.where(values == 2, np.nan, values))
     assert 0 < task_metrics.joint_macro_f1(rare) < 1  # a class that no image of the split has
     rng = np.random.default_rng(0)
     assert "joint_macro_f1" not in task_metrics.summary(

@@ -183,7 +183,9 @@ def test_what_only_teachers_need_is_told_where_none_are_trained(asked, capsys):
     assert "--teacher-lr changes nothing: no teachers are trained, since --soft-labels other" in capsys.readouterr().err
     asked("--no-distillation", "--epochs", "3", "--augment", "standard")
     assert capsys.readouterr().err == ""
-    settings = asked("--recipe", "best", "--no-distillation")  # what the recipe asks of teachers is nobody's mistake
+    settings = asked(
+        "--recipe", "function-matching", "--no-distillation"
+    )  # what the recipe asks of teachers is nobody's mistake
     assert capsys.readouterr().err == ""
     assert not settings.student.live_teachers and settings.student.epochs == 100
 

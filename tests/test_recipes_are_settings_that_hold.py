@@ -74,7 +74,7 @@ def test_a_recipe_is_valid_for_both_commands_as_early_as_a_run_can_tell(name, se
     settings = settings_of("--recipe", name)
     others = [other.settings for other in settings.ensemble.others]
     pipeline.refuse_early([settings.student, settings.teacher, *others])
-    assert ("warning" in capsys.readouterr().err) == (name == "few-labels")  # which asks for photographs
+    assert ("warning" in capsys.readouterr().err) == (name in ("few-labels", "best"))  # which ask for photographs
     for network in (settings.student, settings.teacher, *others):
         fixres.deployed_spec(network, input_spec_for(network.name, network.image_size))
     hard = dataclasses.replace(settings.student, distillation=False)  # the baseline that distill trains beside it

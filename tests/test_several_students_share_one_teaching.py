@@ -182,10 +182,10 @@ def test_int8_training_takes_up_the_students_own_lesson(two: Path) -> None:
     assert lesson.settings.name == "lcnet035" and lesson.settings.image_size == 48 and lesson.loss.soft_weight == 0.2
     ids, stored = read_array(two / "soft_labels/ids.npy"), read_array(two / "soft_labels/label.log_probs.npy")
     rows = [ids.tolist().index(id) for id in lesson.samples.ids]
-    assert lesson.soft_log_probs is not None
-    assert np.array_equal(lesson.soft_log_probs.rows(np.arange(len(rows))), stored[rows])
+    assert lesson.soft is not None
+    assert np.array_equal(lesson.soft.rows(np.arange(len(rows))), stored[rows])
     hard = load_network(two / "student-lcnet035-48-hard-labels" / "model.pt", image_size=None)
-    assert find_lesson(hard, two / "dataset.csv", images.calibration).soft_log_probs is None
+    assert find_lesson(hard, two / "dataset.csv", images.calibration).soft is None
     assert len(lesson.samples) == len(read_dataset(two / "dataset.csv").rows("train"))
     with pytest.raises(Skip, match="not those that the network was trained on"):
         find_lesson(network, two / "dataset.csv", images.certificate)

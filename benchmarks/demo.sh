@@ -31,6 +31,6 @@ esac
 
 # shellcheck disable=SC2086  # the options are words
 "$BIN/distill" $options --student mbv3s --out "$out" --resume
-[ -f "$out/openvino/deploy.json" ] || "$BIN/export-openvino" "$out/model.pt" --test-parity
+[ -f "$out/openvino/deploy.json" ] || "$BIN/export-openvino" "$out/model.pt" --test-parity --int8-minutes 2
 "$BIN/bench-fps" "$out/openvino" --vs naive,onnxruntime,benchmark_app --rounds 3 --seconds 1 --plot "$out/openvino/bench.png"
 "$BIN/edgedistill" report "$out"

@@ -28,7 +28,7 @@ struct Field {
     const char* key;
 };
 
-constexpr std::array<Field, 20> fields{{
+constexpr std::array<Field, 22> fields{{
     {'f', "edgedistill", "format_version"},
     {'t', "edgedistill", "temperature"},
     {'l', "edgedistill", "labels"},
@@ -38,6 +38,8 @@ constexpr std::array<Field, 20> fields{{
     {'d', "edgedistill", "dataset_hash"},
     {'w', "edgedistill", "weights_hash"},
     {'p', "edgedistill", "preprocessing_embedded"},
+    {'n', "edgedistill", "thresholds"},
+    {'g', "edgedistill", "heads"},
     {'b', "model_info", "labels"},
     {'m', "model_info", "mean_values"},
     {'s', "model_info", "scale_values"},
@@ -82,6 +84,11 @@ ov::RTMap metadata_of(std::string_view changes) {
     return sections;
 }
 
+void check(const std::vector<double>& thresholds, std::size_t count) {
+    promise(thresholds.size() == count, "one threshold for each label");
+    for (const double threshold : thresholds) promise(threshold >= 0 && threshold <= 1, "thresholds are probabilities");
+}
+
 void check(const detail::ModelMetadata& metadata) {
     const InputSpec& spec = metadata.input_spec;
     promise(metadata.labels.size() == 3, "one label for each output");
@@ -94,7 +101,15 @@ void check(const detail::ModelMetadata& metadata) {
         promise(std::isfinite(spec.mean[channel]) && spec.std[channel] > 0, "pixels can be normalised");
     }
     promise(metadata.temperature > 0 && metadata.temperature <= 1000, "the temperature can divide");
-    promise(metadata.threshold >= 0 && metadata.threshold <= 1, "the threshold is a probability");
+    check(metadata.thresholds, metadata.multi_label ? metadata.labels.size() : 0);
+    std::size_t outputs = 0;
+    for (const Head& head : metadata.heads) {
+        promise(head.first == outputs, "heads lie side by side", head.name);
+        promise(head.std > 0 && std::isfinite(head.mean), "values can be scaled back", head.name);
+        check(head.thresholds, head.width());
+        outputs += head.width();
+    }
+    promise(metadata.heads.empty() || outputs == metadata.labels.size(), "the heads have all outputs");
 }
 
 }  // namespace

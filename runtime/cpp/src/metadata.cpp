@@ -75,7 +75,9 @@ Shapes read_shapes(const ov::Model& model, const std::string& name) {
         refuse_model(name + ": has its preprocessing embedded; use the plain IR, this runtime adds its own");
     }
     const bool nhwc = image[1] != 3;
-    const auto size = [&](std::size_t axis) { return static_cast<int>(std::min<std::size_t>(image[axis], 1U << 20U)); };
+    const auto size = [&](std::ptrdiff_t axis) {
+        return static_cast<int>(std::min<std::size_t>(image[axis], 1U << 20U));
+    };
     return {nhwc, size(nhwc ? 1 : 2), size(nhwc ? 2 : 3), scores[1]};
 }
 

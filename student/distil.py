@@ -25,7 +25,7 @@ from edgedistill.data.manifest import Dataset
 from edgedistill.data.soft_label_store import SoftRows
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
-from edgedistill.student.calibration import CalibratedRows, teacher_temperatures
+from edgedistill.student.calibration import calibrated_rows, teacher_temperatures
 from edgedistill.student.live_teachers import LiveTeachers, TeacherFile, find_teachers, open_teachers
 from edgedistill.student.unlabelled import (
     MixedDraw,
@@ -309,12 +309,7 @@ def _lesson(
             view_temperatures = on_main(
                 lambda: teacher_temperatures(teachers, dataset, cache=file, device=device, one_view=True)
             )
-        by_fold = {teacher.fold: temperatures[teacher.sha256] for teacher in teachers}
-        if len(by_fold) < len(teachers):
-            raise UsageError(
-                "--calibrate-soft-labels: several teachers labelled each fold; it knows one teacher a fold"
-            )
-        soft = CalibratedRows(soft, folds, by_fold, dataset.task)
+        soft = calibrated_rows(soft, folds, teachers, temperatures, dataset)
     dropped = np.zeros(0, np.int64)
     if settings.drop_noisy:
         dropped = rows_to_drop(find_noisy_labels(dataset, soft), dataset, settings.drop_noisy)

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from edgedistill import task_metrics
-from edgedistill.artifacts import RunDir
-from edgedistill.errors import UsageError
+from edgedistill.artifacts import RunDir, write_array
+from edgedistill.data.soft_label_store import HeldRows
+from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.metrics import fit_temperature, log_loss, softmax
 from edgedistill.report.noisy_section import noisy_section
 from edgedistill.student import StudentSettings
-from edgedistill.student.calibration import calibrated, teacher_temperatures
+from edgedistill.student.calibration import calibrated, calibrated_rows, teacher_temperatures
 from edgedistill.student.distil import _lesson
-from edgedistill.student.live_teachers import find_teachers
+from edgedistill.student.live_teachers import TeacherFile, find_teachers
 from edgedistill.training.checkpoints import read_model
 from edgedistill.training.heads import scores_from, scores_of
 from edgedistill.training.noisy_labels import (
@@ -210,7 +211,7 @@ def test_temperatures_are_fitted_on_val_once(tiny_dataset, taught_run, tmp_path,
     asked = []
     logits = generator(0).normal(size=(len(tiny_dataset.rows("val")), 3)).astype(np.float32) * 6
     monkeypatch.setattr(
-        calibration, "predict_logits", lambda model, paths, spec, title: asked.append(list(paths)) or logits
+        calibration, "label_pictures", lambda model, paths, *others, **views: asked.append(list(paths)) or logits
     )
     files = find_teachers(taught_run.soft_labels, tiny_dataset)
     options = {"cache": tmp_path / "temperatures.json", "device": torch.device("cpu")}
@@ -241,3 +242,40 @@ def test_a_student_is_told_what_was_calibrated_and_left_out(tiny_dataset, taught
     )  # uniform labels accuse nobody
     with pytest.raises(UsageError, match=r"drop_noisy=0.7, expected a share of the training images"):
         StudentSettings(drop_noisy=0.7)
+
+
+@pytest.mark.parametrize("several_heads", [False, True])
+def test_several_teachers_are_calibrated_each_and_mixed_anew(tiny_dataset, heads_dataset, tmp_path, several_heads):
+    data = heads_dataset if several_heads else tiny_dataset
+    task, width, rng = data.task, len(data.outputs), generator(3)
+    folds = np.where(data.splits == "train", data.folds, -1).astype(np.int16)
+    files, said, temperatures = [], {}, {"a0": 0.5, "b0": 2.0, "a1": 3.0, "b1": 1.0}
+    for fold in (0, 1):
+        ids = data.ids[folds == fold]
+        for name, weight in (("a", 0.25), ("b", 0.75)):
+            folder = tmp_path / f"{name}{fold}"
+            logits = rng.normal(size=(len(ids), width)) * 3
+            scores = np.log(softmax(logits)).astype(np.float32) if task is None else scores_of(task, logits)
+            order = rng.permutation(len(ids))
+            write_array(folder / "held_out_ids.npy", np.append(ids[order], "of another data set").astype(str))
+            write_array(folder / "held_out.log_probs.npy", np.concatenate([scores[order], scores[:1]]))
+            files.append(TeacherFile(fold, folder / "model.pt", folder.name, weight))
+            said[folder.name] = scores
+    source = HeldRows(rng.normal(size=(len(data), width)).astype(np.float32))
+    mixed = calibrated_rows(source, folds, files, temperatures, data)
+    found = mixed.rows(np.arange(len(data)))
+    for fold in (0, 1):
+        shares = {
+            name: softmax(said[name], temperatures[name]) if task is None
+            else task.probabilities(said[name], temperatures[name])
+            for name in (f"a{fold}", f"b{fold}")
+        }  # fmt: skip
+        expected = 0.25 * shares[f"a{fold}"] + 0.75 * shares[f"b{fold}"]
+        own = found[folds == fold]
+        assert np.allclose(np.exp(own) if task is None else task.probabilities(own), expected, atol=1e-5)
+    assert np.array_equal(found[folds < 0], source.table[folds < 0])
+    some = np.array([5, 1, 30, 1])
+    assert np.array_equal(mixed.rows(some), found[some])
+    write_array(files[0].path.parent / "held_out_ids.npy", np.array(["x"] * (len(ids) + 1)))
+    with pytest.raises(ArtifactError, match="a0: not its teacher's answers for all of fold 1; train it again"):
+        calibrated_rows(source, folds, files, temperatures, data)

@@ -129,7 +129,7 @@ TRAINING_OPTIONS: tuple[TrainingOption, ...] = (
         " loss has --live-teachers' defaults.",
         default=0,
     ),
-    _student("calibrate_soft_labels", bool, "Each fold's teacher at the temperature that fits val.", default=False),
+    _student("calibrate_soft_labels", bool, "Each teacher at the temperature that fits val.", default=False),
     _student(
         "drop_noisy",
         float,

@@ -128,13 +128,16 @@ class DistillSettings:
         if not self.student.distillation and self.soft_labels is not None:
             raise UsageError("--no-distillation and --soft-labels contradict each other; give one of them")
         if self.soft_labels is None and self.ensemble.others:
-            self._refuse_what_needs_one_architecture()
+            self._refuse_what_averages()
 
-    def _refuse_what_needs_one_architecture(self) -> None:
+    def _refuse_what_averages(self) -> None:
         blend, student = self.ensemble.blend, self.student
-        if student.calibrate_soft_labels:
-            raise UsageError("--calibrate-soft-labels knows one teacher a fold; give --teacher one network")
-        asked = {"--live-teachers": student.live_teachers, "--views": student.views, "--unlabelled": student.unlabelled}
+        asked = {
+            "--live-teachers": student.live_teachers,
+            "--views": student.views,
+            "--unlabelled": student.unlabelled,
+            "--calibrate-soft-labels": student.calibrate_soft_labels,
+        }
         averaging = [flag for flag, given in asked.items() if given]
         if averaging and (blend.vote != "soft" or blend.override):
             raise UsageError(
@@ -296,12 +299,7 @@ def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> 
                 "--calibrate-soft-labels: the data set has no val split; give it one with --val-fraction 0.1"
             )
         if folder is not None and student.needs_teachers:
-            teachers = find_teachers(folder, dataset)
-            if student.calibrate_soft_labels and len({teacher.fold for teacher in teachers}) < len(teachers):
-                raise UsageError(
-                    f"--calibrate-soft-labels knows one teacher a fold, and several labelled each fold of {folder}; "
-                    "leave it away"
-                )
+            find_teachers(folder, dataset)
         if student.unlabelled:
             find_unlabelled(student, dataset, cache)
 

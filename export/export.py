@@ -23,7 +23,17 @@ from edgedistill.export.certificate import CERTIFICATE_FORMAT, Forms, Limits, ce
 from edgedistill.export.folder import building, check_target, put_in_place
 from edgedistill.export.fusion import fuse
 from edgedistill.export.inference import compile_ir, torch_threads
-from edgedistill.export.int8 import MIN_GAIN, Int8Mode, Int8Result, Int8Settings, Rung, Skip, Trainer, make_int8
+from edgedistill.export.int8 import (
+    MIN_GAIN,
+    Int8Mode,
+    Int8Result,
+    Int8Settings,
+    Int8Weights,
+    Rung,
+    Skip,
+    Trainer,
+    make_int8,
+)
 from edgedistill.export.int8_training import Int8Training, find_lesson
 from edgedistill.export.network import Network, load_network, load_timm_network, random_images
 from edgedistill.export.onnx_file import write_onnx
@@ -51,7 +61,8 @@ class ExportSettings:
     training; by default dataset.csv of the run that model.pt belongs to. ``image_size``: another input size, in pixels. ``int8``: 'auto'
     ships it where it is faster on this CPU and within ``int8_max_drop`` (top-1 on val), 'on' or 'force' wherever it is
     within, 'off' makes none. ``int8_max_rung``, ``int8_minutes``: the last rung of the ladder to try, and the time for
-    all; ``int8_epochs``: of its training. ``certificate`` False: export without proof. ``test_parity``: also certify on the test split, once, for the final evaluation.
+    all; ``int8_epochs``: of its training; ``int8_weights``: 'half' of their range for CPUs without VNNI, 'auto': where this is
+    one. ``certificate`` False: export without proof. ``test_parity``: also certify on the test split, once, for the final evaluation.
     ``threads``: for everything that runs here; None: all cores. Raises UsageError for settings that contradict.
     """
 
@@ -68,6 +79,7 @@ class ExportSettings:
     int8_min_gain: float = MIN_GAIN
     int8_max_rung: Rung = "qat"
     int8_minutes: float = 20.0
+    int8_weights: Int8Weights = "auto"
     int8_epochs: int = 3
     certificate: bool = True
     certificate_images: int = 1000
@@ -124,6 +136,7 @@ class ExportSettings:
             min_gain=self.int8_min_gain,
             max_rung=self.int8_max_rung,
             minutes=self.int8_minutes,
+            weights=self.int8_weights,
             timing_rounds=self.timing_rounds,
             timing_seconds=self.timing_seconds,
             threads=self.threads,

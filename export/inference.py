@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import onnxruntime
 import openvino as ov
 import torch
+from openvino import opset8
 from torch import nn
 
 from edgedistill.errors import ModelError
@@ -67,6 +69,22 @@ def compile_ir(model: ov.Model | Path, *, threads: int | None, profile: bool = F
         return ov.Core().compile_model(str(model) if isinstance(model, Path) else model, "CPU", properties)
     except RuntimeError as error:
         raise ModelError(f"OpenVINO cannot compile the network: {str(error).strip().splitlines()[-1]}") from error
+
+
+@functools.cache
+def sums_saturate() -> bool:
+    """Whether INT8 layers add pairs of products in 16 bits here, which saturate: AVX2, and AVX-512 without VNNI.
+
+    Asked of OpenVINO itself, by a convolution of the largest values: such a CPU gives half of their sum.
+    """
+    channels, top, weight = 64, 255.0, 127
+    image = opset8.parameter([1, channels, 4, 4], np.float32)
+    quantised = opset8.fake_quantize(image, *(np.float32(limit) for limit in (0, top, 0, top)), levels=256)
+    weights = opset8.convert(opset8.constant(np.full((32, channels, 1, 1), weight, np.int8)), "f32")
+    sums = opset8.convolution(quantised, opset8.multiply(weights, np.float32(1)), [1, 1], [0, 0], [0, 0], [1, 1])
+    compiled = compile_ir(ov.Model([sums], [image]), threads=1)
+    found = compiled(np.full((1, channels, 4, 4), top, np.float32))[0]
+    return bool(found.max() < 0.9 * channels * top * weight)
 
 
 def ir_logits(compiled: ov.CompiledModel, pixels: ImageU8, spec: InputSpec) -> Logits:

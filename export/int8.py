@@ -7,6 +7,7 @@ than FP32 ends the climb; every rung is measured on val and on record.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,11 +17,12 @@ import openvino as ov
 
 from edgedistill.console import note, warn
 from edgedistill.errors import ModelError, UsageError
-from edgedistill.export.inference import Logits, compile_ir, ir_logits, speed_ratio
+from edgedistill.export.inference import Logits, compile_ir, ir_logits, speed_ratio, sums_saturate
 from edgedistill.export.int8_quantize import (
     RANKING_IMAGES,
     AccuracyMetrics,
     OutOfTime,
+    WeightRange,
     control_accuracy,
     divergence_on,
     float_layer_count,
@@ -33,6 +35,7 @@ from edgedistill.images import ImageU8, InputSpec
 from edgedistill.tasks import Task, Values
 
 Int8Mode = Literal["auto", "on", "force", "off"]
+Int8Weights = Literal["auto", "full", "half"]
 Rung = Literal["plain", "ranges", "float-layers", "accuracy-control", "qat"]
 RUNGS: tuple[Rung, ...] = ("plain", "ranges", "float-layers", "accuracy-control", "qat")
 FLOAT_GROUPS = (1, 2, 4, 8)
@@ -44,6 +47,8 @@ class Int8Settings:
     """``mode``: 'auto' ships INT8 where it is faster and within ``max_drop``; 'on' and 'force', which mean the same,
     wherever it is within; 'off' makes none. ``max_drop``: accuracy on val that INT8 may cost. ``max_rung``: the last
     rung to try. ``minutes``: for the whole ladder. ``min_calibration``: fewer train images than this: no INT8.
+    ``weights``: 'half' uses half of INT8's range for them, which keeps the sums of CPUs without 8-bit dot products (VNNI)
+    from saturating; 'auto' does so where this CPU's do.
 
     Raises UsageError for a rung that does not exist or a time that is not above 0.
     """
@@ -55,6 +60,7 @@ class Int8Settings:
     min_gain: float = MIN_GAIN
     max_rung: Rung = "qat"
     minutes: float = 20.0
+    weights: Int8Weights = "auto"
     timing_rounds: int = 45
     timing_seconds: float = 0.05
     threads: int | None = None
@@ -64,6 +70,8 @@ class Int8Settings:
             raise UsageError(f"--int8 {self.mode}: expected auto, on, force or off")
         if self.max_rung not in RUNGS:
             raise UsageError(f"--int8-max-rung {self.max_rung}: expected one of {', '.join(RUNGS)}")
+        if self.weights not in ("auto", "full", "half"):
+            raise UsageError(f"--int8-weights {self.weights}: expected auto, full or half")
         if not 0 < self.minutes < float("inf"):
             raise UsageError(f"--int8-minutes {self.minutes:g}: expected a number above 0")
         if not 0 <= self.max_drop <= 1:
@@ -89,6 +97,7 @@ class Int8Result:
     calibration_images: int = 0
     val_images: int = 0
     top1_f32: float | None = None
+    weights: WeightRange = "full"
     seconds: float = 0.0
     settings: Int8Settings = field(default_factory=Int8Settings)
 
@@ -106,6 +115,7 @@ class Int8Result:
             "min_gain": self.settings.min_gain,
             "max_rung": self.settings.max_rung,
             "minutes": self.settings.minutes,
+            "weights": self.weights,
             "seconds": self.seconds,
             "rungs": list(self.rungs),
         }
@@ -134,6 +144,7 @@ class _Bench:
     started: float
     trainer: Trainer | None
     task: Task
+    weights: WeightRange
 
     def accuracy(self, logits: Logits) -> float:
         """On val; of several heads the joint score."""
@@ -216,9 +227,18 @@ def make_int8(
         started=started,
         trainer=trainer,
         task=task,
+        weights=_weight_range(settings),
     )
+    if bench.weights == "half" and settings.weights == "auto":
+        note("INT8: this CPU has no 8-bit dot products and its sums saturate, so weights use half of their range")
     attempts, records = _climb(bench)
     return _decide(bench, attempts, records)
+
+
+def _weight_range(settings: Int8Settings) -> WeightRange:
+    if settings.weights == "auto":
+        return "half" if sums_saturate() else "full"
+    return settings.weights
 
 
 def _climb(bench: _Bench) -> tuple[list[_Attempt], list[dict[str, Any]]]:
@@ -248,20 +268,24 @@ def _climb(bench: _Bench) -> tuple[list[_Attempt], list[dict[str, Any]]]:
 
 
 def _plain(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
-    model = quantize(bench.model, bench.spec, bench.calibration, check=bench.check)
+    model = quantize(bench.model, bench.spec, bench.calibration, weights=bench.weights, check=bench.check)
     yield _Attempt("plain", "all layers in INT8", model, whole=True)
 
 
 def _ranges(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
-    model = quantize(bench.model, bench.spec, bench.calibration, quantile=True, check=bench.check)
+    model = quantize(
+        bench.model, bench.spec, bench.calibration, quantile=True, weights=bench.weights, check=bench.check
+    )
     yield _Attempt("ranges", "ranges of activations by quantiles", model, whole=True, quantile=True)
 
 
 def _float_layers(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]:
     """The 1, 2, 4, 8 groups of layers whose return to float brings the outputs closest to FP32, one attempt each."""
     quantile = _closest(attempts).quantile
-    few = bench.calibration[:RANKING_IMAGES]
-    quick = quantize(bench.model, bench.spec, few, correct_bias=False, quantile=quantile, check=bench.check)
+    quantised = functools.partial(
+        quantize, bench.model, bench.spec, quantile=quantile, weights=bench.weights, check=bench.check
+    )
+    quick = quantised(bench.calibration[:RANKING_IMAGES], correct_bias=False)
     divergence = divergence_on(
         bench.pixels[:RANKING_IMAGES],
         bench.reference_logits[:RANKING_IMAGES],
@@ -274,9 +298,7 @@ def _float_layers(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Attempt]
         raise Skip("no layer brings the outputs closer to FP32 when it alone is in float")
     for count in sorted({min(count, len(ranked)) for count in FLOAT_GROUPS}):
         ignored = sorted({name for _, names, _ in ranked[:count] for name in names})
-        model = quantize(
-            bench.model, bench.spec, bench.calibration, ignored=ignored, quantile=quantile, check=bench.check
-        )
+        model = quantised(bench.calibration, ignored=ignored)
         groups = ", ".join(group for group, _, _ in ranked[:count])
         yield _Attempt("float-layers", f"in float: {groups}", model, quantile=quantile)
 
@@ -291,6 +313,7 @@ def _accuracy_control(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Atte
         metrics=AccuracyMetrics(bench.task, bench.values, bench.reference_logits),
         max_drop=bench.settings.max_drop,
         quantile=quantile,
+        weights=bench.weights,
         check=bench.check,
     )
     yield _Attempt("accuracy-control", "NNCF accuracy control", model, quantile=quantile)
@@ -366,6 +389,7 @@ def _decide(bench: _Bench, attempts: list[_Attempt], records: list[dict[str, Any
         calibration_images=len(bench.calibration),
         val_images=len(bench.values),
         top1_f32=bench.reference_accuracy,
+        weights=bench.weights,
         seconds=round(time.monotonic() - bench.started, 1),
         settings=settings,
     )

@@ -58,6 +58,7 @@ TRIAL_STEPS = 2
 PROOF_IMAGES = 32
 PROOF_SHARE = 0.25
 MODULE = "__module."
+FULL, HALF = 127, 63  # levels of weights on either side of zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,12 +313,16 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Symmetric, 255 levels, one scale for each output channel, which follows the largest weight."""
+    """Symmetric, levels from -``top`` to ``top``, one scale for each output channel, which follows the largest weight."""
+
+    def __init__(self, top: int) -> None:
+        super().__init__()
+        self.top = top
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         largest = weight.detach().abs().flatten(1).amax(1).clamp_min(1e-12)
         zero_point = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-        return torch.fake_quantize_per_channel_affine(weight, largest / 127.0, zero_point, 0, -127, 127)
+        return torch.fake_quantize_per_channel_affine(weight, largest / self.top, zero_point, 0, -self.top, self.top)
 
 
 def simulate(module: nn.Module, pattern: ov.Model) -> Simulation:
@@ -335,9 +340,9 @@ def simulate(module: nn.Module, pattern: ov.Model) -> Simulation:
             unknown.append(place)
             continue
         model.add_module(f"quantizer_{number}", quantizer)  # so that it moves to the device with the rest
-    for place in _int8_layers(pattern):
+    for place, top in _int8_layers(pattern):
         if isinstance(modules.get(place), nn.Conv2d | nn.Linear):
-            parametrize.register_parametrization(modules[place], "weight", WeightQuantizer())
+            parametrize.register_parametrization(modules[place], "weight", WeightQuantizer(top))
         else:
             unknown.append(place)
     for parameter in model.parameters():
@@ -368,10 +373,19 @@ def _activations(pattern: ov.Model) -> Iterable[tuple[str, npt.NDArray[np.float3
         yield place, low, high
 
 
-def _int8_layers(pattern: ov.Model) -> Iterable[str]:
+def _int8_layers(pattern: ov.Model) -> Iterable[tuple[str, int]]:
+    """(module, the largest of its weights' levels) of every layer with INT8 weights."""
     for operation in pattern.get_ordered_ops():
-        if operation.get_type_name() in QUANTIZABLE and _int8_weights(operation.input_value(1).get_node()) is not None:
-            yield _module(operation)
+        if operation.get_type_name() in QUANTIZABLE:
+            weights = operation.input_value(1).get_node()
+            if _int8_weights(weights) is not None:
+                yield _module(operation), _top_level(weights)
+
+
+def _top_level(weights: ov.Node) -> int:
+    """FULL, or HALF where NNCF kept them to half of the range: each channel's largest weight lies at the end of it."""
+    levels = _constant(weights.input_value(0).get_node()).astype(np.int64)
+    return HALF if np.abs(levels).max() <= HALF + 1 else FULL
 
 
 def _module(operation: ov.Node) -> str:
@@ -431,9 +445,10 @@ def _replace_constant(operation: ov.Node, port: int, values: npt.NDArray[Any]) -
         return
     shape = tuple(scale.get_output_shape(0))
     axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    top = _top_level(producer)
     largest = np.maximum(np.abs(values).max(axis=axes, keepdims=True), 1e-12)
-    steps = (largest / 127.0).astype(np.float32)
-    levels = np.clip(np.round(values / steps), -127, 127).astype(np.int8)
+    steps = (largest / top).astype(np.float32)
+    levels = np.clip(np.round(values / steps), -top, top).astype(np.int8)
     inner = producer.input_value(0).get_node()
     inner.input(0).replace_source_output(opset8.constant(levels).output(0))
     producer.input(1).replace_source_output(opset8.constant(steps.reshape(shape)).output(0))

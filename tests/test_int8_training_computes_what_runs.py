@@ -159,6 +159,20 @@ def test_the_simulation_answers_as_the_int8_network(
     assert np.array_equal(torch_logits(plain, pixels, SPEC), float32), "nothing was trained, so nothing may change"
 
 
+def test_weights_in_half_range_stay_there(fused: nn.Module, converted: ov.Model, samples: Samples) -> None:
+    """Pairs of products cannot saturate then, so the simulation answers as the network does on every CPU."""
+    pixels = load_pixels(samples.paths, SPEC)
+    pattern = quantize(converted, SPEC, pixels, correct_bias=False, weights="half")
+    simulation, same = simulate(fused, pattern), with_weights(pattern, converted)
+    tops = dict(int8_training._int8_layers(same))
+    assert tops == {place: 127 if place.endswith("wide") else 63 for place in tops} and len(tops) == 8
+    float32 = torch_logits(fused, pixels, SPEC)
+    simulated = torch_logits(simulation.model.eval(), pixels, SPEC)
+    for run in (as_written, on_this_cpu):
+        int8 = ir_logits(run(same), pixels, SPEC)
+        assert np.abs(simulated - int8).mean() < 0.1 * np.abs(float32 - int8).mean()
+
+
 def test_gradients_reach_every_weight(fused: nn.Module, pattern: ov.Model) -> None:
     simulation = simulate(fused, pattern)
     simulation.model.train()(torch.randn(4, 3, 32, 32)).square().sum().backward()

@@ -457,6 +457,9 @@ def export_openvino(
         str, typer.Option(help="Last means to try: plain, ranges, float-layers, accuracy-control or qat.")
     ] = "qat",
     int8_minutes: Annotated[float, typer.Option(help="For all attempts at INT8 together.")] = 20.0,
+    int8_weights: Annotated[
+        str, typer.Option(help="full; half, for CPUs without 8-bit dot products (VNNI); auto, as this CPU needs.")
+    ] = "auto",
     certificate: Annotated[bool, typer.Option(help="Prove that every form answers alike, or fail.")] = True,
     test_parity: Annotated[
         bool, typer.Option("--test-parity", help="Certify on the test split too, once, at the end.")
@@ -487,6 +490,7 @@ def export_openvino(
         int8_max_drop=int8_max_drop,
         int8_max_rung=int8_max_rung,  # type: ignore[arg-type]
         int8_minutes=int8_minutes,
+        int8_weights=int8_weights,  # type: ignore[arg-type]
         certificate=certificate,
         test_parity=test_parity,
         embed_preprocessing=embed_preprocessing,

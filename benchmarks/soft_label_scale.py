@@ -5,6 +5,9 @@
 Log-probabilities are drawn block by block and never lie on the disk uncompressed. --limit-gib bounds the process's
 address space, so that finishing is the proof; run it in a process of its own, whose peak of memory is recorded.
 
+Before that, in another process under the same limit, two architectures' answers for the folds that they never saw become
+soft labels as `teach` makes them: their quality, the weights of their vote, and the labels themselves.
+
 Then a student's training is prepared as `distill` prepares it, in a second process under the same limit: the labels are
 opened, those that look wrong are searched for and left out, all of them are hashed, and the targets of batches are mixed
 and learned from. Only the images and the network are missing: logits are drawn.
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,14 @@ from edgedistill import console
 from edgedistill.artifacts import read_json, write_array, write_json
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.data.manifest import Dataset
-from edgedistill.data.soft_label_store import BLOCK_ROWS, LogProbs, open_store, parse_store, write_store
+from edgedistill.data.soft_label_store import (
+    BLOCK_ROWS,
+    LogProbs,
+    open_store,
+    parse_store,
+    write_blocks,
+    write_store,
+)
 from edgedistill.errors import UsageError
 
 FORMAT, PLAN = "edgedistill-soft-label-scale", "edgedistill-soft-label-scale-student"
@@ -43,10 +53,10 @@ RANDOM_BATCHES = 40
 SHARPNESS = 5.0  # of the drawn logits: the first choice has 0.54 on average, the first ten 0.92
 
 
-def drawn(rows: int, classes: int) -> Iterator[LogProbs]:
-    """Blocks of log-probabilities, float32 [n, C], that depend on their place alone."""
+def drawn(rows: int, classes: int, *, first: int = 0) -> Iterator[LogProbs]:
+    """Blocks of log-probabilities, float32 [n, C], that depend on their place and on ``first`` alone."""
     for start in range(0, rows, BLOCK_ROWS):
-        draws = np.random.default_rng(start)
+        draws = np.random.default_rng(first + start)
         logits = draws.standard_normal((min(BLOCK_ROWS, rows - start), classes), dtype=np.float32) * SHARPNESS
         logits -= logits.max(axis=1, keepdims=True)
         yield logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -84,7 +94,11 @@ def measure(folder: Path, *, rows: int, classes: int, store: str) -> dict[str, A
         "loss": entry.get("loss"),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    return figures | {"student": student_apart(folder, rows=rows, classes=classes, entry=entry)}
+    teachers = apart("teachers", folder, rows=rows, classes=classes, store=store)
+    return figures | {
+        "teachers": teachers,
+        "student": apart("student", folder, rows=rows, classes=classes, entry=entry, batches=STUDENT_BATCHES),
+    }
 
 
 def peak_rss_bytes() -> int:
@@ -113,14 +127,51 @@ def made_up(rows: int, classes: int) -> Dataset:
     )
 
 
-def student_apart(folder: Path, *, rows: int, classes: int, entry: dict[str, Any]) -> dict[str, Any]:
-    """``student`` in a process of its own, for the labels that ``entry`` describes and ``folder`` holds."""
-    plan, out = folder / "plan.json", folder / "student.json"
-    write_json(plan, {"rows": rows, "classes": classes, "entry": entry, "batches": STUDENT_BATCHES}, format=PLAN)
-    command = [sys.executable, "-m", "edgedistill.benchmarks.soft_label_scale", "--student", plan, "--out", out]
-    subprocess.run([str(part) for part in command], check=True)
-    figures = read_json(out, format=PLAN)
-    return {name: figures[name] for name in figures if name not in ("format", "version")}
+def apart(part: str, folder: Path, **sizes: Any) -> dict[str, Any]:
+    """``teachers`` or ``student`` in a process of its own, whose peak of memory is then its own too."""
+    plan, out = folder / f"{part}-plan.json", folder / f"{part}.json"
+    write_json(plan, sizes, format=PLAN)
+    command = [sys.executable, "-m", "edgedistill.benchmarks.soft_label_scale", "--part", part, plan, "--out", out]
+    subprocess.run([str(word) for word in command], check=True)
+    return _plain(read_json(out, format=PLAN))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in ("format", "version")}
+
+
+def teachers(folder: Path, *, rows: int, classes: int, store: str) -> dict[str, Any]:
+    """Seconds and bytes of what `teach` does once two architectures have answered for their folds."""
+    from edgedistill.artifacts import RunDir
+    from edgedistill.teacher import teach
+    from edgedistill.training.soft_labels import ids_hash
+
+    imported, dataset, run = _memory_bytes("VmRSS"), made_up(rows, classes), RunDir(folder / "run")
+    marks = [time.perf_counter()]
+    settings = teach.TeacherSettings(soft_label_store=store)
+    members = [teach._Member("one", "", settings), teach._Member("two", "two", settings)]
+    for number, member in enumerate(members):
+        for fold in range(FOLDS):
+            held_out, place = dataset.folds == fold, run.teacher(fold, member.folder)
+            count = int(held_out.sum())
+            write_array(place / "held_out_ids.npy", dataset.ids[held_out])
+            answers = drawn(count, classes, first=(number * FOLDS + fold) * rows)
+            write_blocks(place / "held_out.log_probs.npy", answers, shape=(count, classes))
+            trained = {"trained_on": ids_hash(dataset.ids[~held_out]), "epochs_planned": 1, "epochs_done": 1}
+            names = {"fold": fold, "architecture": member.label, "model_sha256": f"{member.label}-{fold}"}
+            write_json(place / "fold.json", names | trained, format=teach.FOLD_FORMAT)
+    marks.append(time.perf_counter())
+    ensemble = teach.Ensemble(label="one", others=(teach.NamedTeacher("two", settings),))
+    teach._write_labels(ensemble, members, dataset, run)
+    marks.append(time.perf_counter())
+    quality = read_json(run.root / "teacher" / "oof.json", format=teach.OOF_FORMAT)
+    shutil.rmtree(run.root)
+    return dict(zip(("drawn_s", "labels_s"), np.diff(marks).tolist(), strict=True)) | {
+        "weights": quality["blend"]["weights"],
+        "log_loss": quality["all"]["log_loss"],
+        "imported_rss_bytes": imported,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
 
 
 def student(folder: Path, *, rows: int, classes: int, entry: dict[str, Any], batches: int) -> dict[str, Any]:
@@ -195,19 +246,21 @@ def main() -> None:
     parser.add_argument("--limit-gib", type=float, default=2.0, help="address space that each process may take")
     parser.add_argument("--folder", type=Path, help="where the labels lie while they are measured (default: /tmp)")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--student", type=Path, help=argparse.SUPPRESS)  # the second process, by student_apart
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)  # a process of its own, by apart
     arguments = parser.parse_args()
-    if arguments.student is not None:
-        plan = read_json(arguments.student, format=PLAN)
-        sizes = {name: plan[name] for name in ("rows", "classes", "entry", "batches")}
-        write_json(arguments.out, student(arguments.student.parent, **sizes), format=PLAN)
+    if arguments.part is not None:
+        parts: dict[str, Callable[..., dict[str, Any]]] = {"teachers": teachers, "student": student}
+        plan = Path(arguments.part[1])
+        figures = parts[arguments.part[0]](plan.parent, **_plain(read_json(plan, format=PLAN)))
+        write_json(arguments.out, figures, format=PLAN)
         return
     limit = int(arguments.limit_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         widest = arguments.rows * arguments.classes * 4
-        if arguments.store == "float32" and shutil.disk_usage(folder).free < 1.1 * widest:
-            raise UsageError(f"{folder}: float32 takes {widest / 1e9:.1f} GB; free some space, or choose --folder")
+        needed = (3.2 if arguments.store == "float32" else 2.7) * widest  # the answers of two teachers, and the labels
+        if shutil.disk_usage(folder).free < needed:
+            raise UsageError(f"{folder}: {needed / 1e9:.1f} GB are needed; free some space, or choose --folder")
         result = measure(Path(folder), rows=arguments.rows, classes=arguments.classes, store=arguments.store)
     result["limit_gib"] = arguments.limit_gib
     show(result)
@@ -220,7 +273,7 @@ def main() -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    learned = result["student"]
+    learned, taught = result["student"], result["teachers"]
     shown = [
         ("write (of this drawing)", f"{result['write_s']:.1f} s ({result['draw_s']:.1f} s)"),
         ("read in order", f"{result['read_s']:.1f} s"),
@@ -228,6 +281,8 @@ def show(result: dict[str, Any]) -> None:
         ("disk, of float32's", f"{result['disk_bytes'] / 1e9:.3f} GB ({result['float32_bytes'] / 1e9:.1f} GB)"),
         ("peak memory", f"{result['peak_rss_bytes'] / 1e9:.2f} GB"),
         ("mean loss", "none" if result["loss"] is None else f"{result['loss']['kl_mean']:.3g} nats"),
+        ("teachers: quality, vote, labels", f"{taught['labels_s']:.1f} s"),
+        ("teachers: peak memory", f"{taught['peak_rss_bytes'] / 1e9:.2f} GB"),
         ("student: labels that look wrong", f"{learned['noisy_labels_s']:.1f} s"),
         ("student: hash of all labels", f"{learned['identity_s']:.1f} s"),
         (f"student: targets of {RANDOM_ROWS} images", f"{learned['targets_ms']:.1f} ms"),

@@ -26,6 +26,7 @@ from edgedistill.student.live_teachers import TeacherFile
 from edgedistill.tasks import Task
 from edgedistill.training.checkpoints import read_model, read_tta
 from edgedistill.training.heads import SMALLEST, scores_from, scores_of
+from edgedistill.training.soft_labels import StoredTable
 from edgedistill.training.views import label_pictures
 
 FORMAT = "edgedistill-teacher-temperatures"
@@ -99,7 +100,7 @@ def _answer(
 ) -> Answer:
     folder = file.path.parent
     ids = read_array(folder / "held_out_ids.npy")
-    scores = read_array(folder / "held_out.log_probs.npy", mmap=True)
+    scores = StoredTable(folder / "held_out.log_probs.npy")
     place = np.full(len(row_of), -1, np.int64)
     for at, name in enumerate(ids.tolist()):
         if name in row_of:
@@ -149,11 +150,11 @@ class CalibratedRows:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What one of several teachers said of its fold. ``scores``: float32 [n, C], on the disk; ``place``: int64
+    """What one of several teachers said of its fold. ``scores``: [n, C], on the disk; ``place``: int64
     [len(dataset)], where an image of the data set lies in them, else -1; ``weight``: its share in the fold's labels."""
 
     fold: int
-    scores: npt.NDArray[np.float32]
+    scores: StoredTable
     place: npt.NDArray[np.int64]
     temperature: float
     weight: float

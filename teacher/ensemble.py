@@ -10,17 +10,18 @@ its own, a sigmoid head label by label, a value as the weighted mean. Answers ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from edgedistill.data.soft_label_store import row_blocks
 from edgedistill.errors import DataError, UsageError
 from edgedistill.tasks import Head, Task, Values, answers_of
 from edgedistill.training.heads import scores_from
-from edgedistill.training.soft_labels import FoldResult
+from edgedistill.training.soft_labels import FoldResult, ScoreTable
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -161,19 +162,55 @@ def fit_blend(
 
     ``truth``: classes, int [N]; of several heads, ``task``, values, float32 [N, V], and ``members`` are [N, D] each.
     """
-    given, override = settings.given_weights(), settings.override_parts()
-    if given is not None:
-        weights = np.array(given)
-    elif settings.weights == "equal" or not len(truth):
-        weights = np.ones(len(members))
-    elif settings.weights == "score":
-        weights = np.array([_score(member, truth, task) for member in members])
-        weights = weights if weights.sum() > 0 else np.ones(len(members))
-    elif task is None:
+    if task is None:
+        return _fitted(settings, labels, Evidence.of(settings.vote, members, truth.astype(np.int64)))
+    if settings.weights == "score" and len(truth):
+        return _settled(settings, labels, np.array([_score(member, truth, task) for member in members]), task)
+    if settings.weights == "oof" and len(truth):
+        return _settled(settings, labels, mixture_weights(*_likelihoods(settings.vote, members, truth, task)), task)
+    return _settled(settings, labels, np.ones(len(members)), task)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All that weights are fitted on, of images with one label: ``likelihoods``, float64 [A, N], what each architecture's
+    vote gives the label, and ``hits``, bool [A, N], whether it is its first choice."""
+
+    likelihoods: npt.NDArray[np.float64]
+    hits: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, vote: str, members: Sequence[Floats], truth: npt.NDArray[np.integer[Any]]) -> Evidence:
+        """``members``: probabilities, float [N, C] each."""
         rows = np.arange(len(truth))
-        weights = mixture_weights(np.stack([_votes(member, settings.vote)[rows, truth] for member in members]))
-    else:
-        weights = mixture_weights(*_likelihoods(settings.vote, members, truth, task))
+        return cls(
+            np.stack([_votes(member, vote)[rows, truth] for member in members]),
+            np.stack([member.argmax(axis=1) == truth for member in members]),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Evidence]) -> Evidence:
+        return cls(
+            np.concatenate([part.likelihoods for part in parts], axis=1),
+            np.concatenate([part.hits for part in parts], axis=1),
+        )
+
+
+def _fitted(settings: BlendSettings, labels: Sequence[str], evidence: Evidence) -> Blend:
+    if settings.weights == "score" and evidence.hits.size:
+        return _settled(settings, labels, evidence.hits.mean(axis=1))
+    if settings.weights == "oof":
+        return _settled(settings, labels, mixture_weights(evidence.likelihoods))
+    return _settled(settings, labels, np.ones(len(evidence.hits)))
+
+
+def _settled(
+    settings: BlendSettings, labels: Sequence[str], weights: npt.NDArray[np.float64], task: Task | None = None
+) -> Blend:
+    """With the weights that the settings give, else with these; where all of them are 0, all are alike."""
+    given, override = settings.given_weights(), settings.override_parts()
+    weights = weights if given is None else np.array(given)
+    weights = weights if weights.sum() > 0 else np.ones(len(weights))
     return Blend(
         weights=tuple(float(weight) for weight in weights / weights.sum()),
         vote=settings.vote,
@@ -182,10 +219,8 @@ def fit_blend(
     )
 
 
-def _score(probabilities: Floats, truth: npt.NDArray[Any], task: Task | None) -> float:
-    """The accuracy; of several heads the mean over those of classes, of the labels that are known."""
-    if task is None:
-        return float((probabilities.argmax(axis=1) == truth).mean())
+def _score(probabilities: Floats, truth: npt.NDArray[Any], task: Task) -> float:
+    """The accuracy, mean over the heads of classes, of the labels that are known."""
     shares = []
     for head, own, values in task.parts(probabilities, truth):
         known = ~np.isnan(values)
@@ -285,26 +320,98 @@ def blend_folds(
     """
     names = list(results)
     folds = [_aligned(names, group) for group in zip(*results.values(), strict=True)]
-    members = [[_probabilities(result.log_probs, task) for result in group] for group in folds]
-    kind = np.int64 if task is None else np.float32
-    truth = [np.array([label_of[name] for name in group[0].ids.tolist()], kind) for group in folds]
+    everything = range(len(folds))
+    fit = (
+        _fit_labels(settings, names, folds, label_of)
+        if task is None
+        else _fit_heads(settings, names, folds, label_of, task)
+    )
+    blends = [fit([other for other in everything if other != number]) for number in everything]
+    combined = [
+        dataclasses.replace(
+            group[0],
+            log_probs=Mixed(tuple(result.log_probs for result in group), blend),
+            architecture="+".join(result.architecture for result in group),
+            model_sha256="+".join(result.model_sha256 for result in group),
+        )
+        for group, blend in zip(folds, blends, strict=True)
+    ]
+    return Blended(combined, blends, fit(everything))
+
+
+Fit = Callable[[Sequence[int]], Blend]  # the numbers of folds -> the combination fitted on them
+
+
+def _fit_labels(
+    settings: BlendSettings, names: Sequence[str], folds: Sequence[Sequence[FoldResult]], label_of: Mapping[str, Any]
+) -> Fit:
+    """Of images with one label. Their answers are gone through once, a block at a time."""
+
+    def found(group: Sequence[FoldResult]) -> Evidence:
+        truth = np.array([label_of[name] for name in group[0].ids.tolist()], np.int64)
+        parts = [
+            Evidence.of(settings.vote, [_probabilities(result.log_probs[rows], None) for result in group], truth[rows])
+            for rows in row_blocks(np.arange(len(truth)), group[0].log_probs.shape[1])
+        ]
+        return Evidence.join(parts)
+
+    evidence = [found(group) for group in folds]
+    return lambda numbers: _fitted(settings, names, Evidence.join([evidence[number] for number in numbers]))
+
+
+def _fit_heads(
+    settings: BlendSettings,
+    names: Sequence[str],
+    folds: Sequence[Sequence[FoldResult]],
+    label_of: Mapping[str, Any],
+    task: Task,
+) -> Fit:
+    members = [[_probabilities(result.log_probs[:], task) for result in group] for group in folds]
+    truth = [np.array([label_of[name] for name in group[0].ids.tolist()], np.float32) for group in folds]
 
     def fit(numbers: Sequence[int]) -> Blend:
         chosen = [np.concatenate([members[number][index] for number in numbers]) for index in range(len(names))]
         return fit_blend(settings, names, chosen, np.concatenate([truth[number] for number in numbers]), task=task)
 
-    everything = range(len(folds))
-    blends = [fit([other for other in everything if other != number]) for number in everything]
-    combined = [
-        dataclasses.replace(
-            group[0],
-            log_probs=_log(blend(probabilities)) if task is None else scores_from(task, blend(probabilities)),
-            architecture="+".join(result.architecture for result in group),
-            model_sha256="+".join(result.model_sha256 for result in group),
-        )
-        for group, probabilities, blend in zip(folds, members, blends, strict=True)
-    ]
-    return Blended(combined, blends, fit(everything))
+    return fit
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """ScoreTable of a combination, computed where it is read. ``members``: each architecture's, of the same images."""
+
+    members: tuple[ScoreTable, ...]
+    blend: Blend
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.members[0].shape
+
+    def __len__(self) -> int:
+        return len(self.members[0])
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
+        task = self.blend.task
+        mixed = self.blend([_probabilities(member[rows], task) for member in self.members])
+        return _log(mixed) if task is None else scores_from(task, mixed)
+
+
+@dataclass(frozen=True, eq=False)
+class Ordered:
+    """ScoreTable of another one's rows in an order of their own: ``order``, int64 [n]."""
+
+    table: ScoreTable
+    order: npt.NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.order), *self.table.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
+        return self.table[self.order[rows]]
 
 
 def _probabilities(scores: npt.NDArray[np.float32], task: Task | None) -> npt.NDArray[np.float64]:
@@ -324,6 +431,6 @@ def _aligned(names: Sequence[str], group: Sequence[FoldResult]) -> list[FoldResu
         row_of = {image: row for row, image in enumerate(result.ids.tolist())}
         if result.fold != group[0].fold or row_of.keys() != set(first):
             raise DataError(f"teachers {names[0]} and {name} labelled different images in fold {group[0].fold}")
-        order = [row_of[image] for image in first]
-        aligned.append(dataclasses.replace(result, ids=result.ids[order], log_probs=result.log_probs[order]))
+        order = np.array([row_of[image] for image in first], np.int64)
+        aligned.append(dataclasses.replace(result, ids=result.ids[order], log_probs=Ordered(result.log_probs, order)))
     return aligned

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from edgedistill import console
 from edgedistill.artifacts import RunDir, read_array, read_json, sha256_file, write_array, write_json
 from edgedistill.data.manifest import Dataset
-from edgedistill.data.soft_label_store import check_store, parse_store
+from edgedistill.data.soft_label_store import check_store, parse_store, row_blocks, write_blocks
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import InputSpec
-from edgedistill.metrics import accuracy, expected_calibration_error, log_loss, macro_f1
+from edgedistill.metrics import Judged
 from edgedistill.task_metrics import Scored, summary
 from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds, blend_from_dict
 from edgedistill.training.checkpoints import write_model
@@ -51,8 +52,8 @@ from edgedistill.training.settings import (
     identity,
     refuse_other_settings,
 )
-from edgedistill.training.soft_labels import FoldResult, ids_hash, prove_out_of_fold, write_soft_labels
-from edgedistill.training.views import label_pictures, views_of
+from edgedistill.training.soft_labels import FoldResult, StoredTable, ids_hash, prove_out_of_fold, write_soft_labels
+from edgedistill.training.views import label_batches, views_of
 
 FOLD_FORMAT = "edgedistill-teacher-fold"
 OOF_FORMAT = "edgedistill-oof"
@@ -294,7 +295,7 @@ def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
         task=dataset.task,
     )
     held_out = shared.rows[dataset.folds[shared.rows] == fold]
-    log_probs = label_pictures(
+    answers = label_batches(
         model,
         dataset.paths[held_out],
         deployed_spec(settings, shared.spec),
@@ -302,8 +303,9 @@ def _label(job: Job, model: nn.Module, shared: _Shared, fold: int) -> None:
         task=dataset.task,
         title=f"labelling fold {fold + 1}",
     )
+    shape = (len(held_out), len(dataset.outputs))
     write_array(folder / "held_out_ids.npy", dataset.ids[held_out].astype(str))
-    write_array(folder / "held_out.log_probs.npy", log_probs)
+    write_blocks(folder / "held_out.log_probs.npy", answers, shape=shape)
     values = {
         "fold": fold,
         "identity": dict(job.identity),
@@ -360,7 +362,7 @@ def _read_fold(folder: Path) -> FoldResult:
     return FoldResult(
         fold=values["fold"],
         ids=read_array(folder / "held_out_ids.npy"),
-        log_probs=read_array(folder / "held_out.log_probs.npy", mmap=True),
+        log_probs=StoredTable(folder / "held_out.log_probs.npy"),
         trained_on=values["trained_on"],
         epochs_planned=values["epochs_planned"],
         epochs_done=values["epochs_done"],
@@ -396,11 +398,39 @@ def _fold_rows(results: Sequence[FoldResult], dataset: Dataset) -> tuple[list[Qu
     """The quality of each fold's answers, and of all together."""
     row_of = {name: row for row, name in enumerate(dataset.ids.tolist())}
     places = [np.array([row_of[name] for name in result.ids.tolist()], np.int64) for result in results]
+    if dataset.task is None:
+        judged = [_judged(result, dataset.labels[rows]) for result, rows in zip(results, places, strict=True)]
+        folds = [{"fold": result.fold} | _figures(one) for result, one in zip(results, judged, strict=True)]
+        return folds, _figures(Judged.join(judged))
+    scores = [result.log_probs[:] for result in results]
     folds = [
-        {"fold": result.fold} | _quality(dataset, result.log_probs, rows)
-        for result, rows in zip(results, places, strict=True)
+        {"fold": result.fold} | _quality_of_heads(dataset, own, rows)
+        for result, own, rows in zip(results, scores, places, strict=True)
     ]
-    return folds, _quality(dataset, np.concatenate([result.log_probs for result in results]), np.concatenate(places))
+    return folds, _quality_of_heads(dataset, np.concatenate(scores), np.concatenate(places))
+
+
+def _judged(result: FoldResult, labels: npt.NDArray[np.int32]) -> Judged:
+    blocks = row_blocks(np.arange(len(labels)), result.log_probs.shape[1])
+    return Judged.join([Judged.of(np.exp(result.log_probs[rows]), labels[rows]) for rows in blocks])
+
+
+def _figures(judged: Judged) -> Quality:
+    """Of images, by what their held-out teachers said of them."""
+    return {
+        "n": len(judged.labels),
+        "accuracy": judged.accuracy,
+        "macro_f1": judged.macro_f1,
+        "log_loss": judged.log_loss,
+        "ece": judged.calibration_error(),
+    }
+
+
+def _quality_of_heads(dataset: Dataset, scores: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Quality:
+    """The same of several heads, of the images ``rows`` of the data set."""
+    if dataset.task is None or dataset.values is None:
+        raise ValueError("a data set without heads")
+    return summary(Scored(dataset.task, dataset.task.probabilities(scores), dataset.values[rows]))
 
 
 def _write_quality(
@@ -428,17 +458,3 @@ def _write_quality(
     rows = [[name, row["n"], *(f"{row[metric]:.4f}" for metric in METRICS)] for name, row in shown]
     title = "fold" if architectures is None else "teacher"
     console.err.print(console.table("teachers, out of fold", (title, "images", *METRICS), rows))
-
-
-def _quality(dataset: Dataset, scores: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Quality:
-    """Of the images ``rows`` of the data set, by what their held-out teachers said of them."""
-    if dataset.task is not None and dataset.values is not None:
-        return summary(Scored(dataset.task, dataset.task.probabilities(scores), dataset.values[rows]))
-    probabilities, labels = np.exp(scores), dataset.labels[rows]
-    return {
-        "n": len(labels),
-        "accuracy": accuracy(probabilities, labels),
-        "macro_f1": macro_f1(probabilities, labels),
-        "log_loss": log_loss(probabilities, labels),
-        "ece": expected_calibration_error(probabilities, labels),
-    }

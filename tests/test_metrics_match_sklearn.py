@@ -36,6 +36,19 @@ def test_point_metrics_equal_sklearn(case):
     assert (metrics.confusion_matrix(probabilities, labels) == expected).all()
 
 
+def test_rows_judged_in_parts_are_judged_as_a_whole(case):
+    probabilities, labels, _ = case
+    parts = [
+        metrics.Judged.of(probabilities[rows], labels[rows]) for rows in (slice(0, 11), slice(11, 12), slice(12, 60))
+    ]
+    parts += [metrics.Judged.of(probabilities[60:], labels[60:])] if len(labels) > 60 else []
+    whole = metrics.Judged.join(parts)
+    assert whole.accuracy == metrics.accuracy(probabilities, labels)
+    assert whole.macro_f1 == metrics.macro_f1(probabilities, labels)
+    assert whole.log_loss == metrics.log_loss(probabilities, labels)
+    assert whole.calibration_error() == metrics.expected_calibration_error(probabilities, labels)
+
+
 def test_a_class_that_never_occurs_is_left_out_and_one_that_is_only_predicted_counts_zero():
     eye = np.eye(4)
     labels = np.array([0, 0, 1, 1])

@@ -75,12 +75,12 @@ def test_the_weights_of_a_fold_do_not_know_its_labels():
     before = blend_folds(BlendSettings(), results, label_of)
     changed = label_of | {name: (label_of[name] + 1) % 3 for name in results["a"][1].ids.tolist()}
     after = blend_folds(BlendSettings(), results, changed)
-    assert np.array_equal(before.folds[1].log_probs, after.folds[1].log_probs)
+    assert np.array_equal(before.folds[1].log_probs[:], after.folds[1].log_probs[:])
     assert before.fold_blends[0].weights != after.fold_blends[0].weights
     # Joined by id: an architecture whose images lie in another order votes the same.
     turned = [dataclasses.replace(r, ids=r.ids[::-1], log_probs=r.log_probs[::-1]) for r in results["b"]]
     again = blend_folds(BlendSettings(), results | {"b": turned}, label_of)
-    assert np.allclose(again.folds[2].log_probs, before.folds[2].log_probs)
+    assert np.allclose(again.folds[2].log_probs[:], before.folds[2].log_probs[:])
     with pytest.raises(DataError, match="teachers a and b labelled different images in fold 0"):
         blend_folds(BlendSettings(), results | {"b": folds_of(np.full((87, 3), 1 / 3), "b")}, label_of)
 
@@ -221,10 +221,10 @@ def test_weights_of_a_folds_heads_do_not_know_its_labels():
     before = blend_folds(settings, results, values_of, task=TASK)
     flipped = {name: np.append((values_of[name][:3] + 1) % 2, 0.0) for name in results["a"][1].ids.tolist()}
     after = blend_folds(settings, results, values_of | flipped, task=TASK)
-    assert np.array_equal(before.folds[1].log_probs, after.folds[1].log_probs)
+    assert np.array_equal(before.folds[1].log_probs[:], after.folds[1].log_probs[:])
     assert before.fold_blends[0].weights != after.fold_blends[0].weights
     expected = before.fold_blends[1]([own["a"][1::3], own["b"][1::3]])
-    assert np.allclose(TASK.probabilities(before.folds[1].log_probs), expected, atol=1e-5)
+    assert np.allclose(TASK.probabilities(before.folds[1].log_probs[:]), expected, atol=1e-5)
     written = json.loads(json.dumps(before.to_dict(settings, ["a", "b"])))
     assert blend_from_dict(written) == before.overall and before.overall.task == TASK
 
@@ -370,3 +370,43 @@ def test_evaluation_takes_the_models_own_views(run, tmp_path):
     paths = dataset.paths[dataset.rows("test")]
     expected = predict_probabilities(loaded.model, paths, loaded.input_spec, views=views_of("flip"))
     assert np.allclose(np.load(tmp_path / "evaluation" / "teacher.probs.npy"), expected, atol=1e-6)
+
+
+def test_a_combination_is_read_a_few_rows_at_a_time(monkeypatch):
+    """Of a million images and a thousand classes nothing may ask for all rows: what is read and fitted comes in blocks."""
+    from edgedistill.data import soft_label_store
+    from edgedistill.training import soft_labels
+
+    rng = np.random.default_rng(5)
+    truth = rng.integers(0, 3, 90)
+    results = {name: folds_of(answers(rng, truth, 1.5), name) for name in "ab"}
+    label_of = {f"im{row:03d}": int(label) for row, label in enumerate(truth)}
+    whole = blend_folds(BlendSettings(override="b:0.9"), results, label_of)
+    asked = []
+
+    class Told:
+        """A table that tells how much is read of it."""
+
+        def __init__(self, table):
+            self.table, self.shape = table, table.shape
+
+        def __len__(self):
+            return len(self.table)
+
+        def __getitem__(self, rows):
+            found = self.table[rows]
+            asked.append(len(found))
+            return found
+
+    told = {
+        name: [dataclasses.replace(fold, log_probs=Told(fold.log_probs)) for fold in folds]
+        for name, folds in results.items()
+    }
+    monkeypatch.setattr(soft_label_store, "BLOCK_VALUES", 12)
+    monkeypatch.setattr(soft_labels, "BLOCK_ROWS", 4)
+    blended = blend_folds(BlendSettings(override="b:0.9"), told, label_of)
+    assert blended.overall == whole.overall and blended.fold_blends == whole.fold_blends
+    order = np.concatenate([np.flatnonzero(np.arange(90) % 3 == fold) for fold in range(3)]).argsort()
+    blocks = list(soft_labels._gathered([fold.log_probs for fold in blended.folds], order))
+    expected = np.concatenate([fold.log_probs[:] for fold in whole.folds])[order]
+    assert np.allclose(np.concatenate(blocks), expected, atol=1e-6) and max(asked) <= 4

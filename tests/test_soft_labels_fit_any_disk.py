@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from edgedistill.artifacts import read_json, write_array
+from edgedistill.artifacts import read_array, read_json, write_array
 from edgedistill.data.manifest import Dataset
-from edgedistill.data.soft_label_store import open_store, parse_store, write_store
+from edgedistill.data.soft_label_store import open_store, parse_store, write_blocks, write_store
 from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.teacher import TeacherSettings
 from edgedistill.training.soft_labels import (
@@ -174,3 +174,20 @@ def test_the_benchmark_stays_within_its_memory(tmp_path, store):
     assert figures["peak_rss_bytes"] < 400e6
     assert figures["disk_bytes"] < figures["float32_bytes"] * 0.51
     assert 0 < figures["loss"]["kl_mean"] < 0.5
+    teachers = figures["teachers"]  # blocks of them in float64, however many images
+    assert teachers["peak_rss_bytes"] - teachers["imported_rss_bytes"] < 500e6
+    assert sum(teachers["weights"]) == pytest.approx(1) and teachers["log_loss"] > np.log(1000)
+
+
+def test_an_array_is_written_block_by_block_or_not_at_all(tmp_path):
+    table = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    path = tmp_path / "folder" / "table.npy"
+    write_blocks(path, (table[start : start + 4] for start in (0, 4, 8)), shape=(10, 3))
+    assert np.array_equal(read_array(path, mmap=True), table)
+    before = path.read_bytes()
+    for blocks, shape in (([table], (11, 3)), ([table, table], (10, 3)), ([table], (10, 4))):
+        with pytest.raises(ArtifactError, match="expected"):
+            write_blocks(path, blocks, shape=shape)
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["table.npy"]
+    write_blocks(path, [], shape=(0, 3))
+    assert read_array(path).shape == (0, 3)

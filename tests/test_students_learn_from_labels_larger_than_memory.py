@@ -231,7 +231,14 @@ def test_no_table_of_all_images_and_classes_ever_lies_in_memory(tmp_path):
     entry = {"kind": "softmax", "store": f"top-k:{k}", "temperature": 1.0, "views": 1}
     plan = {"rows": rows, "classes": classes, "entry": entry, "batches": 20}
     write_json(tmp_path / "plan.json", plan, format="edgedistill-soft-label-scale-student")
-    command = [sys.executable, "-m", "edgedistill.benchmarks.soft_label_scale", "--student", tmp_path / "plan.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "edgedistill.benchmarks.soft_label_scale",
+        "--part",
+        "student",
+        tmp_path / "plan.json",
+    ]
     subprocess.run([*command, "--out", tmp_path / "out.json"], check=True, timeout=240)
     figures = read_json(tmp_path / "out.json", format="edgedistill-soft-label-scale-student")
     assert figures["batches"] == 20 and figures["dropped"] == 1000 and len(figures["soft_labels"]) == 64

@@ -27,36 +27,79 @@ BLOCK = 4_000_000
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """All that the metrics need of probabilities, a few numbers an image: of blocks of rows, which need not lie in memory
+    together, ``join`` makes the whole.
+
+    ``answers``, ``labels``: int64 [N]; ``confidence``: float64 [N], the largest probability; ``losses``: float64 [N].
+    """
+
+    answers: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.float64]
+    losses: npt.NDArray[np.float64]
+    classes: int
+
+    @classmethod
+    def of(cls, probabilities: Floats, labels: Ints) -> Judged:
+        _check(probabilities, labels)
+        return cls(
+            answers=probabilities.argmax(axis=1),
+            labels=labels.astype(np.int64),
+            confidence=probabilities.max(axis=1).astype(np.float64),
+            losses=_row_log_loss(probabilities, labels),
+            classes=probabilities.shape[1],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Judged]) -> Judged:
+        """One after the other."""
+        columns = ("answers", "labels", "confidence", "losses")
+        together = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
+        return cls(**together, classes=parts[0].classes)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose answer is the label (top-1)."""
+        return float((self.answers == self.labels).mean())
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that occur among labels or answers, 0 where a class is never hit.
+
+        Equals ``sklearn.metrics.f1_score(labels, answers, average="macro", zero_division=0)``.
+        """
+        return float(_macro_f1(self.answers[None], self.labels[None], self.classes)[0])
+
+    @property
+    def log_loss(self) -> float:
+        """Mean of -log p(label), in nats; p is clipped at the dtype's smallest step as scikit-learn does."""
+        return float(self.losses.mean())
+
+    def calibration_error(self, *, bins: int = 15) -> float:
+        """Mean gap between confidence and accuracy over equal-width bins of confidence (Guo et al., 1706.04599)."""
+        hit = (self.answers == self.labels).astype(np.float64)
+        bin_of = np.clip(np.ceil(self.confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+        gaps = np.bincount(bin_of, weights=hit - self.confidence, minlength=bins)
+        return float(np.abs(gaps).sum() / len(self.labels))
+
+
 def accuracy(probabilities: Floats, labels: Ints) -> float:
-    """Share of images whose answer is the label (top-1)."""
-    _check(probabilities, labels)
-    return float((probabilities.argmax(axis=1) == labels).mean())
+    """See ``Judged``, as of the three below."""
+    return Judged.of(probabilities, labels).accuracy
 
 
 def macro_f1(probabilities: Floats, labels: Ints) -> float:
-    """Mean F1 over the classes that occur among labels or answers, 0 where a class is never hit.
-
-    Equals ``sklearn.metrics.f1_score(labels, answers, average="macro", zero_division=0)``.
-    """
-    _check(probabilities, labels)
-    answers = probabilities.argmax(axis=1)
-    return float(_macro_f1(answers[None], labels[None].astype(np.int64), probabilities.shape[1])[0])
+    return Judged.of(probabilities, labels).macro_f1
 
 
 def log_loss(probabilities: Floats, labels: Ints) -> float:
-    """Mean of -log p(label), in nats; p is clipped at the dtype's smallest step as scikit-learn does."""
-    _check(probabilities, labels)
-    return float(_row_log_loss(probabilities, labels).mean())
+    return Judged.of(probabilities, labels).log_loss
 
 
 def expected_calibration_error(probabilities: Floats, labels: Ints, *, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins of confidence (Guo et al., 1706.04599)."""
-    _check(probabilities, labels)
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    hit = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(bin_of, weights=hit - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    return Judged.of(probabilities, labels).calibration_error(bins=bins)
 
 
 def confusion_matrix(probabilities: Floats, labels: Ints) -> npt.NDArray[np.int64]:

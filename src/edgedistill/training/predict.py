@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,19 +65,35 @@ def predict_logits(
     decode: DecodeMode = "reduced",
     title: str = "",
 ) -> npt.NDArray[np.float32]:
-    """float32 [N, C] through the deployable transform, in eval mode, on the model's device, always in float32.
+    """float32 [N, C]: all that ``logit_batches`` gives."""
+    return joined(logit_batches(model, paths, spec, batch_size=batch_size, decode=decode, title=title), model)
+
+
+def logit_batches(
+    model: nn.Module,
+    paths: Sequence[PathLike] | npt.NDArray[np.str_],
+    spec: InputSpec,
+    *,
+    batch_size: int = 64,
+    decode: DecodeMode = "reduced",
+    title: str = "",
+) -> Iterator[npt.NDArray[np.float32]]:
+    """float32 [n, C] in the order of ``paths`` through the deployable transform, in eval mode, on the model's device,
+    always in float32.
 
     The next batch is decoded while this one is computed. ``title`` shows a progress bar. Raises ImageError that names
     the damaged file.
     """
-    logits: list[npt.NDArray[np.float32]] = []
     with console.progress(title, len(paths) if title else 0) as bar:
         for pixels in decoded_batches(paths, spec, batch_size=batch_size, decode=decode):
-            logits.append(predict_pixels(model, pixels, spec, batch_size=batch_size))
+            yield predict_pixels(model, pixels, spec, batch_size=batch_size)
             bar.update(bar.task_ids[0], advance=len(pixels) if title else 0)
-    if not logits:
-        return predict_pixels(model, np.zeros((0, spec.height, spec.width, 3), np.uint8), spec, batch_size=batch_size)
-    return np.concatenate(logits)
+
+
+def joined(batches: Iterable[npt.NDArray[np.float32]], model: nn.Module) -> npt.NDArray[np.float32]:
+    """All batches in one array; of none float32 [0, C]."""
+    found = list(batches)
+    return np.concatenate(found) if found else np.zeros((0, int(model.num_classes)), np.float32)  # type: ignore[arg-type]
 
 
 def decoded_batches(

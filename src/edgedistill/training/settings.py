@@ -1,4 +1,15 @@
-"""What teacher and student settings share; each field is one command-line flag."""
+"""What teacher and student settings share; each field is one command-line flag.
+
+Where a wish is judged, from the sternest to the mildest. A new option needs a line in the first that fits:
+
+- ``checks``: one field alone, such as a share of 0 to 1. UsageError when the settings are made.
+- ``contradictions``: fields that undo each other. UsageError when the settings are made.
+- ``refuse_for``, ``single_label_only``: what the data's heads cannot be trained by. UsageError once the data are known.
+- ``only_with``: fields that change nothing without another, said as warnings by ``doubts``, with what is allowed but seldom
+  wanted. Where one command line sets several networks, nobody is told of a flag that another of them ``heeds``
+  (pipeline.refuse_early).
+- options.idle_options: flags of the command line that no network of the run has a use for.
+"""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,36 @@ SOFT_LABELS_FORMAT = "edgedistill-soft-labels"
 HEAD = "label"
 
 
+class ScoreTable(Protocol):
+    """float32 [n, C], of which only the rows that are asked for need lie in memory: an array, a mapped file, or what is
+    computed when it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: Any, /) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTable:
+    """ScoreTable of an .npy file, float32 [n, C]: mapped anew for each read, so that pages that were read go with the map.
+
+    Raises ArtifactError for a file that is missing or damaged.
+    """
+
+    path: Path
+    shape: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", read_array(self.path, mmap=True).shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
+        return np.array(read_array(self.path, mmap=True)[rows], np.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class FoldResult:
     """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1 (with
@@ -45,7 +75,7 @@ class FoldResult:
 
     fold: int
     ids: npt.NDArray[np.str_]
-    log_probs: npt.NDArray[np.float32]
+    log_probs: ScoreTable
     trained_on: str
     epochs_planned: int
     epochs_done: int
@@ -177,9 +207,7 @@ def _say_what_is_lost(entry: Mapping[str, Any], whose: str, count: int) -> None:
         )
 
 
-def _gathered(
-    parts: Sequence[npt.NDArray[np.float32]], order: npt.NDArray[np.int64]
-) -> Iterator[npt.NDArray[np.float32]]:
+def _gathered(parts: Sequence[ScoreTable], order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float32]]:
     """The rows of the parts laid end to end, in ``order``, block by block: float32 [n, C]."""
     ends = np.cumsum([len(part) for part in parts])
     for start in range(0, len(order), BLOCK_ROWS):

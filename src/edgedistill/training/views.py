@@ -6,7 +6,7 @@ at a higher resolution, so that every view has the size that the network was mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import softmax
 from edgedistill.tasks import Task
 from edgedistill.training.heads import SMALLEST, Scores, scores_from, scores_of
-from edgedistill.training.predict import PathLike, decoded_batches, predict_logits, predict_pixels
+from edgedistill.training.predict import PathLike, decoded_batches, joined, logit_batches, predict_pixels
 
 CROP_ZOOM = 256 / 224
 
@@ -73,15 +73,28 @@ def label_pictures(
 
     Raises ImageError that names the damaged file.
     """
+    return joined(label_batches(model, paths, spec, tta=tta, task=task, title=title), model)
+
+
+def label_batches(
+    model: nn.Module,
+    paths: Sequence[PathLike] | npt.NDArray[np.str_],
+    spec: InputSpec,
+    *,
+    tta: str = "",
+    task: Task | None = None,
+    title: str = "",
+) -> Iterator[Scores]:
+    """``label_pictures``, float32 [n, C] at a time: of a million images and a thousand classes, 4 GB in all."""
     if tta:
-        probabilities = predict_probabilities(model, paths, spec, views=views_of(tta), task=task, title=title)
-        if task is not None:
-            return scores_from(task, probabilities)
-        return np.log(np.maximum(probabilities, np.float32(SMALLEST)))
-    logits = predict_logits(model, paths, spec, title=title)
-    if task is not None:
-        return scores_of(task, logits)
-    return torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
+        for shares in probability_batches(model, paths, spec, views=views_of(tta), task=task, title=title):
+            yield np.log(np.maximum(shares, np.float32(SMALLEST))) if task is None else scores_from(task, shares)
+        return
+    for logits in logit_batches(model, paths, spec, title=title):
+        if task is None:
+            yield torch.log_softmax(torch.from_numpy(logits).double(), dim=1).float().numpy()
+        else:
+            yield scores_of(task, logits)
 
 
 def predict_probabilities(
@@ -95,8 +108,24 @@ def predict_probabilities(
     batch_size: int = 64,
     title: str = "",
 ) -> npt.NDArray[np.float32]:
-    """The mean of softmax(logits / temperature) over ``views``, float32 [N, C], in eval mode; of several heads, ``task``,
-    the mean of their probabilities, [N, D].
+    """float32 [N, C]: all that ``probability_batches`` gives."""
+    options: dict[str, Any] = {"views": views, "temperature": temperature, "task": task, "batch_size": batch_size}
+    return joined(probability_batches(model, paths, spec, **options, title=title), model)
+
+
+def probability_batches(
+    model: nn.Module,
+    paths: Sequence[PathLike] | npt.NDArray[np.str_],
+    spec: InputSpec,
+    *,
+    views: Sequence[View],
+    temperature: float = 1.0,
+    task: Task | None = None,
+    batch_size: int = 64,
+    title: str = "",
+) -> Iterator[npt.NDArray[np.float32]]:
+    """The mean of softmax(logits / temperature) over ``views``, float32 [n, C] at a time, in eval mode; of several heads,
+    ``task``, the mean of their probabilities, [n, D].
 
     Raises ImageError that names the damaged file.
     """
@@ -107,15 +136,11 @@ def predict_probabilities(
     def answer(pixels: ImageU8) -> npt.NDArray[np.float64]:
         return probabilities(predict_pixels(model, pixels, spec, batch_size=batch_size), temperature)
 
-    answers: list[npt.NDArray[np.float32]] = []
     with console.progress(title, len(paths) if title else 0) as bar:
         for pictures in zip(*streams, strict=True):
             mean = mean_over_views(answer, dict(zip(zooms, pictures, strict=True)), spec, views=views)
-            answers.append(mean.astype(np.float32))
+            yield mean.astype(np.float32)
             bar.update(bar.task_ids[0], advance=len(mean) if title else 0)
-    if not answers:
-        return predict_pixels(model, np.zeros((0, spec.height, spec.width, 3), np.uint8), spec, batch_size=batch_size)
-    return np.concatenate(answers)
 
 
 def mean_over_views(

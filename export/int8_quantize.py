@@ -5,7 +5,7 @@
 
 Weights in 'half' of INT8's range keep pairs of products from overflowing 16 bits. CPUs with 8-bit dot products (VNNI) need
 none of it; NNCF's default, the 'first-layer' alone, is too little for the others and costs these accuracy
-(benchmarks/int8_saturation.py).
+(export/int8_saturation.py).
 """
 
 from __future__ import annotations

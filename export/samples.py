@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edgedistill import console
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.data.sources import Source, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
@@ -43,7 +44,9 @@ class Samples:
         """At most ``count`` of them, the same ones every time."""
         if len(self) <= count:
             return self
-        rows = np.sort(np.random.default_rng(0).permutation(len(self))[:count])
+        return self.take(np.sort(np.random.default_rng(0).permutation(len(self))[:count]))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Samples:
         return Samples(
             self.source,
             tuple(self.ids[r] for r in rows),
@@ -142,7 +145,14 @@ def _from_dataset(network: Network, dataset: Dataset, paths: Sequence[Path], spl
     if dataset.outputs != network.classes:
         raise DataError(f"classes {list(dataset.outputs)} in the data, but the model has {list(network.classes)}")
     found = chosen(split)
-    return ExportImages(chosen("train"), found, "" if len(found) else f"the data set has no {split} images")
+    if not len(found):
+        return ExportImages(chosen("train"), found, f"the data set has no {split} images")
+    if dataset.task is not None and found.values is not None:
+        known = dataset.task.judged(found.values)
+        if not known.all():  # nothing that is said of them is right or wrong: they would dilute every loss
+            console.note(f"{int((~known).sum())} {split} images have no known label and are left out")
+            found = found.take(np.flatnonzero(known))
+    return ExportImages(chosen("train"), found, "" if len(found) else f"no {split} image has a known label")
 
 
 def _from_source(network: Network, source: Source) -> ExportImages:

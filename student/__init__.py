@@ -5,8 +5,16 @@ from edgedistill.student.distil import (
     LIVE_DEFAULTS,
     StudentSettings,
     find_unlabelled,
+    refuse_other_work,
     refuse_several_processes,
     train_student,
 )
 
-__all__ = ["LIVE_DEFAULTS", "StudentSettings", "find_unlabelled", "refuse_several_processes", "train_student"]
+__all__ = [
+    "LIVE_DEFAULTS",
+    "StudentSettings",
+    "find_unlabelled",
+    "refuse_other_work",
+    "refuse_several_processes",
+    "train_student",
+]

@@ -41,7 +41,7 @@ from edgedistill.student.unlabelled import (
 )
 from edgedistill.student.views import open_views
 from edgedistill.tasks import Task
-from edgedistill.training.checkpoints import read_input_spec, read_model, write_model
+from edgedistill.training.checkpoints import read_identity, read_input_spec, read_model, read_settings, write_model
 from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, Views, open_store, prepared_spec
@@ -58,6 +58,7 @@ from edgedistill.training.settings import (
     choose_device,
     identity,
     refuse_other_settings,
+    refuse_other_wishes,
 )
 from edgedistill.training.soft_labels import ids_hash, read_folds, soft_labels_hash, soft_rows
 
@@ -223,6 +224,15 @@ def train_student(
         model = adapt(job, model, resume=resume)
         on_main(lambda: _finish(settings, dataset, lesson, job, model, out=out))
     return out
+
+
+def refuse_other_work(settings: StudentSettings, out: Path, folder: Path) -> None:
+    """Raises ArtifactError where ``out``, or the checkpoint in ``folder``, was made with other settings: before anything of
+    a resumed run is written."""
+    if out.exists():
+        refuse_other_wishes(out, read_settings(out), settings)
+    elif (begun := read_identity(folder)) is not None:
+        refuse_other_wishes(*begun, settings)
 
 
 def refuse_several_processes(settings: StudentSettings, this: Part | None = None) -> None:
@@ -420,6 +430,8 @@ def _identity(
         more["teachers"] = [teacher.sha256 for teacher in lesson.teachers]
         if lesson.view_temperatures is not None:
             more["teacher_temperatures"] = [lesson.view_temperatures[teacher.sha256] for teacher in lesson.teachers]
+    if settings.views and settings.fine_tunes and dataset.task is None:
+        more["fine_tuned_on"] = "soft labels"  # before, on the hard ones
     if larger_views is not None:
         more["view_size"] = [larger_views.height, larger_views.width]
     if len(lesson.dropped):
@@ -494,7 +506,8 @@ def _targets(settings: StudentSettings, dataset: Dataset, rows: npt.NDArray[np.i
         return make_task_targets(
             dataset.task, values, soft_scores=chosen, temperature=temperature, label_smoothing=smoothing
         )
-    judged = settings.live_teachers or settings.views  # then what is stored of the plain images is not asked
+    # Judged views need nothing that is stored of the plain images; fine-tuning at another size does, after fixed views.
+    judged = settings.live_teachers or (settings.views and not settings.fine_tunes)
     return targets_of(
         dataset.labels[rows],
         len(dataset.class_names),

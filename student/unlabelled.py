@@ -86,7 +86,7 @@ def find_images(folder: Path, *, frames: Path, frame_step: int) -> npt.NDArray[n
     if unread:
         counts = Counter(path.suffix.lower() or "without a suffix" for path in unread)
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
-        console.warn(
+        console.warn_once(
             f"--unlabelled: {len(unread)} files are none that can be read and are left out ({kinds}), first {unread[0]}; "
             "convert images to JPEG or PNG, and unpack archives"
         )
@@ -132,7 +132,10 @@ def without_known(paths: npt.NDArray[np.str_], dataset: Dataset) -> tuple[npt.ND
         )
     known = int((splits != "").sum())
     if known:
-        console.warn(f"--unlabelled: {known} images are in the train or val split and are left out")
+        first_known = paths[np.flatnonzero(splits != "")[0]]
+        console.warn_once(
+            f"--unlabelled: {known} images are in the train or val split and are left out, first {first_known}"
+        )
     fresh = np.flatnonzero(splits == "")
     first = np.sort(np.unique(digests[fresh], return_index=True)[1])
     return paths[fresh[first]], digests[fresh[first]]

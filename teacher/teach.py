@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,13 +22,14 @@ from torch import nn
 from edgedistill import console
 from edgedistill.artifacts import RunDir, read_array, read_json, sha256_file, write_array, write_json
 from edgedistill.data.manifest import Dataset
-from edgedistill.data.soft_label_store import check_store, parse_store, row_blocks, write_blocks
-from edgedistill.errors import DataError, UsageError
+from edgedistill.data.soft_label_store import check_store, kind_for, parse_store, row_blocks, write_blocks
+from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.images import InputSpec
 from edgedistill.metrics import Judged
 from edgedistill.task_metrics import Scored, summary
+from edgedistill.tasks import Task
 from edgedistill.teacher.ensemble import Blend, BlendSettings, blend_folds, blend_from_dict
-from edgedistill.training.checkpoints import write_model
+from edgedistill.training.checkpoints import read_identity, write_model
 from edgedistill.training.fixres import adapt, deployed_spec
 from edgedistill.training.heads import make_task_targets
 from edgedistill.training.loader import Draw, ImageStore, open_store, prepared_spec
@@ -51,8 +52,17 @@ from edgedistill.training.settings import (
     choose_device,
     identity,
     refuse_other_settings,
+    refuse_other_wishes,
 )
-from edgedistill.training.soft_labels import FoldResult, StoredTable, ids_hash, prove_out_of_fold, write_soft_labels
+from edgedistill.training.soft_labels import (
+    FoldResult,
+    StoredTable,
+    blend_of,
+    ids_hash,
+    prove_out_of_fold,
+    read_heads,
+    write_soft_labels,
+)
 from edgedistill.training.views import label_batches, views_of
 
 FOLD_FORMAT = "edgedistill-teacher-fold"
@@ -96,7 +106,11 @@ class TeacherSettings(TrainSettings):
         return [
             *super().checks(),
             ("fold", self.fold is None or self.fold >= 0, "0 or more, or None"),
-            ("tta", "flip" not in self.tta or self.horizontal_flip, "no flip where training never flips"),
+            (
+                "tta",
+                "flip" not in self.tta or (self.horizontal_flip and self.augment != "none"),
+                "no flip where training never flips",
+            ),
         ]
 
 
@@ -168,14 +182,69 @@ def train_teachers(
     ensemble = ensemble or Ensemble()
     settings.refuse_for(dataset.task)
     check_store(parse_store(settings.soft_label_store), len(dataset.class_names), dataset.task)
-    members = [_Member(ensemble.label, "", settings)]
-    members += [_Member(other.label, other.label, other.settings) for other in ensemble.others]
+    members = _members(settings, ensemble)
     wanted = _wanted_folds(settings, dataset)
     if not resume:
         on_main(lambda: _refuse_existing_work(run, members, wanted))
     for member in members:
         _train_member(member, dataset, run, wanted, resume=resume)
     return on_main(lambda: _finish(ensemble, members, dataset, run, wanted))
+
+
+def _members(settings: TeacherSettings, ensemble: Ensemble) -> list[_Member]:
+    first = _Member(ensemble.label, "", settings)
+    return [first, *(_Member(other.label, other.label, other.settings) for other in ensemble.others)]
+
+
+def refuse_other_work(
+    settings: TeacherSettings, ensemble: Ensemble, dataset: Dataset, run: RunDir, *, taught: bool
+) -> None:
+    """Raises ArtifactError where teachers of the run were made with other settings or, if students were ``taught`` by its
+    soft labels, where those would become others: before anything of a resumed run is trained or written."""
+    members = _members(settings, ensemble)
+    for member in members:
+        for fold in range(dataset.fold_count):
+            if not _is_done(member, dataset, run, fold):
+                begun = read_identity(run.teacher(fold, member.folder))
+                if begun is not None:
+                    refuse_other_wishes(*begun, member.settings)
+    meta = run.soft_labels / "meta.json"
+    if taught and meta.exists():
+        now = _asked_labels(settings, ensemble, dataset.task)
+        then = _made_labels(run)
+        different = [name for name in now if now[name] != then[name]]
+        if different:
+            shown = ", ".join(f"{name} {then[name]} (now {now[name]})" for name in different)
+            raise ArtifactError(
+                f"{meta}: made with {shown}, and students have learned from it; resume with the same, or start anew with "
+                "another --out"
+            )
+
+
+def _asked_labels(settings: TeacherSettings, ensemble: Ensemble, task: Task | None) -> dict[str, str]:
+    """What decides soft labels beside the teachers' own settings, by flag."""
+    kind = parse_store(settings.soft_label_store)
+    stores = [str(kind)] if task is None else [str(kind_for(head, kind)) for head in task.heads]
+    several = len(ensemble.labels) > 1
+    return {
+        "--teacher": ",".join(ensemble.labels) if several else "one network",
+        "--soft-label-store": ",".join(dict.fromkeys(stores)),
+        **_blend_flags(asdict(ensemble.blend) if several else {}),
+    }
+
+
+def _made_labels(run: RunDir) -> dict[str, str]:
+    heads, blend = read_heads(run.soft_labels), blend_of(run.soft_labels)
+    return {
+        "--teacher": "one network" if blend is None else ",".join(blend["teachers"]),
+        "--soft-label-store": ",".join(dict.fromkeys(str(head.get("store", "float32")) for head in heads.values())),
+        **_blend_flags({} if blend is None else blend["settings"]),
+    }
+
+
+def _blend_flags(blend: Mapping[str, Any]) -> dict[str, str]:
+    flags = {"weights": "--teacher-blend", "vote": "--teacher-vote", "override": "--teacher-override"}
+    return {flag: str(blend.get(name, "")) or "none" for name, flag in flags.items()}
 
 
 def _finish(

@@ -12,7 +12,7 @@ from edgedistill.errors import ArtifactError, UsageError
 from edgedistill.student import StudentSettings, train_student
 from edgedistill.teacher import TeacherSettings, train_teachers
 from edgedistill.training import fixres, loop
-from edgedistill.training.checkpoints import load_tensors, read_model
+from edgedistill.training.checkpoints import load_tensors, read_model, read_settings
 from edgedistill.training.fixres import only_last_layers_learn
 from edgedistill.training.models import create_model
 from edgedistill.training.predict import predict_logits
@@ -144,6 +144,18 @@ def test_older_work_knows_nothing_of_it():
     with pytest.raises(ArtifactError, match="tta='' \\(now 'flip'\\)"):
         refuse_other_settings("fold.json", old, identity(TeacherSettings(tta="flip")), TeacherSettings)
     assert fixres.deployed_spec(StudentSettings(), "as it is") == "as it is"
+
+
+def test_after_fixed_views_the_last_layers_learn_from_the_stored_labels(dataset, teach_run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fixres, "train", lambda job, model, resume: seen.append(job) or model)
+    settings = dataclasses.replace(STUDENT, distillation=True, views=2, extra_epochs=0)
+    run, labels = RunDir(tmp_path / "run"), teach_run(dataset, tmp_path / "taught").soft_labels
+    train_student(settings, dataset, run, soft_labels=labels, out=run.model, resume=False)
+    targets = seen[0].targets.take(np.arange(len(dataset.rows("train"))))
+    assert seen[0].views is None and np.allclose(targets.soft.numpy(), 0.5, atol=1e-6)  # theirs, of two classes
+    assert sorted(np.unique(targets.hard.numpy())) == [0, 1]
+    assert read_settings(run.model)["fine_tuned_on"] == "soft labels"
 
 
 def test_what_mixes_and_averages_is_over_when_the_last_layers_are_tuned(dataset, tmp_path):

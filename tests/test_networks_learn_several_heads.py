@@ -627,6 +627,28 @@ def test_candidates_are_prepared_with_every_head_of_val(
     assert all(path.is_relative_to(folder / "val") for path in val.paths)
 
 
+def test_images_without_a_known_label_are_neither_right_nor_wrong(
+    attributes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would dilute every accuracy of the certificate, and what INT8 may lose of it."""
+    shutil.copy(attributes / "model.pt", tmp_path / "model.pt")
+    with (attributes / "dataset.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    split, heads = rows[0].index("split"), [n for n, name in enumerate(rows[0]) if name.startswith("softmax:")]
+    val = [row for row in rows[1:] if row[split] == "val"]
+    for row in val[:3]:
+        for column in heads:
+            row[column] = ""
+    val[3][heads[0]] = ""
+    with (tmp_path / "dataset.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    network = replace(load_network(tmp_path / "model.pt", image_size=None), dataset_hash="")
+    images = find_images(network, manifest=tmp_path / "dataset.csv", data=None)
+    assert len(images.certificate) == len(val) - 3
+    assert "3 val images have no known label and are left out" in " ".join(capsys.readouterr().err.split())
+    assert network.task.judged(images.certificate.truth).all()
+
+
 def test_int8_is_trained_on_what_the_student_learned(many: Path) -> None:
     network, manifest = load_network(many / "model.pt", image_size=None), many / "dataset.csv"
     train = find_images(network, manifest=manifest, data=None).calibration

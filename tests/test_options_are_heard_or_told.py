@@ -1,11 +1,13 @@
 """No option is passed over in silence, and what is refused is refused before anything is written."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,8 @@ import typer
 from edgedistill import cli, pipeline
 from edgedistill.artifacts import RUN_FORMAT, RunDir, read_json
 from edgedistill.data.folds import SplitSettings
-from edgedistill.errors import EdgedistillError, UsageError
+from edgedistill.data.label_columns import LabelColumns
+from edgedistill.errors import DataError, EdgedistillError, UsageError
 from edgedistill.options import TRAINING_OPTIONS
 from edgedistill.pipeline import DataSettings, DistillSettings, TeachSettings
 from edgedistill.runtime import predict
@@ -125,6 +128,17 @@ def test_soft_labels_whose_teachers_are_gone_are_refused_before_the_run_begins(t
         ({"augment": "standard", "color_jitter": 0.1}, "--color-jitter changes nothing without a value above 0.2"),
         ({"cutmix_probability": 0.0, "plain_epochs": 2}, "--plain-epochs changes nothing without --cutmix or --mixup"),
         ({"swa_lr": 0.2}, "--swa-lr changes nothing without --swa-start"),
+        (
+            {
+                "epochs": 4,
+                "extra_epochs": 0,
+                "class_weights": "inverse",
+                "balanced_sampling": False,
+                "defer_weights": 0.8,
+            },
+            "--class-weights, --defer-weights change nothing without epochs after that share of all 4",
+        ),
+        ({"epochs": 2, "extra_epochs": 0, "plain_epochs": 2}, "--plain-epochs 2 of 2 epochs leave none that mixes"),
         ({"unlabelled_share": 0.3}, "--unlabelled-share changes nothing without photographs: give --unlabelled"),
         ({"soft_weight": 0.0}, "--soft-weight 0 leaves the soft labels no say; --no-distillation"),
         (
@@ -148,6 +162,7 @@ def test_an_option_that_changes_nothing_is_told_with_what_it_needs(asked_for, do
         {"hard_loss": "focal", "focal_gamma": 1.0},
         {"crop_min": 0.5, "color_jitter": 0.4},
         {"plain_epochs": 2},
+        {"epochs": 5, "extra_epochs": 0, "class_weights": "inverse", "balanced_sampling": False, "defer_weights": 0.8},
         {"unlabelled": "photos", "unlabelled_share": 0.3},
         {"soft_weight": 1.0, "hard_loss": "bce"},  # sigmoids learn from soft labels as well
         {"soft_weight": 1.0, "loss": "kl", "soft_temperature": 2.0},
@@ -157,6 +172,48 @@ def test_an_option_that_changes_nothing_is_told_with_what_it_needs(asked_for, do
 )
 def test_an_option_that_is_heeded_is_not_doubted(asked_for):
     assert StudentSettings(**asked_for).doubts() == []
+
+
+def test_views_that_training_never_shows_label_nothing():
+    for never in ({"horizontal_flip": False}, {"augment": "none"}):
+        with pytest.raises(UsageError, match="no flip where training never flips"):
+            TeacherSettings(tta="flip", **never)
+
+
+def test_a_column_without_a_value_in_training_is_refused(heads_dataset):
+    values = heads_dataset.values.copy()
+    pipeline.refuse_for(dataclasses.replace(heads_dataset, values=values), [])
+    values[heads_dataset.rows("train"), 3] = np.nan
+    with pytest.raises(DataError, match="column 'size': no training image has a value"):
+        pipeline.refuse_for(dataclasses.replace(heads_dataset, values=values), [])
+
+
+def test_the_advice_judges_the_data_as_the_run_does(tmp_path):
+    labels = LabelColumns(attributes=("kind", "side"), regression=("years",), regression_weight=0.3, missing="ignore")
+    settings = DataSettings("my photos.csv", SplitSettings(folds=2, small_classes="drop"), labels=labels)
+    command = pipeline.check_command(settings)
+    assert command == (
+        "edgedistill check-data 'my photos.csv' --label-columns kind,side --regression years --regression-weight 0.3 "
+        "--missing-labels ignore --folds 2 --small-classes drop"
+    )
+    program = typer.main.get_command(cli.app)
+    known = {flag for option in program.commands["check-data"].params for flag in option.opts}
+    assert {word for word in command.split() if word.startswith("--")} <= known
+    assert pipeline.check_command(DataSettings("x", SplitSettings())) == "edgedistill check-data x"
+    assert LabelColumns(multi_label=True).flags() == ["--multi-label"]
+
+
+def test_a_dry_run_counts_what_the_teachers_are_asked(photos, tmp_path, tiny_options, request):
+    (tmp_path / "more").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / "more" / f"{number}.png"), pixels)
+    more = ["--unlabelled", str(tmp_path / "more"), "--calibrate-soft-labels", "--no-baseline", "--dry-run", "--json"]
+    done = request.getfixturevalue("cli")("distill", "--data", photos, "--out", tmp_path / "x", *tiny_options, *more)
+    plan = json.loads(done.stdout)
+    steps = {step["step"]: step["images"] for step in plan["steps"]}
+    assert steps["labelling the unlabelled"] == 2 * 3  # folds times images
+    assert steps["calibrating the teachers"] == 2 * plan["splits"]["val"]
 
 
 def warnings_of(settings, capsys):

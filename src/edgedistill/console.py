@@ -31,6 +31,16 @@ def warn(message: str) -> None:
     err.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
 
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """``warn``, unless this process has said it: what is looked at before a run and again in it."""
+    if message not in _said:
+        _said.add(message)
+        warn(message)
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Progress]:
     """A progress bar with one task (id 0); update with ``bar.update(0, advance=1, info="812 images/s")``."""

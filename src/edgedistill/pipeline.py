@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from edgedistill import __version__, console
+from edgedistill import student as student_module
+from edgedistill import teacher as teacher_module
 from edgedistill.artifacts import (
     RUN_FORMAT,
     RunDir,
@@ -260,7 +264,13 @@ def _refuse_network(settings: TrainSettings) -> None:
 
 def refuse_for(dataset: Dataset, networks: Iterable[TrainSettings]) -> None:
     """Raises UsageError where a class is to be drawn more often that the data does not have, for what needs one label per
-    image where there are several, for soft labels that keep more classes than there are, and for a fold too many."""
+    image where there are several, for soft labels that keep more classes than there are, and for a fold too many;
+    DataError for a column of values of which no training image has one."""
+    if dataset.task is not None and dataset.values is not None:
+        values = dataset.values[dataset.rows("train")]
+        for head, columns in dataset.task.columns():
+            if head.kind == "regression" and np.isnan(values[:, columns]).all():
+                raise DataError(f"column {head.name!r}: no training image has a value; fill some in, or leave it away")
     for settings in networks:
         settings.refuse_for(dataset.task)
         if isinstance(settings, TeacherSettings):
@@ -285,13 +295,15 @@ def _refuse_always_trained(dataset: Dataset, flag: str) -> None:
         )
 
 
-def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> None:
+def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> dict[str, int]:
     """Raises UsageError, DataError and ArtifactError for soft labels of an earlier run, their teachers and unlabelled images
-    that the students cannot learn from. ``cache``: where frames of videos are kept."""
-    folder = settings.soft_labels
+    that the students cannot learn from. Returns how many of these each student found. ``cache``: where frames of videos
+    are kept."""
+    folder, found = settings.soft_labels, {}
     if folder is not None:
         check_soft_labels(folder, dataset)
-    for student in (named.settings for named in settings.students):
+    for named in settings.students:
+        student = named.settings
         if not student.distillation:
             continue
         if student.calibrate_soft_labels and not len(dataset.rows("val")):
@@ -301,7 +313,8 @@ def _refuse_lesson(settings: DistillSettings, dataset: Dataset, cache: Path) -> 
         if folder is not None and student.needs_teachers:
             find_teachers(folder, dataset)
         if student.unlabelled:
-            find_unlabelled(student, dataset, cache)
+            found[named.label] = len(find_unlabelled(student, dataset, cache)[0])
+    return found
 
 
 def freeze(
@@ -324,12 +337,14 @@ def freeze(
             raise UsageError(f"{run.root}: holds a run already; go on with --resume, or choose another --out")
         root = Path(settings.data)
         dataset = read_dataset(run.dataset, data_root=root if root.is_dir() else None)
+        _compare_data(settings, run, dataset)
         refuse(dataset)
         return dataset
     source = open_source(settings.data, labels=settings.labels)
     report = check_data(source, settings=settings.split, max_pixels=settings.max_pixels)
     if report.errors:
-        raise DataError(f"{settings.data}: {report.summary()}; see 'edgedistill check-data {settings.data}'")
+        remedy = report.errors[0].remedy
+        raise DataError(f"{settings.data}: {report.summary()}; {remedy}; see '{check_command(settings)}'")
     for severity, kind, message, *_ in report.rows():
         console.note(f"{severity}: {kind}: {message}")
     dataset = freeze_dataset(source, settings.split, checks=report)
@@ -338,6 +353,56 @@ def freeze(
         write_json(run.root / "data_report.json", report.to_dict(), format="edgedistill-data-report")
         write_dataset(dataset, run.dataset)
     return dataset
+
+
+def _compare_data(settings: DataSettings, run: RunDir, dataset: Dataset) -> None:
+    """A resumed run keeps the images and labels of its dataset.csv: what ``settings.data`` has of others is warned about,
+    and data without any of its images are refused with a UsageError."""
+    saved = read_json(run.config, format=RUN_FORMAT)["settings"].get("data", {}) if run.config.exists() else {}
+    named = saved.get("data")
+    try:
+        source = open_source(settings.data, labels=settings.labels)
+    except (DataError, UsageError, OSError) as error:
+        if settings.data == named:
+            return  # as when the run was made; images that are still needed are missed where they are read
+        raise UsageError(
+            f"--data {settings.data}: {error}; a run is resumed with its own data ({named}), or begun with another --out"
+        ) from error
+    # By id, which outlives a move of the folder; else by path, since an image from elsewhere changes the root of all ids.
+    labels, own = {item.id: item.label for item in source.items}, dataset.ids.tolist()
+    if labels.keys().isdisjoint(own):
+        labels, own = {str(item.path): item.label for item in source.items}, dataset.paths.tolist()
+    common = [row for row, name in enumerate(own) if name in labels]
+    if not common:
+        raise UsageError(
+            f"--data {settings.data}: holds none of the images of {run.dataset}; a run is resumed with its own data "
+            f"({named}), or begun with another --out"
+        )
+    report = run.root / "data_report.json"
+    then = read_json(report, format="edgedistill-data-report").get("images") if report.exists() else None
+    different = [f"lacks {len(own) - len(common)} of the run's images"] if len(common) < len(own) else []
+    if isinstance(then, int) and len(labels) > then:
+        different.append(f"has {len(labels)} images, {len(labels) - then} more than the run began with")
+    if dataset.task is None:
+        names = dataset.class_names
+        changed = sum(labels[own[row]] != names[dataset.labels[row]] for row in common)
+        if changed:
+            different.append(f"gives {changed} of its images another label")
+    if different:
+        console.warn(
+            f"--data {settings.data}: {', '.join(different)}; {run.dataset} stays as it was made, and another --out begins "
+            "anew"
+        )
+
+
+def check_command(settings: DataSettings) -> str:
+    """The check-data that judges the data as this run does."""
+    words = ["edgedistill", "check-data", settings.data, *settings.labels.flags()]
+    if settings.split.folds != SplitSettings.folds:
+        words += ["--folds", str(settings.split.folds)]
+    if settings.split.small_classes != SplitSettings.small_classes:
+        words += ["--small-classes", settings.split.small_classes]
+    return shlex.join(words)
 
 
 def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> None:
@@ -377,6 +442,41 @@ def _as_frozen(run: RunDir, saved: dict[str, Any], wanted: dict[str, Any]) -> di
     return parts
 
 
+def _refuse_other_work(settings: TeachSettings | DistillSettings, run: RunDir, dataset: Dataset) -> None:
+    """Raises ArtifactError where the run's teachers, soft labels or students were made with other settings."""
+    if isinstance(settings, DistillSettings):
+        for student in settings.students:
+            place = _place(settings, student, run)
+            student_module.refuse_other_work(student.settings, place.out, place.folder)
+            if settings.has_baseline(student):
+                hard = dataclasses.replace(student.settings, distillation=False)
+                student_module.refuse_other_work(hard, place.hard_folder / "model.pt", place.hard_folder)
+    if isinstance(settings, TeachSettings) or settings.trains_teachers:
+        taught = any(run.root.glob("model*.pt"))
+        teacher_module.refuse_other_work(settings.teacher, settings.ensemble, dataset, run, taught=taught)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of a student: its model.pt, the folder of its training, and that of its hard-label self."""
+
+    out: Path
+    folder: Path
+    hard_folder: Path
+
+
+def _place(settings: DistillSettings, student: NamedStudent, run: RunDir) -> _Place:
+    """The first keeps the names of a run with one student, so that others can be added to a finished run."""
+    first, label = student.label == settings.label, student.label
+    hard_folder = run.hard_label_student if first else run.other_hard_label_student(label)
+    distilled_folder = run.student if first else run.other_student(label)
+    return _Place(
+        out=run.model if first else run.model_of(label),
+        folder=distilled_folder if student.settings.distillation else hard_folder,
+        hard_folder=hard_folder,
+    )
+
+
 def _frozen(settings: TeachSettings | DistillSettings, run: RunDir, *, resume: bool) -> Dataset:
     """The data set of the run, which suits its networks and the soft labels of an earlier run, and config.json. What is
     refused leaves no run in the folder: the same command can be put right and given again."""
@@ -387,24 +487,38 @@ def _frozen(settings: TeachSettings | DistillSettings, run: RunDir, *, resume: b
         refuse_for(dataset, networks)
         if isinstance(settings, DistillSettings):
             _refuse_lesson(settings, dataset, run.root)
+        if resume:
+            _refuse_other_work(settings, run, dataset)
 
     dataset = freeze(settings.data, run, resume=resume, refuse=refuse)
     record(settings, run, dataset, resume=resume)
     return dataset
 
 
-def rehearse(settings: DistillSettings, *, resume: bool, this: Part | None = None) -> Dataset:
-    """The data set as the run would have it, after all that it would refuse or warn of before its first training; nothing
-    stays on the disk. ``this``: one of the processes that it would have. Raises what ``distill`` raises by then."""
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """``dataset``: as the run would have it. ``unlabelled``: images without labels, by the student that learns from them."""
+
+    dataset: Dataset
+    unlabelled: dict[str, int]
+
+
+def rehearse(settings: DistillSettings, *, resume: bool, this: Part | None = None) -> Rehearsal:
+    """All that the run would refuse or warn of before its first training; nothing stays on the disk. ``this``: one of the
+    processes that it would have. Raises what ``distill`` raises by then."""
+    found: dict[str, int] = {}
     networks = _networks(settings)
     refuse_early(networks, this)
     with tempfile.TemporaryDirectory() as scratch:
 
         def refuse(dataset: Dataset) -> None:
             refuse_for(dataset, networks)
-            _refuse_lesson(settings, dataset, Path(scratch))
+            found.update(_refuse_lesson(settings, dataset, Path(scratch)))
+            if resume:
+                _refuse_other_work(settings, RunDir(settings.out), dataset)
 
-        return freeze(settings.data, RunDir(settings.out), resume=resume, refuse=refuse, write=False)
+        dataset = freeze(settings.data, RunDir(settings.out), resume=resume, refuse=refuse, write=False)
+    return Rehearsal(dataset, found)
 
 
 def teach(settings: TeachSettings, *, resume: bool) -> Path:
@@ -492,24 +606,20 @@ def _train(
 ) -> dict[str, Path]:
     """One student, then its hard-label baseline where it is wanted; their names in the evaluation and their files.
 
-    The first keeps the names of a run with one student, so that others can be added to a finished run. Without
-    distillation the hard-label student is the run's model; else it stands beside it to be compared.
+    Without distillation the hard-label student is the run's model; else it stands beside it to be compared.
     """
     first, label = student.label == settings.label, student.label
     kind = "student" if student.settings.distillation else "hard_label_student"
-    end = "" if first else f"-{label}"
-    hard_folder = run.hard_label_student if first else run.other_hard_label_student(label)
-    distilled_folder = run.student if first else run.other_student(label)
-    folder = distilled_folder if student.settings.distillation else hard_folder
-    out = run.model if first else run.model_of(label)
-    train_student(student.settings, dataset, run, soft_labels=soft_labels, out=out, resume=resume, folder=folder)
+    end, place = "" if first else f"-{label}", _place(settings, student, run)
+    out = place.out
+    train_student(student.settings, dataset, run, soft_labels=soft_labels, out=out, resume=resume, folder=place.folder)
     if first and settings.others:
         on_main(lambda: _copy_of(run.model, run.model_of(label)))
     found = {f"{kind}{end}": out}
     if settings.has_baseline(student):
         hard = dataclasses.replace(student.settings, distillation=False)
-        out = hard_folder / "model.pt"
-        train_student(hard, dataset, run, soft_labels=None, out=out, resume=resume, folder=hard_folder)
+        out = place.hard_folder / "model.pt"
+        train_student(hard, dataset, run, soft_labels=None, out=out, resume=resume, folder=place.hard_folder)
         found[f"hard_label_student{end}"] = out
     return found
 

@@ -6,7 +6,8 @@ Times come from a few training steps of the real networks on this machine; nothi
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import psutil
@@ -14,8 +15,11 @@ import torch
 from torch import nn
 
 from edgedistill import console
-from edgedistill.pipeline import DistillSettings, NamedStudent, rehearse
+from edgedistill.data.manifest import Dataset
+from edgedistill.pipeline import DistillSettings, NamedStudent, Rehearsal, rehearse
+from edgedistill.student.live_teachers import find_teachers
 from edgedistill.teacher import TeacherSettings
+from edgedistill.training.checkpoints import read_settings
 from edgedistill.training.depthwise import quick_depthwise
 from edgedistill.training.models import create_model
 from edgedistill.training.optimizers import make_optimizer
@@ -81,16 +85,63 @@ class _Cost:
 def make_plan(settings: DistillSettings, *, resume: bool = False, processes: int = 1) -> Plan:
     """Reads and splits the data as the run in so many ``processes`` would; raises what that would raise before its first
     training. Times are those of one process."""
-    dataset = rehearse(settings, resume=resume, this=Part(0, processes, processes) if processes > 1 else None)
+    rehearsal = rehearse(settings, resume=resume, this=Part(0, processes, processes) if processes > 1 else None)
+    dataset = rehearsal.dataset
     counts = {split: len(dataset.rows(split)) for split in ("train", "val", "test")}
     classes = len(dataset.outputs)
     steps = []
     if settings.trains_teachers:
         for teacher in (settings.teacher, *(other.settings for other in settings.ensemble.others)):
             steps.append(_teachers(teacher, counts, classes, dataset.fold_count))
+    judges = _judges(settings, dataset)
+    asked: set[tuple[str, object]] = set()
     for student in settings.students:
-        steps += _students(settings, student, counts, classes)
+        steps += _asking(student, judges, rehearsal, asked, classes)
+        steps += _students(settings, student, judges, counts, classes)
     return Plan(counts, classes, tuple(steps))
+
+
+def _judges(settings: DistillSettings, dataset: Dataset) -> list[TeacherSettings]:
+    """The architectures that a student's networks of teachers have: new ones, or those of --soft-labels."""
+    if settings.soft_labels is None:
+        return [settings.teacher, *(other.settings for other in settings.ensemble.others)]
+    if not any(named.settings.distillation and named.settings.needs_teachers for named in settings.students):
+        return []
+    names = {field.name for field in fields(TeacherSettings)}
+    found = {}
+    for teacher in find_teachers(settings.soft_labels, dataset):
+        saved = {key: value for key, value in read_settings(teacher.path).items() if key in names}
+        found[saved.get("name"), saved.get("image_size")] = TeacherSettings(**saved)
+    return list(found.values())
+
+
+def _asking(
+    named: NamedStudent,
+    judges: Sequence[TeacherSettings],
+    rehearsal: Rehearsal,
+    asked: set[tuple[str, object]],
+    classes: int,
+) -> list[PlanStep]:
+    """What the teachers of all folds are asked once before a student learns: photographs without labels, and val for their
+    temperatures. ``asked``: what they were before, for another student."""
+    student, dataset = named.settings, rehearsal.dataset
+    wanted = []
+    if student.distillation and student.unlabelled:
+        wanted.append(("labelling the unlabelled", student.unlabelled, rehearsal.unlabelled.get(named.label, 0)))
+    if student.distillation and student.calibrate_soft_labels:
+        wanted.append(("calibrating the teachers", "", len(dataset.rows("val"))))
+    steps = []
+    for name, what, count in wanted:
+        if (name, what) in asked:
+            continue
+        asked.add((name, what))
+        costs = [(_measure(teacher, classes), len(views_of(teacher.tta))) for teacher in judges]
+        passes = count * dataset.fold_count
+        seconds = sum(FORWARD_SHARE * cost.seconds_per_image * passes * views for cost, views in costs)
+        largest = max((cost for cost, _ in costs), key=lambda cost: cost.batch_mib)
+        disk = 4 * count * classes / 2**20
+        steps.append(_step(name, passes * sum(views for _, views in costs), seconds, largest, disk))
+    return steps
 
 
 def _teachers(teacher: TeacherSettings, counts: dict[str, int], classes: int, folds: int) -> PlanStep:
@@ -104,7 +155,13 @@ def _teachers(teacher: TeacherSettings, counts: dict[str, int], classes: int, fo
     return _step(f"{folds} teachers, {teacher.name}", trained + looked_at, seconds, cost, disk)
 
 
-def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, int], classes: int) -> list[PlanStep]:
+def _students(
+    settings: DistillSettings,
+    named: NamedStudent,
+    judges: Sequence[TeacherSettings],
+    counts: dict[str, int],
+    classes: int,
+) -> list[PlanStep]:
     """One student and its hard-label baseline where it has one: the same budget."""
     student = named.settings
     cost = _measure(student, classes)
@@ -115,8 +172,7 @@ def _students(settings: DistillSettings, named: NamedStudent, counts: dict[str, 
     judging = 0.0
     judged = trained if student.live_teachers else student.views * counts["train"]
     if student.distillation and judged:
-        teachers = (settings.teacher, *(other.settings for other in settings.ensemble.others))
-        per_image = sum(_measure(teacher, classes).seconds_per_image for teacher in teachers)
+        per_image = sum(_measure(teacher, classes).seconds_per_image for teacher in judges)
         judging = FORWARD_SHARE * judged * per_image
     named_seconds = {"student": seconds + judging} if student.distillation else {}
     if settings.has_baseline(named) or not student.distillation:

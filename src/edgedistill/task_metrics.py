@@ -37,10 +37,7 @@ class Scored:
             raise DataError(f"scores {self.probabilities.shape}, values {self.values.shape}, expected {wanted}")
         if not np.isfinite(self.probabilities).all():
             raise DataError("scores are not finite; the model that made them diverged")
-        known = np.zeros(len(self.values), bool)
-        for head, columns in self.task.columns():
-            if head.kind != "regression":
-                known |= ~np.isnan(self.values[:, columns]).all(axis=1)
+        known = self.task.judged(self.values)
         if not known.any():
             raise DataError("no image has a known label")
         object.__setattr__(self, "probabilities", self.probabilities[known])

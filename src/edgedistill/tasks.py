@@ -192,6 +192,14 @@ class Task:
                 right &= ((answers_of(head, own) == wanted) | np.isnan(truth)).all(axis=1)
         return right
 
+    def judged(self, values: Values) -> npt.NDArray[np.bool_]:
+        """bool [N]: some label of a class is known of the image; of the others nothing can be right or wrong."""
+        known = np.zeros(len(values), bool)
+        for head, columns in self.columns():
+            if head.kind != "regression":
+                known |= ~np.isnan(values[:, columns]).all(axis=1)
+        return known
+
     def comparable(self, probabilities: Floats) -> npt.NDArray[np.float64]:
         """Probabilities with the values of regression heads in standard deviations: differences of one scale."""
         scaled = probabilities.astype(np.float64)

@@ -75,6 +75,20 @@ class LabelColumns:
         """Whether anything but the single label is asked for."""
         return bool(self.attributes or self.multi_label or self.one_hot or self.regression)
 
+    def flags(self) -> list[str]:
+        """The words of a command line that say this."""
+        words: list[str] = []
+        for flag, columns in (
+            ("--label-columns", self.attributes),
+            ("--one-hot-columns", self.one_hot),
+            ("--regression", self.regression),
+        ):
+            words += [flag, ",".join(columns)] if columns else []
+        words += ["--multi-label"] if self.multi_label else []
+        if self.regression_weight != DEFAULT_WEIGHT:
+            words += ["--regression-weight", f"{self.regression_weight:g}"]
+        return words + (["--missing-labels", self.missing] if self.missing != "error" else [])
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of all label columns."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgedistill.artifacts import RunDir, read_array, read_json, read_jsonl
 from edgedistill.calibration import Calibration
+from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.errors import ArtifactError, EdgedistillError
 from edgedistill.report.explain_section import Explanation, read_explanation
@@ -94,9 +95,10 @@ class RunRecord:
         """The command line that makes a missing part of this run."""
         root = str(self.run.root)
         data = data_name(self.config) or "DATA"
+        labels = label_flags(self.config)
         lines = {
-            "distill": ["distill", "--data", data, "--out", root, "--resume"],
-            "check-data": ["edgedistill", "check-data", data],
+            "distill": ["distill", "--data", data, "--out", root, *labels, "--resume"],
+            "check-data": ["edgedistill", "check-data", data, *labels],
             "export": ["export-openvino", str(self.run.model)],
             "bench": ["bench-fps", str(self.run.openvino)],
             "tune": ["edgedistill", "tune", str(self.run.openvino), "--fps-target", "N"],
@@ -120,6 +122,15 @@ def data_name(config: dict[str, Any]) -> str:
     return next(
         (value for path in (("data", "data"), ("data",)) if isinstance(value := setting(config, *path), str)), ""
     )
+
+
+def label_flags(config: dict[str, Any]) -> list[str]:
+    """The flags of a command line that name the run's label columns; none where it did not record them."""
+    saved = setting(config, "data", "labels")
+    try:
+        return LabelColumns(**saved).flags() if isinstance(saved, dict) else []
+    except (TypeError, ValueError, AttributeError, EdgedistillError):
+        return []
 
 
 def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:

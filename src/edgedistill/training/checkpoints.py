@@ -188,6 +188,19 @@ def _calibration(values: Mapping[str, Any]) -> Calibration | None:
     return Calibration.from_dict(values["calibration"]) if "calibration" in values else None
 
 
+def read_identity(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """(checkpoint.pt of a training's ``folder``, what it was begun with); None where there is none. Raises ArtifactError."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    return path, dict(load_tensors(path, format=CHECKPOINT_FORMAT).get("identity", {}))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a model.pt was made with, without building its network. Raises ArtifactError."""
+    return dict(load_tensors(path, format=MODEL_FORMAT).get("settings", {}))
+
+
 def read_input_spec(path: Path) -> InputSpec:
     """Of a model.pt, without building its network. Raises ArtifactError."""
     return InputSpec.from_dict(load_tensors(path, format=MODEL_FORMAT).get("input_spec", {}))
@@ -196,7 +209,7 @@ def read_input_spec(path: Path) -> InputSpec:
 def read_tta(path: Path) -> str:
     """The views by which the teacher of a model.pt answers ('': the whole picture; see training.views), without building
     its network. Raises ArtifactError."""
-    return str(dict(load_tensors(path, format=MODEL_FORMAT).get("settings", {})).get("tta", ""))
+    return str(read_settings(path).get("tta", ""))
 
 
 def _build(path: Path, architecture: Any, kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ Where a wish is judged, from the sternest to the mildest. A new option needs a l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -268,6 +268,11 @@ class TrainSettings:
             (("cutmix_alpha",), self.cutmix_probability > 0, "--cutmix above 0"),
             (("mixup_alpha",), self.mixup_probability > 0, "--mixup above 0"),
             (("plain_epochs",), mixes, "--cutmix or --mixup above 0"),
+            (
+                ("class_weights", "defer_weights"),
+                not self.defer_weights or (self.total_epochs - 1) / self.total_epochs >= self.defer_weights,
+                f"epochs after that share of all {self.total_epochs}: give more of them, or a smaller --defer-weights",
+            ),
             (("extra_lr",), self.extra_epochs > 0, "--extra-epochs above 0"),
             (("swa_lr",), self.swa_start > 0, "--swa-start"),
             (picture, self.augment != "none", "--augment light or standard"),
@@ -287,6 +292,11 @@ class TrainSettings:
             found.append("LDAM's margins and balanced sampling both favour rare classes; consider --no-balanced")
         if self.hard_loss == "soft-f1" and self.batch_size < 32:
             found.append(f"soft-f1 counts within a batch, and batches of {self.batch_size} hold few of each class")
+        if self.cutmix_probability + self.mixup_probability > 0 and self.plain_epochs >= self.total_epochs:
+            found.append(
+                f"--plain-epochs {self.plain_epochs} of {self.total_epochs} epochs leave none that mixes; give fewer, or "
+                "--cutmix 0 and --mixup 0"
+            )
         set_apart = {each.name: getattr(self, each.name) for each in fields(self)}
         set_apart = {name: value for name, value in set_apart.items() if value != defaults_of(type(self)).get(name)}
         for names, effective, needed in self.only_with():
@@ -410,6 +420,11 @@ class TrainSettings:
         return self.epochs + self.extra_epochs
 
     @property
+    def fine_tunes(self) -> bool:
+        """Whether the last layers learn at ``test_size`` after all else (see training.fixres)."""
+        return self.test_size is not None and self.fixres_epochs > 0
+
+    @property
     def averages(self) -> bool:
         """Whether the trained weights are an average, for which batch-norm statistics are to be measured anew."""
         return bool(self.extra_epochs or self.swa_start or self.ema_decay)
@@ -507,6 +522,12 @@ def refuse_other_settings(
         raise ArtifactError(
             f"{path}: made with {shown}; resume with the same settings and data, or start anew with another --out"
         )
+
+
+def refuse_other_wishes(path: object, saved: Mapping[str, Any], settings: TrainSettings) -> None:
+    """The same for the settings alone, before it is known what else decides the weights. ``saved``: an identity."""
+    current = identity(settings)
+    refuse_other_settings(path, {key: saved[key] for key in current if key in saved}, current, type(settings))
 
 
 def choose_device(name: str) -> torch.device:

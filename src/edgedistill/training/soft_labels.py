@@ -336,6 +336,12 @@ def read_teachers(folder: Path) -> list[dict[str, Any]]:
     return list(read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT)["teachers"])
 
 
+def read_heads(folder: Path) -> dict[str, dict[str, Any]]:
+    """What meta.json says of each head's files (see soft_label_store.write_store)."""
+    heads = read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT).get("heads", {})
+    return {str(name): dict(entry) for name, entry in heads.items()}
+
+
 def blend_of(folder: Path) -> dict[str, Any] | None:
     """How several architectures became one label (teacher.ensemble.Blended.to_dict); None where there is but one."""
     blend = read_json(folder / "meta.json", format=SOFT_LABELS_FORMAT).get("blend")

@@ -67,7 +67,7 @@ def priors(task: Task, values: Values, count: int) -> Probabilities:
         elif head.kind == "sigmoid":
             parts.append(np.nan_to_num(np.nanmean(own, axis=0)))
         else:
-            parts.append(np.nanmedian(own, axis=0))
+            parts.append(np.nanmedian(own, axis=0) if not np.isnan(own).all() else np.array([head.mean]))
     return np.tile(np.concatenate(parts).astype(np.float32), (count, 1))
 
 

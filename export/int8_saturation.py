@@ -1,6 +1,6 @@
 """What the range of INT8 weights costs, on CPUs with 8-bit dot products (VNNI) and without.
 
-    python -m edgedistill.benchmarks.int8_saturation runs/cells/model.pt --out benchmarks/results/int8-saturation.json
+    python -m edgedistill.export.int8_saturation runs/cells/model.pt --out benchmarks/results/int8-saturation.json
 
 The network is quantised three times: weights in full range, the first layer's in half (NNCF's default) and all in half.
 Each is then run as it is, and in processes whose oneDNN is held to AVX2 and to AVX-512 without VNNI (ONEDNN_MAX_CPU_ISA),
@@ -38,7 +38,7 @@ from edgedistill.training.checkpoints import read_model
 FORMAT = "edgedistill-int8-saturation"
 RANGES: tuple[WeightRange, ...] = ("full", "first-layer", "half")
 CPUS = {"as it is": None, "AVX-512 without VNNI": "AVX512_CORE", "AVX2": "AVX2"}
-ANSWER = "import sys; from edgedistill.benchmarks.int8_saturation import answer; answer(*sys.argv[1:])"
+ANSWER = "import sys; from edgedistill.export.int8_saturation import answer; answer(*sys.argv[1:])"
 
 
 def answer(folder: str, cpu: str) -> None:

@@ -37,8 +37,8 @@ def model() -> ov.Model:
     """Large weights of one sign, whose sums are as large as they can be."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 64, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(64, 4),
+        nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     ).eval()  # fmt: skip
     with torch.no_grad():
         net[2].weight.abs_()

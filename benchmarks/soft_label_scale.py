@@ -1,14 +1,14 @@
 """Soft labels of a million images and a thousand classes in bounded memory: written, read back, and learned from.
 
-    python -m edgedistill.benchmarks.soft_label_scale --out benchmarks/results/soft-label-scale.json
+    python -m edgedistill.benchmarks.soft_label_scale --limit-gib 4 --out benchmarks/results/soft-label-scale.json
 
 Log-probabilities are drawn block by block and never lie on the disk uncompressed. --limit-gib bounds the process's
-address space, so that finishing is the proof; run it in a process of its own, whose peak of memory is recorded.
+address space, files that are mapped too, so that finishing is the proof; run it in a process of its own, whose peak of memory is recorded.
 
 Before that, in another process under the same limit, two architectures' answers for the folds that they never saw become
 soft labels as `teach` makes them: their quality, the weights of their vote, and the labels themselves.
 
-Then a student's training is prepared as `distill` prepares it, in a second process under the same limit: the labels are
+Then a student's training is prepared as `distill` prepares it, in a third process under the same limit: the labels are
 opened, those that look wrong are searched for and left out, all of them are hashed, and the targets of batches are mixed
 and learned from. Only the images and the network are missing: logits are drawn.
 """

@@ -24,16 +24,14 @@ from edgedistill import console
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.machine import machine_record
-from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import UsageError
 from edgedistill.export import ir
 from edgedistill.export.fusion import fuse
 from edgedistill.export.inference import compile_ir, ir_logits
 from edgedistill.export.int8_quantize import WeightRange, kl, quantize
-from edgedistill.export.samples import Samples, load_pixels
+from edgedistill.export.network import load_network
+from edgedistill.export.samples import find_images, load_pixels, manifest_of
 from edgedistill.images import InputSpec, normalize
-from edgedistill.tasks import Task
-from edgedistill.training.checkpoints import read_model
 
 FORMAT = "edgedistill-int8-saturation"
 RANGES: tuple[WeightRange, ...] = ("full", "first-layer", "half")
@@ -51,39 +49,29 @@ def answer(folder: str, cpu: str) -> None:
         write_array(place / f"{path.stem}.{cpu}.npy", ir_logits(compiled, pixels, spec))
 
 
-def measure(model: Path, manifest: Path | None, *, images: int, calibration: int) -> dict[str, Any]:
-    """``manifest``: the dataset.csv; None: the one beside ``model``, a model.pt. Raises UsageError where there is no test split."""
-    loaded = read_model(model)
-    dataset = read_dataset(manifest or model.parent / "dataset.csv")
-    rows = {split: dataset.rows(split) for split in ("train", "test")}
-    if not len(rows["test"]):
-        raise UsageError(f"{model}: its data set has no test split to measure on")
-    if dataset.task is not None:
-        raise UsageError(f"{model}: has several heads; give a network with one label per image")
-
-    def pixels(split: str, limit: int) -> tuple[Any, Samples]:
-        ids = tuple(dataset.ids[rows[split]].tolist())
-        paths = tuple(Path(path) for path in dataset.paths[rows[split]].tolist())
-        samples = Samples(split, ids, paths, dataset.labels[rows[split]]).thinned(limit)
-        return load_pixels(samples.paths, loaded.input_spec), samples
-
-    seen, _ = pixels("train", calibration)
-    judged, samples = pixels("test", images)
-    result: dict[str, Any] = {"model": loaded.architecture, "images": len(samples), "calibration_images": len(seen)}
+def measure(model: Path, *, images: int, calibration: int) -> dict[str, Any]:
+    """``model``: a model.pt of a run, a student's or a teacher's. Raises UsageError where there is no test split."""
+    network = load_network(model, image_size=None)
+    found = find_images(network, manifest=manifest_of(model), data=None, split="test")
+    if found.missing:
+        raise UsageError(f"{model}: {found.missing}")
+    samples, spec, task = found.certificate.thinned(images), network.spec, network.task
+    judged = load_pixels(samples.paths, spec)
+    seen = load_pixels(found.calibration.thinned(calibration).paths, spec)
+    result: dict[str, Any] = {"model": network.architecture, "images": len(samples), "calibration_images": len(seen)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        fused, _ = fuse(loaded.model, normalize(seen[:16], loaded.input_spec), image_kind="train")
-        float32, _ = ir.convert(fused, loaded.input_spec, onnx_file=folder / "model.onnx")
+        fused, _ = fuse(network.module, normalize(seen[:16], spec), image_kind="train")
+        float32, _ = ir.convert(fused, spec, onnx_file=folder / "model.onnx")
         ov.save_model(float32, folder / "FP32.xml", compress_to_fp16=False)
         for name in RANGES:
-            ov.save_model(quantize(float32, loaded.input_spec, seen, weights=name), folder / f"{name}.xml")
+            ov.save_model(quantize(float32, spec, seen, weights=name), folder / f"{name}.xml")
         write_array(folder / "pixels.npy", judged)
-        write_json(folder / "spec.json", {"spec": loaded.input_spec.to_dict()}, format=FORMAT)
+        write_json(folder / "spec.json", {"spec": spec.to_dict()}, format=FORMAT)
         for number, limit in enumerate(CPUS.values()):
             environment = os.environ | ({} if limit is None else {"ONEDNN_MAX_CPU_ISA": limit})
             subprocess.run([sys.executable, "-c", ANSWER, scratch, str(number)], env=environment, check=True)
         reference = read_array(folder / "FP32.0.npy")
-        task = Task.single(loaded.classes)
         result["accuracy_f32"] = task.score(reference, samples.truth)
         result["int8"] = [
             {
@@ -102,14 +90,11 @@ def measure(model: Path, manifest: Path | None, *, images: int, calibration: int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("models", type=Path, nargs="+", help="model.pt of runs")
-    parser.add_argument("--manifest", type=Path, help="their dataset.csv, where it does not lie beside them")
     parser.add_argument("--images", type=int, default=2000, help="of the test split, evenly spaced")
     parser.add_argument("--calibration-images", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/int8-saturation.json"))
     args = parser.parse_args(argv)
-    found = [
-        measure(path, args.manifest, images=args.images, calibration=args.calibration_images) for path in args.models
-    ]
+    found = [measure(path, images=args.images, calibration=args.calibration_images) for path in args.models]
     write_json(args.out, {"networks": found, "machine": machine_record()}, format=FORMAT)
     for network in found:
         title = f"{network['model']}: FP32 {network['accuracy_f32']:.4f} on {network['images']} images"

@@ -25,7 +25,7 @@ from edgedistill.metrics import fit_temperature
 from edgedistill.student.live_teachers import TeacherFile
 from edgedistill.tasks import Task
 from edgedistill.training.checkpoints import read_model, read_tta
-from edgedistill.training.heads import SMALLEST, scores_from, scores_of
+from edgedistill.training.heads import logs_of, scores_of, shares_from
 from edgedistill.training.soft_labels import StoredTable
 from edgedistill.training.views import label_pictures
 
@@ -186,8 +186,5 @@ class CalibratedBlend:
             if answer.fold == fold:
                 all_its, scores = np.full(len(rows), fold, np.int16), answer.scores[answer.place[rows]]
                 scores = calibrated(scores, all_its, {fold: answer.temperature}, task=self.task)
-                shares = np.exp(scores.astype(np.float64)) if self.task is None else self.task.probabilities(scores)
-                total = total + answer.weight * shares
-        if self.task is not None:
-            return scores_from(self.task, total)
-        return np.log(np.maximum(total, SMALLEST)).astype(np.float32)
+                total = total + answer.weight * shares_from(self.task, scores)
+        return logs_of(self.task, total)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from edgedistill.data.soft_label_store import row_blocks
 from edgedistill.errors import DataError, UsageError
 from edgedistill.tasks import Head, Task, Values, answers_of
-from edgedistill.training.heads import scores_from
+from edgedistill.training.heads import logs_of, shares_from
 from edgedistill.training.soft_labels import FoldResult, ScoreTable
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -345,12 +345,14 @@ Fit = Callable[[Sequence[int]], Blend]  # the numbers of folds -> the combinatio
 def _fit_labels(
     settings: BlendSettings, names: Sequence[str], folds: Sequence[Sequence[FoldResult]], label_of: Mapping[str, Any]
 ) -> Fit:
-    """Of images with one label. Their answers are gone through once, a block at a time."""
+    """Of images with one label. Their answers are gone through once, a block at a time, and only where weights are fitted."""
+    if settings.weights not in ("oof", "score"):
+        return lambda numbers: _settled(settings, names, np.ones(len(names)))
 
     def found(group: Sequence[FoldResult]) -> Evidence:
         truth = np.array([label_of[name] for name in group[0].ids.tolist()], np.int64)
         parts = [
-            Evidence.of(settings.vote, [_probabilities(result.log_probs[rows], None) for result in group], truth[rows])
+            Evidence.of(settings.vote, [shares_from(None, result.log_probs[rows]) for result in group], truth[rows])
             for rows in row_blocks(np.arange(len(truth)), group[0].log_probs.shape[1])
         ]
         return Evidence.join(parts)
@@ -366,7 +368,7 @@ def _fit_heads(
     label_of: Mapping[str, Any],
     task: Task,
 ) -> Fit:
-    members = [[_probabilities(result.log_probs[:], task) for result in group] for group in folds]
+    members = [[shares_from(task, result.log_probs[:]) for result in group] for group in folds]
     truth = [np.array([label_of[name] for name in group[0].ids.tolist()], np.float32) for group in folds]
 
     def fit(numbers: Sequence[int]) -> Blend:
@@ -392,8 +394,7 @@ class Mixed:
 
     def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
         task = self.blend.task
-        mixed = self.blend([_probabilities(member[rows], task) for member in self.members])
-        return _log(mixed) if task is None else scores_from(task, mixed)
+        return logs_of(task, self.blend([shares_from(task, member[rows]) for member in self.members]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,15 +413,6 @@ class Ordered:
 
     def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
         return self.table[self.order[rows]]
-
-
-def _probabilities(scores: npt.NDArray[np.float32], task: Task | None) -> npt.NDArray[np.float64]:
-    return np.exp(scores.astype(np.float64)) if task is None else task.probabilities(scores)
-
-
-def _log(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    logs = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    return logs.astype(np.float32)
 
 
 def _aligned(names: Sequence[str], group: Sequence[FoldResult]) -> list[FoldResult]:

@@ -358,8 +358,7 @@ def freeze(
 def _compare_data(settings: DataSettings, run: RunDir, dataset: Dataset) -> None:
     """A resumed run keeps the images and labels of its dataset.csv: what ``settings.data`` has of others is warned about,
     and data without any of its images are refused with a UsageError."""
-    saved = read_json(run.config, format=RUN_FORMAT)["settings"].get("data", {}) if run.config.exists() else {}
-    named = saved.get("data")
+    named = run.settings().get("data", {}).get("data")
     try:
         source = open_source(settings.data, labels=settings.labels)
     except (DataError, UsageError, OSError) as error:

@@ -177,6 +177,18 @@ def scores_from(task: Task, probabilities: Floats) -> Scores:
     return scores.astype(np.float32)
 
 
+def logs_of(task: Task | None, probabilities: Floats) -> Scores:
+    """``scores_from``, and of one label per image, ``task`` None, log-probabilities: float32 [N, C] as they are stored."""
+    if task is not None:
+        return scores_from(task, probabilities)
+    return np.log(np.maximum(probabilities, SMALLEST)).astype(np.float32)
+
+
+def shares_from(task: Task | None, scores: Scores) -> npt.NDArray[np.float64]:
+    """What ``logs_of`` was given, float64 [N, C]."""
+    return np.exp(scores.astype(np.float64)) if task is None else task.probabilities(scores)
+
+
 def validation_metrics(task: Task, logits: Floats, values: Values) -> dict[str, float]:
     """The joint figures and each head's, under val_NAME and val_HEAD_NAME."""
     found = task_metrics.summary(Scored(task, task.probabilities(logits), values))

@@ -131,14 +131,12 @@ def predict_pixels(model: nn.Module, pixels: ImageU8, spec: InputSpec, *, batch_
     """float32 [N, C] for uint8 [N, H, W, 3] BGR pixels; leaves the model in eval mode."""
     device = device_of(model)
     model.eval()
-    outputs: list[torch.Tensor] = []
+    outputs = []
     with torch.inference_mode():
         for start in range(0, len(pixels), batch_size):
             images = torch.from_numpy(pixels[start : start + batch_size]).to(device).flip(-1)
-            outputs.append(model(network_input(images, spec)).float().cpu())
-    if not outputs:
-        return np.zeros((0, int(model.num_classes)), np.float32)  # type: ignore[arg-type]
-    return torch.cat(outputs).numpy()
+            outputs.append(model(network_input(images, spec)).float().cpu().numpy())
+    return joined(outputs, model)
 
 
 def reestimate_batch_norm(

@@ -20,7 +20,7 @@ from edgedistill.errors import UsageError
 from edgedistill.images import ImageU8, InputSpec
 from edgedistill.metrics import softmax
 from edgedistill.tasks import Task
-from edgedistill.training.heads import SMALLEST, Scores, scores_from, scores_of
+from edgedistill.training.heads import Scores, logs_of, scores_of
 from edgedistill.training.predict import PathLike, decoded_batches, joined, logit_batches, predict_pixels
 
 CROP_ZOOM = 256 / 224
@@ -88,7 +88,7 @@ def label_batches(
     """``label_pictures``, float32 [n, C] at a time: of a million images and a thousand classes, 4 GB in all."""
     if tta:
         for shares in probability_batches(model, paths, spec, views=views_of(tta), task=task, title=title):
-            yield np.log(np.maximum(shares, np.float32(SMALLEST))) if task is None else scores_from(task, shares)
+            yield logs_of(task, shares)
         return
     for logits in logit_batches(model, paths, spec, title=title):
         if task is None:
@@ -109,8 +109,10 @@ def predict_probabilities(
     title: str = "",
 ) -> npt.NDArray[np.float32]:
     """float32 [N, C]: all that ``probability_batches`` gives."""
-    options: dict[str, Any] = {"views": views, "temperature": temperature, "task": task, "batch_size": batch_size}
-    return joined(probability_batches(model, paths, spec, **options, title=title), model)
+    batches = probability_batches(
+        model, paths, spec, views=views, temperature=temperature, task=task, batch_size=batch_size, title=title
+    )
+    return joined(batches, model)
 
 
 def probability_batches(

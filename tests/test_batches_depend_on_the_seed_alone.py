@@ -128,28 +128,44 @@ def test_a_damaged_image_stops_the_job_by_its_name(paths, cache_gib, workers):
 
 
 KILLED_LOADER = """
-import multiprocessing, sys
+import os, signal, sys
 import numpy as np
 from edgedistill.data.augment import Augment, AugmentSettings
 from edgedistill.images import InputSpec
+from edgedistill.training import loader
 from edgedistill.training.loader import Draw, Schedule, batches, open_store, prepared_spec
-spec, paths = InputSpec(height=32, width=40), np.array(sys.argv[1:])
+made = loader._BatchMaker.__getitem__
+def killed_at_the_tenth(self, step):
+    if step.number == 10:
+        frame = sys._getframe()
+        while holding and frame.f_code.co_name != "_worker_loop":
+            frame = frame.f_back
+        if holding:
+            theirs = frame.f_locals
+            locks = [theirs["index_queue"]._rlock, theirs["data_queue"]._wlock]
+            locks += [theirs["done_event"]._cond] if hasattr(theirs["done_event"], "_cond") else []
+            print("held", [lock.acquire(timeout=9) for lock in locks], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(self, step)
+loader._BatchMaker.__getitem__ = killed_at_the_tenth
+holding = sys.argv[1] == "holding"
+spec, paths = InputSpec(height=32, width=40), np.array(sys.argv[2:])
 rows = np.arange(len(paths))
 schedule = Schedule([Draw(rows, (rows % 5 == 0).astype(np.int32), 4, False, 3)] * 50)
 store = open_store(paths, prepared_spec(spec), cache_gib=None)
-stream = batches(store, schedule, Augment(AugmentSettings(), 32, 40), spec=spec, seed=3, workers=1)
-next(stream)
-for worker in multiprocessing.active_children():
-    worker.kill()
 try:
-    list(stream)
+    list(batches(store, schedule, Augment(AugmentSettings(), 32, 40), spec=spec, seed=3, workers=1))
 except Exception as error:
     print(type(error).__name__, error)
 """
 
 
-def test_a_killed_loader_process_is_told_with_its_remedy(paths):
+@pytest.mark.parametrize("lock", ["free", "holding"])
+def test_a_killed_loader_process_is_told_with_its_remedy(paths, lock):
     # In a process of its own: torch reports a dead loader through a signal, which also ends a test runner's worker.
-    command = [sys.executable, "-c", KILLED_LOADER, *paths.tolist()]
+    # "holding" all locks that a loader process ever holds.
+    command = [sys.executable, "-c", KILLED_LOADER, lock, *paths.tolist()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert re.search(r"DataError a loader process ended .*go on with --resume", result.stdout), result.stderr
+    assert result.returncode == 0, result.stderr
+    assert lock == "free" or re.search(r"^held \[(True, )+True\]$", result.stdout, re.MULTILINE)

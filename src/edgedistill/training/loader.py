@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import mmap
+import multiprocessing.context
 import os
 import signal
 import time
@@ -376,6 +377,24 @@ class _BatchMaker(Dataset[tuple[int, str]]):
         return draws.integers(2**31, size=len(step.rows)), draws.random(len(step.rows)) < 0.5
 
 
+class _Flag:
+    """An event without a lock: the trainer asks torch's own, and waits without a limit for the lock of a killed process."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 1)  # a forked process shares it
+
+    def is_set(self) -> bool:
+        return self._memory[0] != 0
+
+    def set(self) -> None:
+        self._memory[0] = 1
+
+
+class _Fork(multiprocessing.context.ForkContext):
+    def Event(self) -> Any:
+        return _Flag()
+
+
 def batches(
     store: ImageStore,
     schedule: Schedule,
@@ -408,7 +427,7 @@ def batches(
         prefetch_factor=IMAGES_AHEAD if workers else None,
         collate_fn=_unchanged,
         worker_init_fn=_worker_start,
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=_Fork() if workers else None,
     )
     answers = iter(loader)
     for step in schedule:

@@ -11,6 +11,9 @@ soft labels as `teach` makes them: their quality, the weights of their vote, and
 Then a student's training is prepared as `distill` prepares it, in a third process under the same limit: the labels are
 opened, those that look wrong are searched for and left out, all of them are hashed, and the targets of batches are mixed
 and learned from. Only the images and the network are missing: logits are drawn.
+
+As many photographs without labels, labelled by an ensemble, are prepared in a fourth process. Their answers are one file of
+4 GB, which the limit would count: what bounds this part is its recorded peak of memory.
 """
 
 from __future__ import annotations
@@ -62,9 +65,9 @@ def drawn(rows: int, classes: int, *, first: int = 0) -> Iterator[LogProbs]:
         yield logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
-def measure(folder: Path, *, rows: int, classes: int, store: str) -> dict[str, Any]:
+def measure(folder: Path, *, rows: int, classes: int, store: str, unlabelled: dict[str, Any]) -> dict[str, Any]:
     """Seconds, bytes and loss of writing, of reading all in order, of reading batches of random rows, and of a student
-    that learns from them."""
+    that learns from them. ``unlabelled``: the figures of that part."""
     kind = parse_store(store)
     start = time.perf_counter()
     entry = write_store(folder, HEAD, drawn(rows, classes), shape=(rows, classes), kind=kind)
@@ -96,6 +99,7 @@ def measure(folder: Path, *, rows: int, classes: int, store: str) -> dict[str, A
     }
     teachers = apart("teachers", folder, rows=rows, classes=classes, store=store)
     return figures | {
+        "unlabelled": unlabelled,
         "teachers": teachers,
         "student": apart("student", folder, rows=rows, classes=classes, entry=entry, batches=STUDENT_BATCHES),
     }
@@ -128,7 +132,7 @@ def made_up(rows: int, classes: int) -> Dataset:
 
 
 def apart(part: str, folder: Path, **sizes: Any) -> dict[str, Any]:
-    """``teachers`` or ``student`` in a process of its own, whose peak of memory is then its own too."""
+    """``teachers``, ``student`` or ``unlabelled`` in a process of its own, whose peak of memory is then its own too."""
     plan, out = folder / f"{part}-plan.json", folder / f"{part}.json"
     write_json(plan, sizes, format=PLAN)
     command = [sys.executable, "-m", "edgedistill.benchmarks.soft_label_scale", "--part", part, plan, "--out", out]
@@ -203,16 +207,56 @@ def student(folder: Path, *, rows: int, classes: int, entry: dict[str, Any], bat
     return dict(zip(names, np.diff(marks).tolist(), strict=True)) | {
         "soft_labels": identity["soft_labels"],
         "dropped": len(lesson.dropped),
-        **_learned(job, drawn_rows, classes),
+        **_learned(job.targets, settings.mixing(), job.loss, drawn_rows, classes),
         "imported_rss_bytes": imported,
         "data_set_rss_bytes": data_set,
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
-def _learned(job: Any, batches: npt.NDArray[np.int64], classes: int) -> dict[str, Any]:
-    """Milliseconds of the targets of a batch, and with mixing, loss and gradient. ``batches``: int64 [steps, B], of the
-    rows of the student's Job."""
+def unlabelled(folder: Path, *, rows: int, classes: int, batches: int) -> dict[str, Any]:
+    """Seconds and bytes of what a student's training does with as many photographs without labels, once the teachers have
+    answered."""
+    import hashlib
+
+    import torch
+
+    from edgedistill.student import distil
+    from edgedistill.student import unlabelled as photographs
+    from edgedistill.training.losses import LossSettings
+
+    imported, marks = _memory_bytes("VmRSS"), [time.perf_counter()]
+    paths = np.char.add(np.char.zfill(np.arange(rows).astype(np.str_), 8), ".jpg")
+    digests = np.full(rows, b"0" * 64)
+    write_blocks(folder / "log_probs.npy", drawn(rows, classes), shape=(rows, classes))
+    wanted = {"images": hashlib.sha256(digests.tobytes()).hexdigest(), "teachers": []}
+    write_json(folder / "meta.json", wanted, format=photographs.FORMAT)
+    data_set = _memory_bytes("VmRSS")
+    marks.append(time.perf_counter())
+    labelled = photographs.label_images(
+        paths, digests, (), made_up(1, classes), cache=folder, device=torch.device("cpu"), half=False, temperatures=None
+    )
+    chosen = photographs.choose(labelled, min_confidence=0.2, class_cap=3.0, seed=0)
+    marks.append(time.perf_counter())
+    digest = chosen.hash
+    marks.append(time.perf_counter())
+    targets, settings = photographs.unlabelled_targets(chosen, 2.0), distil.StudentSettings()
+    numbers = np.random.default_rng(0).integers(len(chosen), size=(batches, RANDOM_ROWS))
+    names = ("drawn_s", "chosen_s", "identity_s")
+    return dict(zip(names, np.diff(marks).tolist(), strict=True)) | {
+        "photographs": rows,
+        "chosen": len(chosen),
+        "sha256": digest,
+        **_learned(targets, settings.mixing(), LossSettings("kl", 0.5, 2.0), numbers, classes),
+        "imported_rss_bytes": imported,
+        "data_set_rss_bytes": data_set,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _learned(source: Any, mixing: Any, settings: Any, batches: npt.NDArray[np.int64], classes: int) -> dict[str, Any]:
+    """Milliseconds of the targets of a batch, and with mixing, loss and gradient. ``batches``: int64 [steps, B], rows of
+    ``source``, a TargetSource; ``mixing``: a Mixing, ``settings``: LossSettings."""
     import torch
 
     from edgedistill.training.losses import loss_of
@@ -221,12 +265,12 @@ def _learned(job: Any, batches: npt.NDArray[np.int64], classes: int) -> dict[str
     take_ms, step_ms, losses = [], [], []
     for step, rows in enumerate(batches):
         start = time.perf_counter()
-        targets = job.targets.take(rows)
+        targets = source.take(rows)
         take_ms.append(1000 * (time.perf_counter() - start))
         images = torch.zeros((len(rows), 8, 8, 3), dtype=torch.uint8)
-        _, mixed = mix(images, targets, job.settings.mixing(), seed=0, epoch=0, step=step)
+        _, mixed = mix(images, targets, mixing, seed=0, epoch=0, step=step)
         logits = torch.randn(len(rows), classes, requires_grad=True)
-        loss = loss_of(logits, mixed, job.loss)
+        loss = loss_of(logits, mixed, settings)
         loss.backward()  # type: ignore[no-untyped-call]
         step_ms.append(1000 * (time.perf_counter() - start))
         losses.append(loss.item())
@@ -249,19 +293,27 @@ def main() -> None:
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)  # a process of its own, by apart
     arguments = parser.parse_args()
     if arguments.part is not None:
-        parts: dict[str, Callable[..., dict[str, Any]]] = {"teachers": teachers, "student": student}
+        parts: dict[str, Callable[..., dict[str, Any]]] = {
+            "teachers": teachers,
+            "student": student,
+            "unlabelled": unlabelled,
+        }
         plan = Path(arguments.part[1])
         figures = parts[arguments.part[0]](plan.parent, **_plain(read_json(plan, format=PLAN)))
         write_json(arguments.out, figures, format=PLAN)
         return
-    limit = int(arguments.limit_gib * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         widest = arguments.rows * arguments.classes * 4
         needed = (3.2 if arguments.store == "float32" else 2.7) * widest  # the answers of two teachers, and the labels
         if shutil.disk_usage(folder).free < needed:
             raise UsageError(f"{folder}: {needed / 1e9:.1f} GB are needed; free some space, or choose --folder")
-        result = measure(Path(folder), rows=arguments.rows, classes=arguments.classes, store=arguments.store)
+        sizes = {"rows": arguments.rows, "classes": arguments.classes}
+        photographs = Path(folder) / "photographs"
+        figures = apart("unlabelled", photographs, **sizes, batches=STUDENT_BATCHES)
+        shutil.rmtree(photographs)
+        limit = int(arguments.limit_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        result = measure(Path(folder), **sizes, store=arguments.store, unlabelled=figures)
     result["limit_gib"] = arguments.limit_gib
     show(result)
     if arguments.out is not None:
@@ -273,7 +325,7 @@ def main() -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    learned, taught = result["student"], result["teachers"]
+    learned, taught, others = result["student"], result["teachers"], result["unlabelled"]
     shown = [
         ("write (of this drawing)", f"{result['write_s']:.1f} s ({result['draw_s']:.1f} s)"),
         ("read in order", f"{result['read_s']:.1f} s"),
@@ -287,6 +339,10 @@ def show(result: dict[str, Any]) -> None:
         ("student: hash of all labels", f"{learned['identity_s']:.1f} s"),
         (f"student: targets of {RANDOM_ROWS} images", f"{learned['targets_ms']:.1f} ms"),
         ("student: peak memory", f"{learned['peak_rss_bytes'] / 1e9:.2f} GB"),
+        ("photographs without labels: chosen", f"{others['chosen']:,} in {others['chosen_s']:.1f} s"),
+        ("photographs: hash of their answers", f"{others['identity_s']:.1f} s"),
+        (f"photographs: targets of {RANDOM_ROWS}", f"{others['targets_ms']:.1f} ms"),
+        ("photographs: peak memory", f"{others['peak_rss_bytes'] / 1e9:.2f} GB"),
     ]
     title = f"{result['rows']:,} x {result['classes']:,} soft labels, {result['store']}"
     console.out.print(console.table(title, ("step", "cost"), shown))

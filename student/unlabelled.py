@@ -30,42 +30,53 @@ from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_array, read_json, sha256_file, write_array, write_json
 from edgedistill.data import duplicates
 from edgedistill.data.manifest import Dataset, hash_files
+from edgedistill.data.soft_label_store import row_blocks, write_blocks
 from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES, ImageU8, InputSpec, load_image
 from edgedistill.student.live_teachers import Teacher, TeacherFile, open_teachers
 from edgedistill.tasks import Task
-from edgedistill.training.answers import confidences, joint_answers, scores_of_shares, shares_of, tempered
+from edgedistill.training.answers import confidences, first_choices, scores_of_shares, shares_of, tempered
 from edgedistill.training.checkpoints import read_tta
 from edgedistill.training.loader import Draw, core_count, cycled
-from edgedistill.training.losses import JoinedTargets, Targets, TargetSource
+from edgedistill.training.losses import WHOLE_TARGETS, JoinedTargets, Targets, TargetSource, to_device
 from edgedistill.training.predict import network_input
 from edgedistill.training.seeds import generator
+from edgedistill.training.soft_labels import Ordered, ScoreTable, StoredTable
 from edgedistill.training.views import seen_through, zoomed
 
 FORMAT = "edgedistill-unlabelled"
+CPU = torch.device("cpu")
 LABELLING_BATCH = 64
 PART_IMAGES = 4 * LABELLING_BATCH  # labelled between two writes: what a kill can cost
 
 
 @dataclass(frozen=True, eq=False)
 class Unlabelled:
-    """``paths``: str [M]; ``sha256``: bytes [M]; ``log_probs``: float32 [M, C] of the teacher ensemble at T=1; with
-    several heads its scores, [M, D] (see training.answers)."""
+    """``paths``: str [M]; ``sha256``: bytes [M]; ``log_probs``: float32 [M, C] of the teacher ensemble at T=1, of which a
+    file may hold what is not asked for; with several heads its scores, [M, D] (see training.answers)."""
 
     paths: npt.NDArray[np.str_]
     sha256: npt.NDArray[np.bytes_]
-    log_probs: npt.NDArray[np.float32]
+    log_probs: ScoreTable
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Unlabelled:
-        return Unlabelled(self.paths[rows], self.sha256[rows], self.log_probs[rows])
+        return Unlabelled(self.paths[rows], self.sha256[rows], Ordered(self.log_probs, rows))
 
-    @property
+    def blocks(self) -> Iterator[npt.NDArray[np.float32]]:
+        """All of ``log_probs`` in order, as many rows at a time as stay small."""
+        for rows in row_blocks(np.arange(len(self)), self.log_probs.shape[1]):
+            yield self.log_probs[rows]
+
+    @functools.cached_property
     def hash(self) -> str:
         """What they and their labels are, wherever they lie."""
-        return hashlib.sha256(self.sha256.tobytes() + self.log_probs.tobytes()).hexdigest()
+        digest = hashlib.sha256(self.sha256.tobytes())
+        for block in self.blocks():
+            digest.update(np.ascontiguousarray(block, np.float32).data)
+        return digest.hexdigest()
 
 
 def find_images(folder: Path, *, frames: Path, frame_step: int) -> npt.NDArray[np.str_]:
@@ -185,8 +196,8 @@ def label_images(
 ) -> Unlabelled:
     """The teachers' probabilities, a mean by their weights, of the images that can be read; others are warned about.
 
-    Kept in ``cache``, so that a resumed run does not ask again, and written in parts, so that a kill costs one of them.
-    Raises DataError when no image can be read.
+    Kept in ``cache``, so that a resumed run does not ask again, and written in parts, so that a kill costs one of them; they
+    stay there, and are read by rows. Raises DataError when no image can be read.
     """
     wanted = {
         "images": hashlib.sha256(digests.tobytes()).hexdigest(),
@@ -200,11 +211,12 @@ def label_images(
 
         key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         parts = _label_parts(paths, judges, dataset, cache / f"parts-{key[:16]}", device)
-        write_array(cache / "log_probs.npy", np.concatenate([read_array(part) for part in parts]))
+        shape = (len(paths), len(dataset.outputs))
+        write_blocks(cache / "log_probs.npy", (read_array(part) for part in parts), shape=shape)
         write_json(cache / "meta.json", wanted, format=FORMAT)
         shutil.rmtree(parts[0].parent)
-    found = Unlabelled(paths, digests, read_array(cache / "log_probs.npy"))
-    unreadable = np.isnan(found.log_probs[:, 0])
+    found = Unlabelled(paths, digests, StoredTable(cache / "log_probs.npy"))
+    unreadable = np.concatenate([np.isnan(block[:, 0]) for block in found.blocks()])
     if unreadable.all():
         raise DataError(f"--unlabelled: none of the {len(paths)} images can be read, first {paths[0]}")
     if unreadable.any():
@@ -314,8 +326,7 @@ def choose(
     there is no cap. Too many of a class are drawn by ``seed``, not by confidence: the surest are the easiest. Raises
     DataError when nothing is left.
     """
-    shares = shares_of(task, torch.from_numpy(images.log_probs))
-    confidence = confidences(task, shares).numpy()
+    confidence, answers = _looked_over(images, task)
     sure = np.flatnonzero(confidence >= min_confidence)
     if not len(sure):
         raise DataError(
@@ -324,15 +335,27 @@ def choose(
         )
     chosen = sure
     if takes_class_cap(task):
-        answers = joint_answers(task, shares).numpy()[sure]
-        cap = max(1, int(class_cap * len(sure) / _class_count(task, shares, answers)))
+        given = answers[sure]
+        cap = max(1, int(class_cap * len(sure) / _class_count(task, images.log_probs.shape[1], given)))
         kept = []
-        for label in np.unique(answers):
-            members = sure[answers == label]
+        for label in np.unique(given):
+            members = sure[given == label]
             kept.append(generator(seed, "unlabelled", int(label)).permutation(members)[:cap])
         chosen = np.sort(np.concatenate(kept))
     console.note(f"--unlabelled: {len(chosen)} of {len(images)} images; the teachers are sure of {len(sure)}")
     return images.take(chosen)
+
+
+def _looked_over(images: Unlabelled, task: Task | None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """[M] each: the confidence of the least sure head, and a number for what the softmax heads answer together."""
+    confidence, choices = [], []
+    for block in images.blocks():
+        shares = shares_of(task, torch.from_numpy(block))
+        confidence.append(confidences(task, shares).numpy())
+        choices.append(first_choices(task, shares).numpy())
+    chosen = np.concatenate(choices)
+    joint = chosen[:, 0] if task is None else np.unique(chosen, axis=0, return_inverse=True)[1].reshape(-1)
+    return np.concatenate(confidence), joint
 
 
 def takes_class_cap(task: Task | None) -> bool:
@@ -340,23 +363,48 @@ def takes_class_cap(task: Task | None) -> bool:
     return task is None or any(head.kind == "softmax" for head in task.heads)
 
 
-def _class_count(task: Task | None, shares: torch.Tensor, answers: npt.NDArray[np.int64]) -> int:
+def _class_count(task: Task | None, outputs: int, answers: npt.NDArray[np.int64]) -> int:
     """Over how many classes the cap's mean goes. Of several heads not over all combinations: most never occur."""
     if task is None:
-        return shares.shape[1]
+        return outputs
     widths = [head.width for head in task.heads if head.kind == "softmax"]
     return widths[0] if len(widths) == 1 else len(np.unique(answers))
 
 
-def unlabelled_targets(images: Unlabelled, temperature: float, task: Task | None = None) -> Targets:
-    """The ensemble's probabilities and values stand in for the hard label too; the soft ones are at ``temperature``."""
-    scores = torch.from_numpy(images.log_probs)
-    return Targets(shares_of(task, scores), shares_of(task, scores, temperature))
+@dataclass(frozen=True, eq=False)
+class ScoredTargets:
+    """What ``unlabelled_targets`` gives, made for the rows of a batch alone. ``scores``: [M, C] as in Unlabelled; ``device``:
+    where they come."""
+
+    scores: ScoreTable
+    temperature: float
+    task: Task | None = None
+    device: torch.device = CPU
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def to(self, device: torch.device) -> ScoredTargets:
+        return dataclasses.replace(self, device=device)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Targets:
+        scores = torch.from_numpy(self.scores[rows])
+        hard, soft = shares_of(self.task, scores), shares_of(self.task, scores, self.temperature)
+        return Targets(to_device(hard.numpy(), self.device), to_device(soft.numpy(), self.device))
 
 
-def joined(first: TargetSource, second: Targets) -> TargetSource:
+def unlabelled_targets(images: Unlabelled, temperature: float, task: Task | None = None) -> TargetSource:
+    """The ensemble's probabilities and values stand in for the hard label too; the soft ones are at ``temperature``. Beyond
+    losses.WHOLE_TARGETS values they are made when a batch asks for them."""
+    scored = ScoredTargets(images.log_probs, temperature, task)
+    if len(images) * images.log_probs.shape[1] > WHOLE_TARGETS:
+        return scored
+    return scored.take(np.arange(len(images)))
+
+
+def joined(first: TargetSource, second: TargetSource) -> TargetSource:
     """Targets of the rows of both."""
-    if not isinstance(first, Targets):
+    if not (isinstance(first, Targets) and isinstance(second, Targets)):
         return JoinedTargets(first, second)
     return Targets(torch.cat([first.hard, second.hard]), torch.cat([first.soft, second.soft]))
 

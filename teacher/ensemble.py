@@ -21,7 +21,7 @@ from edgedistill.data.soft_label_store import row_blocks
 from edgedistill.errors import DataError, UsageError
 from edgedistill.tasks import Head, Task, Values, answers_of
 from edgedistill.training.heads import logs_of, shares_from
-from edgedistill.training.soft_labels import FoldResult, ScoreTable
+from edgedistill.training.soft_labels import FoldResult, Ordered, ScoreTable
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -395,24 +395,6 @@ class Mixed:
     def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
         task = self.blend.task
         return logs_of(task, self.blend([shares_from(task, member[rows]) for member in self.members]))
-
-
-@dataclass(frozen=True, eq=False)
-class Ordered:
-    """ScoreTable of another one's rows in an order of their own: ``order``, int64 [n]."""
-
-    table: ScoreTable
-    order: npt.NDArray[np.int64]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.order), *self.table.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
-        return self.table[self.order[rows]]
 
 
 def _aligned(names: Sequence[str], group: Sequence[FoldResult]) -> list[FoldResult]:

@@ -13,11 +13,13 @@ from edgedistill.artifacts import RunDir, read_json, write_array, write_json
 from edgedistill.data import soft_label_store
 from edgedistill.data.soft_label_store import HeldRows, open_store, parse_store, row_blocks, write_store
 from edgedistill.errors import ArtifactError
-from edgedistill.student import StudentSettings, distil, train_student
+from edgedistill.student import StudentSettings, distil, train_student, unlabelled
 from edgedistill.student.calibration import CalibratedRows, calibrated
-from edgedistill.student.unlabelled import joined
+from edgedistill.student.unlabelled import ScoredTargets, Unlabelled, choose, joined, unlabelled_targets
+from edgedistill.tasks import Head, Task
 from edgedistill.training import losses
 from edgedistill.training.checkpoints import read_model
+from edgedistill.training.heads import scores_of
 from edgedistill.training.losses import (
     CodedTargets,
     HardLoss,
@@ -30,7 +32,13 @@ from edgedistill.training.losses import (
 )
 from edgedistill.training.mixing import Mixing, mix
 from edgedistill.training.noisy_labels import find_noisy_labels, rows_to_drop
-from edgedistill.training.soft_labels import SoftLabels, check_soft_labels, read_soft_labels, soft_labels_hash
+from edgedistill.training.soft_labels import (
+    SoftLabels,
+    StoredTable,
+    check_soft_labels,
+    read_soft_labels,
+    soft_labels_hash,
+)
 
 CLASSES = 12
 
@@ -117,6 +125,43 @@ def test_unlabelled_images_follow_labels_that_stay_on_the_disk(tmp_path):
     for some in (rows, rows[[1, 3]], rows[[0, 2]]):
         taken = both.to(torch.device("cpu")).take(some)
         assert torch.equal(taken.hard, wanted.hard[some]) and torch.equal(taken.soft, wanted.soft[some])
+
+
+SEVERAL = Task(
+    (
+        Head("a", "softmax", ("x", "y", "z")),
+        Head("b", "softmax", ("p", "q", "r", "s")),
+        Head("tag", "sigmoid", ("t", "u", "v", "w")),
+        Head("value", "regression"),
+    )
+)
+
+
+@pytest.mark.parametrize("task", [None, SEVERAL])
+def test_photographs_without_labels_are_chosen_and_learned_from_by_blocks(tmp_path, monkeypatch, task):
+    scores = log_probs(90)
+    if task is not None:
+        scores = scores_of(task, scores * 2).astype(np.float32)
+    write_array(tmp_path / "scores.npy", scores)
+    names = np.array([f"{number:02d}.jpg" for number in range(len(scores))])
+    held = Unlabelled(names, names.astype("S64"), scores)
+    options = {"min_confidence": 0.4, "class_cap": 1.0, "seed": 3, "task": task}
+    expected = choose(held, **options)
+    whole = unlabelled_targets(expected, 2.0, task)
+    assert isinstance(whole, Targets) and 10 < len(expected) < 80
+    monkeypatch.setattr(soft_label_store, "BLOCK_VALUES", 5 * CLASSES)
+    monkeypatch.setattr(unlabelled, "WHOLE_TARGETS", 1)
+    stored = Unlabelled(names, names.astype("S64"), StoredTable(tmp_path / "scores.npy"))
+    assert max(len(block) for block in stored.blocks()) == 5
+    chosen = choose(stored, **options)
+    assert chosen.paths.tolist() == expected.paths.tolist() and chosen.hash == expected.hash
+    assert hashlib.sha256(held.sha256.tobytes() + scores.tobytes()).hexdigest() == stored.hash  # as runs before had it
+    some = np.array([7, 0, len(chosen) - 1, 3])
+    lazy = unlabelled_targets(chosen, 2.0, task).to(torch.device("cpu"))
+    assert isinstance(lazy, ScoredTargets) and len(lazy) == len(whole)
+    taken = lazy.take(some)
+    assert torch.equal(taken.hard, whole.hard[some]) and torch.equal(taken.soft, whole.soft[some])
+    assert not torch.equal(taken.hard, taken.soft)
 
 
 def all_at_once(dataset, soft):

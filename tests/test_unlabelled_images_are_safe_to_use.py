@@ -120,11 +120,11 @@ def test_all_teachers_label_together_and_are_asked_once(tiny_dataset, taught_run
     members = [read_model(file.path) for file in files]
     logits = [predict_logits(member.model, paths, member.input_spec) for member in members]
     mean = np.mean([torch.softmax(torch.from_numpy(each), dim=1).numpy() for each in logits], axis=0)
-    assert np.allclose(np.exp(found.log_probs), mean, atol=1e-4)
+    assert np.allclose(np.exp(found.log_probs[:]), mean, atol=1e-4)
     unlike = [dataclasses.replace(file, weight=weight) for file, weight in zip(files, (3.0, 1.0), strict=True)]
     weighted = label_images(paths, digests, unlike, tiny_dataset, **options | {"cache": tmp_path / "weighted"})
     shares = [torch.softmax(torch.from_numpy(each), dim=1).numpy() for each in logits]
-    assert np.allclose(np.exp(weighted.log_probs), (3 * shares[0] + shares[1]) / 4, atol=1e-4)
+    assert np.allclose(np.exp(weighted.log_probs[:]), (3 * shares[0] + shares[1]) / 4, atol=1e-4)
     monkeypatch.setattr(unlabelled, "open_teachers", lambda *args, **more: pytest.fail("asked again"))
     assert label_images(paths, digests, files, tiny_dataset, **options).hash == found.hash
 
@@ -146,14 +146,14 @@ def test_the_mean_over_all_teachers_goes_head_by_head(heads_dataset, teach_run, 
         shares.append(task.probabilities(predict_logits(loaded.model, paths, loaded.input_spec)))
     mean = np.average(shares, axis=0, weights=weights)  # values of the regression head in its own units
     assert found.log_probs.shape == (13, 6)
-    assert np.allclose(task.probabilities(found.log_probs), mean, atol=2e-3)
+    assert np.allclose(task.probabilities(found.log_probs[:]), mean, atol=2e-3)
     halves = dict.fromkeys((file.sha256 for file in files), 0.5)
     sharper = label_images(
         paths, digests, files[:1], heads_dataset, cache=tmp_path / "sharp", **options | {"temperatures": halves}
     )
     loaded = read_model(files[0].path)
     expected = task.probabilities(predict_logits(loaded.model, paths, loaded.input_spec), 0.5)
-    assert np.allclose(task.probabilities(sharper.log_probs), expected, atol=2e-3)
+    assert np.allclose(task.probabilities(sharper.log_probs[:]), expected, atol=2e-3)
 
 
 @pytest.mark.usefixtures("torch_judges")
@@ -169,7 +169,7 @@ def test_teachers_label_by_the_views_that_labelled_their_fold(request, heads, te
     mean = predict_probabilities(loaded.model, paths, loaded.input_spec, views=views, task=data.task)
     task = data.task or Task.single(data.class_names)
     expected = task.probabilities(scores_from(task, mean), 2.0)  # as the stored labels are tempered
-    assert np.allclose(task.probabilities(found.log_probs), expected, atol=2e-3)
+    assert np.allclose(task.probabilities(found.log_probs[:]), expected, atol=2e-3)
     one = task.probabilities(predict_logits(loaded.model, paths, loaded.input_spec), 2.0)
     assert np.abs(one - expected).max() > 5e-3
 
@@ -196,7 +196,7 @@ def test_a_kill_while_labelling_costs_one_part_at_most(tiny_dataset, taught_run,
     judged[:] = [0]
     resumed = label_images(paths, digests, files, tiny_dataset, cache=tmp_path / "killed", **options)
     assert judged == [0, 4, 4, 4, 4, 1, 1] and len(paths) == 13
-    assert np.allclose(resumed.log_probs, whole.log_probs, atol=1e-5)
+    assert np.allclose(resumed.log_probs[:], whole.log_probs[:], atol=1e-5)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["log_probs.npy", "meta.json"]
 
 
@@ -213,7 +213,7 @@ def test_damaged_photographs_are_left_out_with_a_warning(tiny_dataset, taught_ru
         assert len(paths) == 11 and {Path(path).name for path in found.paths} == {
             f"new{number}.png" for number in range(10) if number != 2
         }
-        assert np.isfinite(found.log_probs).all() and len(found.sha256) == len(found.log_probs) == 9
+        assert np.isfinite(found.log_probs[:]).all() and len(found.sha256) == len(found.log_probs[:]) == 9
         assert "2 images cannot be read and are left out, first" in " ".join(capsys.readouterr().err.split())
     bad = np.array([path for path in paths if path.endswith(("new2.png", "empty.jpg"))])
     with pytest.raises(DataError, match="none of the 2 images can be read"):
@@ -232,7 +232,7 @@ def test_unsure_answers_and_crowding_classes_are_left_out(capsys):
     unsure = dataclasses.replace(images, log_probs=images.log_probs.copy())
     unsure.log_probs[40] = np.log(1 / 3)
     chosen = choose(unsure, min_confidence=0.5, class_cap=1.0, seed=0)
-    counts = np.bincount(chosen.log_probs.argmax(axis=1), minlength=3)
+    counts = np.bincount(chosen.log_probs[:].argmax(axis=1), minlength=3)
     assert counts.tolist() == [44 // 3, 3, 1]
     assert "40.png" not in chosen.paths.tolist()
     assert choose(unsure, min_confidence=0.5, class_cap=1.0, seed=0).hash == chosen.hash

@@ -66,12 +66,9 @@ def confidences(task: Task | None, shares: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts, dim=1).min(dim=1).values
 
 
-def joint_answers(task: Task | None, shares: torch.Tensor) -> torch.Tensor:
-    """int64 [N]: a number for each combination of the softmax heads' answers; 0 for all where there is no such head."""
+def first_choices(task: Task | None, shares: torch.Tensor) -> torch.Tensor:
+    """int64 [N, H]: the likeliest class of each of the H softmax heads."""
     if task is None:
-        return shares.argmax(dim=1)
-    joint = torch.zeros(len(shares), dtype=torch.int64, device=shares.device)
-    for head, part in task.slices():
-        if head.kind == "softmax":
-            joint = torch.unique(joint * head.width + shares[:, part].argmax(dim=1), return_inverse=True)[1]
-    return joint
+        return shares.argmax(dim=1, keepdim=True)
+    parts = [shares[:, part].argmax(dim=1) for head, part in task.slices() if head.kind == "softmax"]
+    return torch.stack(parts, dim=1) if parts else torch.zeros((len(shares), 0), dtype=torch.int64)

@@ -66,6 +66,24 @@ class StoredTable:
 
 
 @dataclass(frozen=True, eq=False)
+class Ordered:
+    """ScoreTable of another one's rows in an order of their own: ``order``, int64 [n]."""
+
+    table: ScoreTable
+    order: npt.NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.order), *self.table.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, rows: Any) -> npt.NDArray[np.float32]:
+        return self.table[self.order[rows]]
+
+
+@dataclass(frozen=True, eq=False)
 class FoldResult:
     """What one teacher leaves behind: ids of its held-out images and their log-probabilities, float32 [n, C], T=1 (with
     several heads: the scores [n, D] of heads.scores_of).

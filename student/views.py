@@ -21,6 +21,7 @@ import torch
 
 from edgedistill import console
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
+from edgedistill.data.soft_label_store import write_blocks
 from edgedistill.errors import ArtifactError
 from edgedistill.images import ImageU8
 from edgedistill.student.live_teachers import LiveTeachers
@@ -69,7 +70,9 @@ def open_views(
 
     on_main(label)
     read_json(folder / "meta.json", format=FORMAT)
-    log_probs = read_array(folder / "log_probs.npy")
+    log_probs = read_array(
+        folder / "log_probs.npy", mmap=True
+    )  # of a million images 16 GB for 8 views of 1,000 classes
     if log_probs.shape[:2] != seeds.shape or not np.array_equal(read_array(folder / "seeds.npy"), seeds):
         raise ArtifactError(f"{folder}: holds other views than its name says; delete the folder")
     return Views(seeds, log_probs)
@@ -96,7 +99,8 @@ def _label(
                 write_array(part, found)
             parts.append(part)
             bar.update(bar.task_ids[0], completed=min(start + PART_IMAGES, len(rows)))
-    write_array(folder / "log_probs.npy", np.concatenate([read_array(part) for part in parts]))
+    shape = (len(rows), *read_array(parts[0], mmap=True).shape[1:])
+    write_blocks(folder / "log_probs.npy", (read_array(part) for part in parts), shape=shape, dtype=np.float16)
 
 
 def _log_probs(

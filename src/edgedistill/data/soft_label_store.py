@@ -163,18 +163,20 @@ def write_store(
     return entry if kind.name == "float32" else entry | {"store": str(kind), "loss": vars(loss)}
 
 
-def write_blocks(path: Path, blocks: Iterable[LogProbs], *, shape: tuple[int, int]) -> None:
-    """One float32 .npy file of ``blocks``, [n, C] each and N rows in all: whole or absent, and never whole in memory.
+def write_blocks(
+    path: Path, blocks: Iterable[npt.NDArray[Any]], *, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32
+) -> None:
+    """One .npy file of ``blocks``, [n, C] each and N rows in all: whole or absent, and never whole in memory.
 
     Raises ArtifactError on a full disk or when the blocks hold other than ``shape``.
     """
     start = 0
     with atomic_path(path) as temporary:
-        offset = _write_header(temporary, np.float32, shape)
+        offset = _write_header(temporary, dtype, shape)
         for block in blocks:
             if start + len(block) > shape[0] or block.shape[1:] != shape[1:]:
                 raise ArtifactError(f"{path}: {block.shape} at row {start}, expected {shape} in all")
-            _write_rows(temporary, block.astype(np.float32), offset, start, shape[1:])
+            _write_rows(temporary, block.astype(dtype), offset, start, shape[1:])
             start += len(block)
         if start != shape[0]:
             raise ArtifactError(f"{path}: {start} rows, expected {shape[0]}")

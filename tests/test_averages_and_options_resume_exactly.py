@@ -1,6 +1,7 @@
 """EMA, SWA, Lookahead, mixing, sampling and new classifiers: a run that was broken off ends with the same bytes."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -131,6 +132,9 @@ def test_teachers_average_too_and_label_with_what_they_became(tiny_dataset, tmp_
         ({"ema_decay": 0.9, "extra_epochs": 2}, "each average the weights; leave one above 0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0, expected 0"),
         ({"swa_start": 0.01}, "swa_start=0.01, expected 0"),
+        ({"swa_start": math.nan, "extra_epochs": 0}, "swa_start=nan, expected 0"),
+        ({"cutmix_alpha": math.inf}, "cutmix_alpha=inf, expected a number above 0, at most 1000"),
+        ({"mixup_alpha": math.nan}, "mixup_alpha=nan, expected a number above 0, at most 1000"),
         ({"swa_start": 0.5, "warmup_epochs": 2.5}, "warmup_epochs=2.5"),
         ({"plain_epochs": 5}, "plain_epochs=5, expected 0 to all epochs"),
     ],

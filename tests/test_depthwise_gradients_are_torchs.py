@@ -85,6 +85,16 @@ def test_a_network_uses_them_where_its_maps_are_smaller_than_its_kernels(without
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-9)
 
 
+def test_half_precision_is_left_to_torch(without_avx512, ours):
+    model = create_model(
+        "test_convnext", class_count=3, image_size=32
+    ).train()  # its sums are float32 under autocast too
+    with quick_depthwise(CPU), torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(torch.rand(4, 3, 32, 32)).float(), torch.tensor([0, 1, 2, 0]))
+    loss.backward()
+    assert not ours and all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("capability", ["AVX512", "DEFAULT"])
 def test_a_cpu_with_kernels_of_its_own_keeps_them(monkeypatch, ours, capability):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

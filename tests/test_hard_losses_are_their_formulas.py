@@ -55,6 +55,19 @@ def test_focal_without_focus_is_cross_entropy_and_two_classes_are_the_sigmoid_fo
     assert ours.item() == pytest.approx(0.25 * expected.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_a_certain_answer_has_a_finite_slope(gamma):
+    certain = torch.tensor([[40.0, 0.0, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    hard_loss_of(certain, ONE_HOT[:1].expand(2, 3), HardLoss("focal", gamma=gamma)).backward()
+    assert torch.isfinite(certain.grad).all() and certain.grad[1].abs().max() > 0.01
+    labels = torch.tensor([[40.0, -40.0, 0.5]], requires_grad=True)
+    label_loss_of(labels, torch.tensor([[1.0, 0.0, 1.0]]), HardLoss("focal", gamma=gamma)).backward()
+    assert torch.isfinite(labels.grad).all() and labels.grad[0, 2].abs() > 0.01
+    far = torch.tensor([[0.0, 0.0, -200.0]], requires_grad=True)
+    hard_loss_of(far, torch.tensor([[1.0, 0.0, 0.0]]), HardLoss("soft-f1")).backward()
+    assert torch.isfinite(far.grad).all()
+
+
 def test_weights_are_a_weighted_mean_as_in_torch(logits):
     weights = class_weights(COUNTS, "inverse", beta=0.9)
     expected = F.cross_entropy(logits, INDEX, weight=torch.tensor(weights))

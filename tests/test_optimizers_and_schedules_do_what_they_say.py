@@ -50,6 +50,12 @@ def test_a_checkpoint_between_steps_changes_no_weight(name, tmp_path):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+def test_ranger_decays_weights_as_radam_does():
+    ours, ranger = (make_optimizer(network(), TrainSettings(name="x", optimizer=name)) for name in ("radam", "ranger"))
+    kinds = [{group["decoupled_weight_decay"] for group in each.param_groups} for each in (ours, ranger)]
+    assert kinds == [{True}, {True}]
+
+
 def test_lookahead_pulls_every_sixth_step_half_way_back():
     # Zhang et al., 1907.08610: slow += alpha (fast - slow); fast = slow. timm's slow weights start in step 6.
     weight = torch.nn.Parameter(torch.zeros(1, 1))

@@ -21,10 +21,13 @@ from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import UsageError
 from edgedistill.images import InputSpec
 from edgedistill.student import StudentSettings, distil, refuse_several_processes
+from edgedistill.tasks import Head, Task
 from edgedistill.training import processes
 from edgedistill.training.checkpoints import load_tensors
+from edgedistill.training.heads import task_loss
 from edgedistill.training.loader import Draw, ImageStore, Schedule, batches, shared_images
-from edgedistill.training.processes import ALONE, Part, alone_in, check_batch, on_main, part, to_start
+from edgedistill.training.losses import HardLoss, LossSettings, Targets, loss_of
+from edgedistill.training.processes import ALONE, Part, alone_in, check_batch, of_all, on_main, part, to_start
 from edgedistill.training.soft_labels import read_soft_labels
 
 LAUNCHES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU")
@@ -34,7 +37,7 @@ OPTIONS = (
     "--teacher test_convnext --student test_convnext --teacher-weights none --student-weights none --folds 2"
     " --image-size 32 --teacher-epochs 1 --epochs 2 --extra-epochs 1 --batch-size 7 --teacher-batch-size 6"
     " --test-fraction 0.25 --cutmix 0 --optimizer sgd --lr 0.01 --teacher-lr 0.01 --no-baseline --device cpu"
-    " --checkpoint-minutes 0 --workers 0"
+    " --checkpoint-minutes 0 --workers 0 --no-balanced --class-weights inverse"  # of which each share has another sum
 ).split()
 
 
@@ -48,10 +51,55 @@ def test_shares_are_disjoint_and_weigh_as_the_whole():
     rows = np.arange(7)
     parts = [Part(rank, 3, 3) for rank in range(3)]
     assert sorted(np.concatenate([this.of(rows) for this in parts]).tolist()) == rows.tolist()
-    losses = np.random.default_rng(0).normal(size=7)
-    means = [this.of(losses).mean() * this.weight(7) for this in parts]
-    assert np.mean(means) == pytest.approx(losses.mean())
-    assert ALONE.weight(7) == 1.0 and ALONE.main
+    assert ALONE.main
+
+
+HEADS = Task((Head("a", "softmax", ("x", "y", "z")), Head("b", "sigmoid", ("s", "t")), Head("c", "regression")))
+UNEQUAL = {
+    "class weights": (None, LossSettings("ce", 0.3, 1.0, HardLoss(class_weights=(1.0, 9.0, 1.0, 0.5, 2.0, 1.0)))),
+    "soft-F1": (None, LossSettings(hard=HardLoss("soft-f1"))),
+    "unknown labels": (HEADS, LossSettings("kl", 0.4, 2.0)),
+    "unknown labels that weigh": (HEADS, LossSettings(hard=HardLoss(class_weights=(1.0, 3.0, 2.0, 1.5, 4.0, 1.0)))),
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_gradients_of_all_shares_are_those_of_the_whole_batch(monkeypatch, name):
+    task, settings = UNEQUAL[name]
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(7, 6))).float()
+    hard = torch.softmax(torch.from_numpy(rng.normal(size=(7, 6))).float(), dim=1)
+    soft = torch.softmax(torch.from_numpy(rng.normal(size=(7, 6))).float(), dim=1)
+    if task is not None:
+        hard[[0, 3, 6], :3], hard[[1, 2], 3:5], hard[4, 5] = np.nan, np.nan, np.nan
+        soft[6, :3] = np.nan
+
+    def loss(whole, hard, soft):
+        targets = Targets(hard, soft)
+        return loss_of(whole, targets, settings) if task is None else task_loss(whole, targets, settings, task)
+
+    expected = logits.clone().requires_grad_()
+    value = loss(expected, hard, soft)
+    value.backward()
+    parts = [Part(rank, 3, 3) for rank in range(3)]
+    own = [[tensor[this.rank :: 3].clone() for tensor in (logits, hard, soft)] for this in parts]
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(processes.dist, "all_gather", lambda received, mine: sent.append(mine))
+    for each, this in zip(own, parts, strict=True):
+        of_all(each, this, 7)
+
+    def answered(received, mine):
+        for place, theirs in zip(received, sent, strict=True):
+            place.copy_(theirs)
+
+    monkeypatch.setattr(processes.dist, "all_gather", answered)
+    for each, this in zip(own, parts, strict=True):
+        share = each[0].requires_grad_()
+        mine = loss(*of_all(each, this, 7))
+        assert mine.item() == pytest.approx(value.item(), rel=1e-6)
+        mine.backward()
+        assert torch.allclose(share.grad, expected.grad[this.rank :: 3], atol=1e-7)
+    assert all(one is other for one, other in zip(of_all(own[0], ALONE, 7), own[0], strict=True))
 
 
 def test_the_shares_of_a_batch_are_what_one_process_would_see():

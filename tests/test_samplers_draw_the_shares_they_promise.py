@@ -116,6 +116,8 @@ def test_of_several_labels_the_rarest_counts_for_power_and_all_for_factors():
     joint = np.repeat([1, 2, 3, 0], [4, 2, 2, 2]).astype(np.int32)
     weights = head_sampling_weights(task, values, joint, names, power=1.0)
     assert weights[:6] / weights[0] == pytest.approx([1, 1, 1, 1, 3, 3])  # a: 6 images, b: 2
+    assert weights[8:].tolist() == [1, 1]  # nothing is known of them: they are not of those that nothing applies to
+    assert weights[6] / weights[0] == pytest.approx(3)
     factors = head_sampling_weights(task, values, joint, names, oversample=("a=2", "b=3"))
     assert factors.tolist() == [2] * 4 + [6] * 2 + [1] * 4
 

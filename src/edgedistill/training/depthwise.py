@@ -52,6 +52,7 @@ def _is_ours(
         and tuple(dilation) == (1, 1)
         and (images.shape[2] < weight.shape[2] or images.shape[3] < weight.shape[3])
         and images.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")  # the outputs' gradients would be of another type
         and torch.is_grad_enabled()
         and weight.requires_grad
     )

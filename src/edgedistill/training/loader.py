@@ -230,11 +230,14 @@ def head_sampling_weights(
     of_joint = np.array([1.0 if name in names else factors.get(name, 1.0) for name in joint_names])
     weights = np.where(marks, of_marks, 1.0).prod(axis=1) * of_joint[joint_labels]
     start = 0
-    for head in task.class_heads if power else ():
+    for head, columns in task.columns() if power else ():
+        if head.kind == "regression":
+            continue
         own = marks[:, start : start + head.width]
         start += head.width
         if head.kind == "sigmoid":  # images that nothing applies to are one more class
-            own = np.concatenate([own, ~own.any(axis=1, keepdims=True)], axis=1)
+            unknown = np.isnan(values[:, columns]).all(axis=1, keepdims=True)
+            own = np.concatenate([own, ~own.any(axis=1, keepdims=True) & ~unknown], axis=1)
         counts = own.sum(axis=0)
         rarest = np.where(own, counts, np.iinfo(np.int64).max).min(axis=1)
         weights *= np.where(own.any(axis=1), (rarest / counts[counts > 0].mean()) ** -power, 1.0)

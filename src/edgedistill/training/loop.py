@@ -40,7 +40,7 @@ from edgedistill.training.mixing import mix
 from edgedistill.training.models import to_channels_last
 from edgedistill.training.optimizers import Phase, learning_rate, make_optimizer, set_learning_rate, update_average
 from edgedistill.training.predict import at_size, device_of, load_pixels, network_input, predict_pixels
-from edgedistill.training.processes import Part, check_batch, data_parallel, mean_over_all, on_main, part
+from edgedistill.training.processes import Part, check_batch, data_parallel, of_all, on_main, part
 from edgedistill.training.seeds import derive, generator
 from edgedistill.training.settings import TrainSettings, choose_device, refuse_other_settings
 
@@ -210,8 +210,7 @@ def train_epoch(
         set_learning_rate(state.optimizer, learning_rate(phase, phase_epoch, state.step))
         rank = (state.part.rank,) if state.part.rank else ()  # what dropout draws differs from process to process
         torch.manual_seed(derive(settings.seed, "step", state.epoch, state.step, *rank))
-        weight = state.part.weight(phase.draw.batch_size)
-        loss_sum += train_step(job, state, batch, targets, forward=forward, weight=weight)
+        loss_sum += train_step(job, state, batch, targets, forward=forward, batch_size=phase.draw.batch_size)
         if state.average is not None and settings.ema_decay:
             update_average(state.average, state.model, decay=settings.ema_decay)
         state.step += 1
@@ -225,12 +224,13 @@ def train_epoch(
 
 
 def train_step(
-    job: Job, state: State, batch: Batch, source: TargetSource, *, forward: Any, weight: float = 1.0
+    job: Job, state: State, batch: Batch, source: TargetSource, *, forward: Any, batch_size: int
 ) -> torch.Tensor:
     """One batch through the network and one step of the optimiser; returns the detached loss, of all processes.
 
-    ``source``: targets of all images, which come on the device: nothing here makes the GPU wait. ``weight``: of this
-    process's share of the batch (see processes.Part.weight).
+    ``source``: targets of all images, which come on the device: nothing here makes the GPU wait. ``batch_size``: of all
+    processes' shares of the batch together: the loss is taken over all of it, for that of a share is another one as soon as
+    images weigh unequally.
     """
     settings = job.settings
     device = device_of(state.model)
@@ -252,14 +252,15 @@ def train_step(
     with quick, torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         logits = forward(network_input(at_size(images, job.spec), job.spec))
     task, settled = job.task, job.loss.at(state.epoch / len(job.epochs))
+    logits, hard, soft = of_all((logits, targets.hard, targets.soft), state.part, batch_size)
+    targets = Targets(hard, soft)
     loss = loss_of(logits, targets, settled) if task is None else task_loss(logits, targets, settled, task)
-    loss = loss * weight
-    loss.backward()
+    (loss * state.part.size).backward()  # the gradients of all processes are averaged
     if settings.grad_clip is not None:
         nn.utils.clip_grad_norm_(state.model.parameters(), settings.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return mean_over_all(loss.detach(), state.part)
+    return loss.detach()
 
 
 def seen_targets(job: Job, batch: Batch, targets: Targets) -> Targets:

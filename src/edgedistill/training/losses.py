@@ -277,15 +277,20 @@ def hard_loss_of(logits: torch.Tensor, target: torch.Tensor, hard: HardLoss) -> 
         logits = logits - target * _per_class(hard.margins, logits.device)
     log_probs = F.log_softmax(logits, dim=1)
     if hard.name == "focal":
-        log_probs = hard.alpha * (1 - log_probs.exp()) ** hard.gamma * log_probs
+        log_probs = hard.alpha * _doubt(log_probs) ** hard.gamma * log_probs
     losses = -(weighted * log_probs).sum(dim=1)
     return losses.mean() if not hard.class_weights else _weighted_mean(losses, weighted)
 
 
+def _doubt(log_probs: torch.Tensor) -> torch.Tensor:
+    """1 - p, never 0: with an exponent below 1 its slope there is infinite."""
+    return (1 - log_probs.exp()).clamp_min(1e-7)
+
+
 def _soft_f1(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     probabilities = F.softmax(logits, dim=1)
-    # 2 tp + fp + fn is the sum of both; softmax keeps it above 0.
-    found = 2 * (target * probabilities).sum(dim=0) / (target.sum(dim=0) + probabilities.sum(dim=0))
+    both = (target.sum(dim=0) + probabilities.sum(dim=0)).clamp_min(1e-12)  # 2 tp + fp + fn
+    found = 2 * (target * probabilities).sum(dim=0) / both
     return 1 - found.mean()
 
 
@@ -307,7 +312,7 @@ def label_loss_of(logits: torch.Tensor, target: torch.Tensor, hard: HardLoss) ->
         return ((1 - f1) * counted).sum() / counted.sum().clamp(min=1)
     applies, lacks = F.logsigmoid(logits), F.logsigmoid(-logits)
     if hard.name == "focal":
-        applies, lacks = (hard.alpha * (1 - part.exp()) ** hard.gamma * part for part in (applies, lacks))
+        applies, lacks = (hard.alpha * _doubt(part) ** hard.gamma * part for part in (applies, lacks))
     if hard.class_weights:
         applies = applies * _per_class(hard.class_weights, logits.device)
     losses = -(target * applies + (1 - target) * lacks)

@@ -22,7 +22,8 @@ from edgedistill.training.loader import Draw
 from edgedistill.training.settings import TORCH_OPTIMIZERS, ScheduleName, TrainSettings
 
 # Ranger is Lookahead around RAdam; 'over9000' is it around LAMB's layer-wise rates (Ralamb there).
-OPTIMIZER_ALIASES = {"ranger": "lookahead_radam", "over9000": "lookahead_lamb"}
+# Decoupled weight decay, as of our 'radam': timm calls that RAdam radamw.
+OPTIMIZER_ALIASES = {"ranger": "lookahead_radamw", "over9000": "lookahead_lamb"}
 TRIAL_STEPS = 7  # Lookahead first moves its slow weights in step 6
 
 

@@ -27,7 +27,7 @@ PathLike = str | Path | np.str_
 def network_input(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """uint8 [N, H, W, 3] RGB on any device -> float32 [N, 3, H, W] in channels_last layout, (x - mean) / std."""
     mean, std = _mean_and_std(spec, images.device)
-    return images.permute(0, 3, 1, 2).to(torch.float32).sub_(mean).div_(std)
+    return images.permute(0, 3, 1, 2).to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 def at_size(images: torch.Tensor, spec: InputSpec) -> torch.Tensor:

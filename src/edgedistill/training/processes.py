@@ -53,10 +53,6 @@ class Part:
         """The rows of a global batch that are this process's."""
         return rows[self.rank :: self.size]
 
-    def weight(self, batch_size: int) -> float:
-        """What makes the mean of all processes' weighted mean losses the mean over the global batch."""
-        return len(range(self.rank, batch_size, self.size)) * self.size / batch_size
-
 
 ALONE = Part()
 
@@ -136,12 +132,22 @@ def data_parallel(model: nn.Module, this: Part) -> nn.Module:
     return model if this.size == 1 else DistributedDataParallel(model)
 
 
-def mean_over_all(value: torch.Tensor, this: Part) -> torch.Tensor:
-    """The mean of a scalar over the processes, equal in all of them."""
-    if this.size > 1:
-        dist.all_reduce(value)
-        value = value / this.size
-    return value
+def of_all(parts: Sequence[torch.Tensor], this: Part, batch_size: int) -> list[torch.Tensor]:
+    """Of each tensor [b, C], this process's rows of the global batch, those of all processes: [batch_size, C] in the batch's
+    order. Gradients flow to the own rows alone."""
+    if this.size == 1:
+        return list(parts)
+    columns = [part.shape[1] for part in parts]
+    own = torch.cat([part.float() for part in parts], dim=1)
+    sent = own.new_zeros((-(-batch_size // this.size), own.shape[1]))  # equal in all processes
+    sent[: len(own)] = own.detach()
+    received = [torch.empty_like(sent) for _ in range(this.size)]
+    dist.all_gather(received, sent)
+    whole = own.new_empty((batch_size, own.shape[1]))
+    for rank, theirs in enumerate(received):
+        count = len(range(rank, batch_size, this.size))
+        whole[rank :: this.size] = own if rank == this.rank else theirs[:count]
+    return list(whole.split(columns, dim=1))
 
 
 def check_batch(batch_size: int, this: Part) -> None:

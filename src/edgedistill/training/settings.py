@@ -413,7 +413,7 @@ class TrainSettings:
     @property
     def main_epochs(self) -> int:
         """The epochs before SWA."""
-        return round(self.epochs * self.swa_start) if self.swa_start else self.epochs
+        return round(self.epochs * self.swa_start) if 0 < self.swa_start < 1 else self.epochs
 
     @property
     def total_epochs(self) -> int:
@@ -460,9 +460,9 @@ class TrainSettings:
             ("class_weight_beta", 0 <= self.class_weight_beta < 1, "0 to less than 1"),
             ("defer_weights", 0 <= self.defer_weights < 1, "a share of the epochs, 0 to less than 1"),
             ("sample_power", 0 <= self.sample_power <= 2, "0 to 2"),
-            ("cutmix_alpha", self.cutmix_alpha > 0, "a number above 0"),
+            ("cutmix_alpha", 0 < self.cutmix_alpha <= 1000, "a number above 0, at most 1000"),
             ("cutmix_probability", 0 <= self.cutmix_probability <= 1, "0 to 1"),
-            ("mixup_alpha", self.mixup_alpha > 0, "a number above 0"),
+            ("mixup_alpha", 0 < self.mixup_alpha <= 1000, "a number above 0, at most 1000"),
             ("mixup_probability", 0 <= self.mixup_probability <= 1, "0 to 1"),
             ("plain_epochs", 0 <= self.plain_epochs <= self.total_epochs, "0 to all epochs"),
             ("drop_rate", 0 <= self.drop_rate < 1, "0 to less than 1"),

@@ -122,7 +122,7 @@ def bench_fps(settings: BenchSettings) -> BenchResult:
     if not any(row["candidate"] == OWN for row in rows):
         reasons = next(entry.reason for entry in entries if entry.candidate == OWN)
         raise ModelError(f"{settings.path}: could not be measured: {reasons}")
-    notes = (HOW_TO_READ, *cascade_notes(rows), *_warnings(entries, rows, spinning))
+    notes = (HOW_TO_READ, *cascade_notes(rows), *_warnings(entries, rows, spinning, single=target.bundle.single))
     record = {
         "machine": machine,
         "command": settings.command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -224,8 +224,10 @@ def cascade_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(found)
 
 
-def _warnings(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], spinning: Sequence[str]) -> list[str]:
-    """What should make the reader doubt a figure."""
+def _warnings(
+    entries: Sequence[Entry], rows: Sequence[dict[str, Any]], spinning: Sequence[str], *, single: bool
+) -> list[str]:
+    """What should make the reader doubt a figure. ``single``: the network gives one label per image."""
     found = []
     spreads = [(row["fps"]["max"] - row["fps"]["min"]) / row["fps"]["median"] for row in rows]
     noisy = sum(spread > SPREAD_LIMIT for spread in spreads)
@@ -240,7 +242,7 @@ def _warnings(entries: Sequence[Entry], rows: Sequence[dict[str, Any]], spinning
         found.append(
             f"{', '.join(unlike)}: other probabilities than ours for the same tensor at f32; not the same network?"
         )
-    unlike = cpp_disagrees(entries, CPP_TOLERANCE)
+    unlike = cpp_disagrees(entries, CPP_TOLERANCE, single=single)
     if unlike:
         found.append(
             f"{CPP} answers otherwise than Python for the same image ({', '.join(unlike)}); build it again with 'make cpp'"

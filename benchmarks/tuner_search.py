@@ -46,6 +46,7 @@ from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.benchmarks.tuner.valset import open_val
 from edgedistill.errors import ArtifactError, ModelError, UsageError
 from edgedistill.images import DecodeMode
+from edgedistill.tasks import Task
 
 FORMAT = "edgedistill-tuner-search"
 STABLE, STABLE_SHARE = 0.01, 0.95
@@ -101,17 +102,22 @@ class Table:
 
     def answers(self, deployment: Deployment) -> tuple[Answers, npt.NDArray[np.int64]]:
         """(answers int64 [N, A], stage int64 [N])."""
-        first, task = deployment.stages[0], self.truth.task
+        first = deployment.stages[0]
         if len(deployment.stages) == 1:
-            return answers_of(task, self.logits[first], self.temperatures[first]), np.zeros(len(self.truth), np.int64)
+            answers = answers_of(self.tasks[first.student], self.logits[first], self.temperatures[first])
+            return answers, np.zeros(len(self.truth), np.int64)
         last = deployment.stages[1]
         return cascade_answers(
             self.logits[first],
             self.logits[last],
-            task,
+            (self.tasks[first.student], self.tasks[last.student]),
             temperatures=(self.temperatures[first], self.temperatures[last]),
             threshold=deployment.exit_threshold or 0.0,
         )
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        return {student.name: student.task for student in self.students}
 
     def stage_fps(self, variant: Variant, serving: Serving) -> float:
         return self.fps[variant] * self.gains[variant.student][serving]
@@ -148,6 +154,7 @@ class Table:
             self.truth,
             temperatures=(self.temperatures[fast], self.temperatures[slow]),
             metric=self.objective.metric,
+            tasks=(self.tasks[fast.student], self.tasks[slow.student]),
         ).thinned(CURVE_POINTS)
         seconds = [1 / self.stage_fps(fast, way) + curve.passed_on / self.stage_fps(slow, way) for way in ways]
         points = zip(curve.metric, np.min(seconds, axis=0), strict=True)

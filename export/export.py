@@ -287,6 +287,7 @@ def _make_int8(export: _Export, model: ov.Model, fused: nn.Module) -> Int8Result
         val,
         settings.int8_settings,
         task=export.network.task,
+        temperature=export.network.temperature,
         trainer=_int8_trainer(export, fused),
     )
     if result.model is not None:

@@ -144,11 +144,12 @@ class _Bench:
     started: float
     trainer: Trainer | None
     task: Task
+    temperature: float
     weights: WeightRange
 
     def accuracy(self, logits: Logits) -> float:
         """On val; of several heads the joint score."""
-        return self.task.score(logits, self.values)
+        return self.task.score(logits, self.values, self.temperature)
 
     @property
     def reference_accuracy(self) -> float:
@@ -156,7 +157,9 @@ class _Bench:
 
     def disagreement(self, logits: Logits) -> float:
         """Share of val images with another answer than FP32's."""
-        answers = [self.task.answers(self.task.probabilities(one)) for one in (logits, self.reference_logits)]
+        answers = [
+            self.task.answers(self.task.probabilities(one, self.temperature)) for one in (logits, self.reference_logits)
+        ]
         return float((answers[0] != answers[1]).any(axis=1).mean())
 
     @property
@@ -196,13 +199,14 @@ def make_int8(
     settings: Int8Settings,
     *,
     task: Task,
+    temperature: float = 1.0,
     trainer: Trainer | None = None,
 ) -> Int8Result:
     """Quantise ``model`` (the FP32 IR), measure it on ``val``, and decide.
 
     Where the plain rung is no faster than FP32 the climb ends there: no later one makes a network faster. ``trainer``
-    does the last rung. ``task``: what it answers; several heads are judged by their joint score. Raises ModelError for a
-    network that NNCF cannot quantise at all.
+    does the last rung. ``task``: what it answers, at its ``temperature``; several heads are judged by their joint score.
+    Raises ModelError for a network that NNCF cannot quantise at all.
     """
     if settings.mode == "off":
         return Int8Result(None, False, "not wanted (--int8 off)", settings=settings)
@@ -227,6 +231,7 @@ def make_int8(
         started=started,
         trainer=trainer,
         task=task,
+        temperature=temperature,
         weights=_weight_range(settings),
     )
     if bench.weights == "half" and settings.weights == "auto":
@@ -310,7 +315,7 @@ def _accuracy_control(bench: _Bench, attempts: list[_Attempt]) -> Iterator[_Atte
         bench.spec,
         bench.calibration,
         val=bench.pixels,
-        metrics=AccuracyMetrics(bench.task, bench.values, bench.reference_logits),
+        metrics=AccuracyMetrics(bench.task, bench.values, bench.reference_logits, bench.temperature),
         max_drop=bench.settings.max_drop,
         quantile=quantile,
         weights=bench.weights,

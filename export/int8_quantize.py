@@ -135,16 +135,16 @@ class AccuracyMetrics:
 
     Where val is small a layer changes the answers for a handful of images or for none, so layers are ranked by how close
     the probabilities stay to FP32's: minus KL, in nats. ``values``: float32 [N, V], what is true; ``reference``: FP32's
-    logits [N, C].
+    logits [N, C]; ``temperature``: at which the network answers.
     """
 
-    def __init__(self, task: Task, values: Values, reference: Logits) -> None:
-        self.task, self.values, self.reference = task, values, reference
+    def __init__(self, task: Task, values: Values, reference: Logits, temperature: float = 1.0) -> None:
+        self.task, self.values, self.reference, self.temperature = task, values, reference, temperature
         self.by_kl = len(values) < SMALL_VAL
 
     def of(self, rows: np.ndarray[Any, Any], logits: Logits) -> tuple[float, list[float]]:
         """(the metric, its value for each image); higher is better. ``logits``: of the images ``rows``."""
-        right = self.task.right(self.task.probabilities(logits), self.values[rows]).astype(np.float64)
+        right = self.task.right(self.task.probabilities(logits, self.temperature), self.values[rows]).astype(np.float64)
         values = -self.task.divergence(self.reference[rows], logits) if self.by_kl else right
         metric = right.mean() if len(rows) == len(self.values) else values.mean()
         return float(metric), values.tolist()

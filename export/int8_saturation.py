@@ -72,12 +72,12 @@ def measure(model: Path, *, images: int, calibration: int) -> dict[str, Any]:
             environment = os.environ | ({} if limit is None else {"ONEDNN_MAX_CPU_ISA": limit})
             subprocess.run([sys.executable, "-c", ANSWER, scratch, str(number)], env=environment, check=True)
         reference = read_array(folder / "FP32.0.npy")
-        result["accuracy_f32"] = task.score(reference, samples.truth)
+        result["accuracy_f32"] = task.score(reference, samples.truth, network.temperature)
         result["int8"] = [
             {
                 "weights": name,
                 "cpu": cpu,
-                "accuracy": task.score(logits, samples.truth),
+                "accuracy": task.score(logits, samples.truth, network.temperature),
                 "kl": kl(reference, logits, task),
             }
             for number, cpu in enumerate(CPUS)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from edgedistill.export.network import Network, model_api_labels
-from edgedistill.tasks import KINDS
+from edgedistill.tasks import KINDS, sigmoid
 
 FORMAT_VERSION = "1"
 # No output is called so: a head's name holds no =, and comes first.
@@ -47,8 +50,8 @@ def sections(network: Network) -> dict[str, dict[str, str]]:
 def _model_info(network: Network) -> dict[str, str]:
     """Model API applies softmax and sigmoid itself, so logits are what it wants of every task (read in its
     ClassificationModel 0.4.7, and tried). ``labels`` names every output, those of values too: with one name less it
-    takes the first output for 'other', with two less it refuses the network. It knows one threshold for all labels: the
-    median of ours.
+    takes the first output for 'other', with two less it refuses the network. It knows one threshold for all labels, the
+    median of ours, and no temperature: a label applies there from the same logit on, by the share that it computes.
 
     ``output_raw_scores`` is True: Model API then adds the probabilities of all classes to its answer; its top labels
     and their probabilities are the same with and without it.
@@ -66,10 +69,17 @@ def _model_info(network: Network) -> dict[str, str]:
     }
     thresholds = [threshold for head in task.heads if head.kind == "sigmoid" for threshold in head.thresholds]
     if thresholds:
-        model_info["confidence_threshold"] = repr(median(thresholds))
+        model_info["confidence_threshold"] = repr(_untempered(median(thresholds), network.temperature))
     if not task.is_single and not task.is_multi_label:
         model_info |= {"hierarchical": "True", "hierarchical_config": json.dumps(_hierarchy(network))}
     return model_info
+
+
+def _untempered(share: float, temperature: float) -> float:
+    """sigmoid(z) where sigmoid(z / temperature) is ``share``."""
+    if not 0 < share < 1:
+        return share
+    return float(sigmoid(np.array(temperature * math.log(share / (1 - share)))))
 
 
 def _hierarchy(network: Network) -> dict[str, Any]:

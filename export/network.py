@@ -19,7 +19,7 @@ from edgedistill.artifacts import sha256_file
 from edgedistill.calibration import Calibration
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.images import InputSpec
-from edgedistill.tasks import Task
+from edgedistill.tasks import Task, unfit_label
 from edgedistill.timm_import import import_timm
 from edgedistill.training import models
 from edgedistill.training.checkpoints import read_model
@@ -52,6 +52,9 @@ class Network:
     def __post_init__(self) -> None:
         if len(self.classes) < 2 and self.heads is None:
             raise ModelError(f"{self.architecture}: {len(self.classes)} classes, a classifier needs at least 2")
+        for name in self.classes:
+            if wrong := unfit_label(name):
+                raise ModelError(f"{self.architecture}: class {name[:60]!r}: {wrong}; rename it")
         model_api_labels(self.classes)
         shape = (1, 3, self.spec.height, self.spec.width)
         try:

@@ -22,13 +22,12 @@ from edgedistill.artifacts import read_json, settings_dict, write_json
 from edgedistill.errors import ArtifactError, ModelError
 from edgedistill.images import DecodeMode, InputSpec
 from edgedistill.runtime.ir_check import fault_of
-from edgedistill.tasks import Head, Task
+from edgedistill.tasks import Head, Task, unfit_label
 
 DEPLOY_FORMAT = "edgedistill-deploy"
 IR_FORMAT_VERSION = "1"
 PRECISIONS = ("f32", "bf16", "int8")
 MAX_METADATA_CHARACTERS = 16_000_000
-MAX_LABEL_CHARACTERS = 1_000
 _Settings = TypeVar("_Settings")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -484,8 +483,8 @@ def _check_labels(labels: tuple[str, ...], classes: int) -> None:
     if len(labels) != classes:
         raise ArtifactError(f"{len(labels)} labels, but the network has {classes} outputs; export the model again")
     for label in labels:
-        if not 0 < len(label) <= MAX_LABEL_CHARACTERS or not label.isprintable():
-            raise ArtifactError(f"label {label[:60]!r}: expected 1 to {MAX_LABEL_CHARACTERS} printable characters")
+        if wrong := unfit_label(label):
+            raise ArtifactError(f"label {label[:60]!r}: {wrong}; rename it and export the model again")
     if len(set(labels)) != len(labels):
         raise ArtifactError("two labels are the same; export the model again")
 
@@ -546,6 +545,11 @@ class Bundle:
     @property
     def multi_label(self) -> bool:
         return self.metadata[0].multi_label
+
+    @property
+    def single(self) -> bool:
+        """Whether every image gets one label."""
+        return not self.multi_label and not self.heads
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -626,5 +630,9 @@ def _check_stages_agree(path: Path, metadata: tuple[ModelMetadata, ...]) -> None
     for number, other in enumerate(metadata[1:], start=1):
         if other.labels != metadata[0].labels:
             raise ArtifactError(f"{path}: stage {number} has other labels than stage 0; export them from one data set")
-        if (other.multi_label, other.heads) != (metadata[0].multi_label, metadata[0].heads):
+        if (other.multi_label, _layout(other)) != (metadata[0].multi_label, _layout(metadata[0])):
             raise ArtifactError(f"{path}: stage {number} has another task than stage 0; export them from one data set")
+
+
+def _layout(metadata: ModelMetadata) -> Any:
+    return None if metadata.heads is None else metadata.heads.layout

@@ -253,9 +253,8 @@ class Network:
 
     def _answer_heads(self, task: Task, logits: npt.NDArray[np.float32], stage: int, name: str) -> Prediction | None:
         settings = self.stages[stage].settings
-        # From float64: after rounding to float32 two probabilities may be equal.
         exact = task.probabilities(logits[None], settings.temperature)[0]
-        heads = tuple(_head_prediction(head, exact[part]) for head, part in task.slices())
+        heads = tuple(_head_prediction(head, exact[part], logits[part]) for head, part in task.slices())
         of_classes = [answer for answer in heads if answer.value is None]
         confidence = min(answer.probability for answer in of_classes)
         probabilities = exact.astype(np.float32)
@@ -268,12 +267,12 @@ class Network:
         return Prediction(label, of_classes[0].index, confidence, probabilities, name, stage, heads=heads)
 
 
-def _head_prediction(head: Head, exact: npt.NDArray[np.float64]) -> HeadPrediction:
-    """``exact``: the head's probabilities, as ``tasks`` has them."""
+def _head_prediction(head: Head, exact: npt.NDArray[np.float64], logits: npt.NDArray[np.float32]) -> HeadPrediction:
+    """``exact``: the head's probabilities, as ``tasks`` has them, of its ``logits``."""
     probabilities = exact.astype(np.float32)
     if head.kind == "regression":
         return HeadPrediction(head.name, "", -1, 0.0, value=float(probabilities[0]))
-    index = int(exact.argmax())
+    index = int(logits.argmax())  # two probabilities may be equal, and are so as soon as both round to 1
     share = float(probabilities[index])
     if head.kind == "softmax":
         return HeadPrediction(head.name, head.classes[index], index, share)

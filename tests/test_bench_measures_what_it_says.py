@@ -15,7 +15,7 @@ from edgedistill.benchmarks import serve
 from edgedistill.benchmarks.bench_fps import BenchResult, measure_entries, result_rows, short
 from edgedistill.benchmarks.benchmark_app import BenchmarkApp, slice_of
 from edgedistill.benchmarks.machine import artifact_hash, machine_record
-from edgedistill.benchmarks.plan import BenchSettings, Entry, unlike_ours
+from edgedistill.benchmarks.plan import BenchSettings, Entry, cpp_disagrees, unlike_ours
 from edgedistill.benchmarks.plot import plot_bench
 from edgedistill.benchmarks.score import score
 from edgedistill.benchmarks.timing import (
@@ -182,6 +182,10 @@ def test_a_peer_that_computes_something_else_is_named() -> None:
     other_classes = entry("torch", (0.7, 0.3))
     assert unlike_ours([ours, swapped, other_classes], 0.01) == ["onnxruntime", "torch"]
     assert unlike_ours([ours, entry("naive-f32", (0.5, 0.4, 0.1), "files")], 0.01) == [], "files has other pixels"
+    files = [entry("edgedistill", (0.6, 0.3, 0.1), "files"), entry("edgedistill-cpp", (0.3, 0.6, 0.1), "files")]
+    entries = [ours, entry("edgedistill-cpp", (0.9, 0.8, 0.1)), *files]
+    assert cpp_disagrees(entries, 0.01) == ["model f32: 0.6", "files f32: 0.3"]
+    assert cpp_disagrees(entries, 0.01, single=False) == ["files f32: 0.3"], "outputs of heads are no softmax"
 
 
 WORKER = """

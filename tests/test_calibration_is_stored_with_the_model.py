@@ -165,7 +165,12 @@ def test_model_and_ir_carry_curve_and_thresholds(tmp_path: Path, photos: Path) -
     said = sections(network)
     assert json.loads(said["edgedistill"]["thresholds"]) == list(thresholds)
     assert json.loads(said["edgedistill"]["calibration"]) == loaded.calibration.to_dict()
-    assert float(said["model_info"]["confidence_threshold"]) == sorted(thresholds)[1]
+    # Model API knows no temperature: its threshold is met by the same logits.
+    threshold, middle = float(said["model_info"]["confidence_threshold"]), sorted(thresholds)[1]
+    assert abs(fitted.temperature - 1) > 0.01 and threshold != middle
+    met = sigmoid(logits) >= threshold
+    np.testing.assert_array_equal(met, sigmoid(logits, fitted.temperature) >= middle)
+    assert met.any() and not met.all()
     converted, _ = ir.convert(network.module, spec, onnx_file=tmp_path / "none.onnx")
     ir.describe(converted, network)
     ir.save(converted, tmp_path / "model.xml")

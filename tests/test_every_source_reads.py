@@ -186,6 +186,12 @@ def test_usual_mistakes_of_layout_are_told_apart(tmp_path, write, files, message
         ("path,label,split\na.png,x,training\n", "line 2: split 'training', expected train, val, test"),
         ("path,label\na.png,x,1\n", "line 2: 3 columns, the header has 2"),
         ("path,label\na.png,x\nb.png,x\n", "expected at least two classes"),
+        (
+            "path,label\na.png,x\nb.png,caf\u00a0noir\n",
+            "U+00A0 in it, expected 1 to 1000 printable characters; rename it",
+        ),
+        ('path,label\na.png,x\nb.png,"y\nz"\n', "class 'y\\nz': U+000A in it"),
+        (f"path,label\na.png,x\nb.png,{'y' * 1001}\n", "1001 characters, expected 1 to 1000"),
         ('path,label\n"a.png,x\n', "not a CSV file"),
         ("path,label,split\na.png,x,train\nb.png,y,test\n", "'y' is in test and not in train"),
     ],

@@ -382,20 +382,26 @@ def test_accuracy_control_of_several_heads_is_told_their_joint_score(model: ov.M
 def test_the_ladder_ends_within_the_joint_budget_of_several_heads(
     model: ov.Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FP32's own answers are the truth. The first rungs turn them round, so NNCF's own loop has to answer, for real."""
-    pixels = load_pixels(samples.paths, SPEC)
+    """FP32's own answers are the truth, at its temperature and threshold. The first rungs turn them round, so NNCF's own loop
+    has to answer, for real."""
+    pixels, temperature = load_pixels(samples.paths, SPEC), 2.5
     reference = ir_logits(compile_ir(model, threads=1), pixels, SPEC)
-    truth = np.concatenate([HEADS.answers(HEADS.probabilities(reference)), reference[:, 3:]], axis=1)
+    threshold = float(sigmoid(np.quantile(reference[:, 2], 0.4), temperature))
+    shade, labels, size = HEADS.heads
+    heads = Task((shade, dataclasses.replace(labels, threshold=threshold), size))
+    answers = heads.answers(heads.probabilities(reference, temperature))
+    truth = np.concatenate([answers, reference[:, 3:]], axis=1)
+    assert heads.score(reference, truth, temperature) == 1.0 > heads.score(reference, truth)
     told = dataclasses.replace(samples, values=truth.astype(np.float32))
     staged(monkeypatch, cured_by="nothing")
     monkeypatch.setattr(int8, "control_accuracy", control_accuracy)
     settings = dataclasses.replace(SETTINGS, max_drop=0.0, max_rung="accuracy-control")
-    found = make_int8(model, SPEC, told, told, settings, task=HEADS)
+    found = make_int8(model, SPEC, told, told, settings, task=heads, temperature=temperature)
     assert found.rungs[-1]["rung"] == "accuracy-control"
     assert found.chosen == "NNCF accuracy control" and found.top1_f32 == 1.0 and found.rungs[-1]["drop"] == 0.0
     assert found.model is not None
     answers = ir_logits(compile_ir(found.model, threads=1), pixels, SPEC)
-    assert HEADS.score(answers, told.truth) == 1.0
+    assert heads.score(answers, told.truth, temperature) == 1.0
 
 
 def test_suspects_of_a_mobilenet_are_stem_gates_and_classifier() -> None:

@@ -18,6 +18,7 @@ from edgedistill.report.explain import answers_of_heads, write_explanations
 from edgedistill.report.quality_sections import mistakes_section
 from edgedistill.report.record import read_record
 from edgedistill.report.reliability_section import reliability_section
+from edgedistill.report.summary_sections import lead_sentence
 from edgedistill.report.wording import percent
 from edgedistill.tasks import Head, Task
 from edgedistill.training.checkpoints import write_model
@@ -144,6 +145,11 @@ def test_right_answers_of_labels_are_labels_that_were_given() -> None:
     # Each label in turn: the surest of big, of dark, then the second of big.
     assert [(one.row, one.output) for one in right] == [(0, 0), (4, 1), (1, 0)]
     assert all(one.predicted == one.true for one in right)
+
+
+def test_the_page_begins_with_what_is_asked_of_an_image(run: tuple[RunDir, Dataset]) -> None:
+    sentence = lead_sentence(read_record(run[0]))
+    assert "64 images with color (3 classes)" in sentence and "2 labels, each for itself" in sentence, sentence
 
 
 def test_counts_are_shown_of_each_head(run: tuple[RunDir, Dataset]) -> None:

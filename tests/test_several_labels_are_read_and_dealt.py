@@ -161,6 +161,7 @@ BAD: tuple[tuple[dict[int, Row], LabelColumns, str], ...] = (
     ({}, LabelColumns(attributes=("shape", "mask")), r"missing 'mask'; it has 'shape', 'color', 'size'"),
     ({n: {"color": "red"} for n in range(60)}, ATTRIBUTES, r"column 'color' has the single value 'red'"),
     ({n: {"size": "4"} for n in range(60)}, ATTRIBUTES, r"'size' has the single value 4"),
+    ({3: {"color": "re\u200cd"}}, ATTRIBUTES, r"class 'color=re\\u200cd': U\+200C in it, expected .* rename it"),
     ({7: {"size": "tall"}}, ATTRIBUTES, r"column 'size': 1 of 60 rows \(lines 9\): not a finite number"),
     ({n: {"size": "1.5" if n == 2 else str(n % 2)} for n in range(60)}, LabelColumns(one_hot=("size",)),
      r"column 'size': 1 of 60 rows \(lines 4\): outside 0 to 1"),

@@ -92,7 +92,7 @@ def true_fps(deployment: Deployment) -> float:
         fast, slow = (simulated_logits(stage) for stage in stages)
         temperatures = fit_temperature(fast, LABELS), 1.0
         threshold = deployment.exit_threshold or 0.0
-        _, stage = cascade_answers(fast, slow, TASK, temperatures=temperatures, threshold=threshold)
+        _, stage = cascade_answers(fast, slow, (TASK, TASK), temperatures=temperatures, threshold=threshold)
         passed_on = float(stage.mean())
     cost = seconds(stages[0]) + passed_on * (seconds(stages[1]) if len(stages) == 2 else 0.0)
     serving = BATCH_SPEED[deployment.serving.batch]
@@ -152,7 +152,7 @@ class SimulatedBench:
         else:
             first, last = case.temperatures
             answers, stage = cascade_answers(
-                *found, TASK, temperatures=(first, last), threshold=case.deployment.exit_threshold or 0.0
+                *found, (TASK, TASK), temperatures=(first, last), threshold=case.deployment.exit_threshold or 0.0
             )
         return ((answers + 1) % CLASSES if self.wrong_accuracy else answers), stage
 

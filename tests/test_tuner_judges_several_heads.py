@@ -80,7 +80,7 @@ def test_figures_are_those_of_the_evaluation() -> None:
     rows = np.random.default_rng(0).integers(0, len(values), len(values))
     assert truth.scorer(found, "macro-f1")(rows) == pytest.approx(mean_f1(scored.take(rows)))
     assert truth.scorer(found, "accuracy")(rows) == pytest.approx(joint_accuracy(scored.take(rows)))
-    heads, own = summary(scored)["heads"], truth.head_figures(shares)
+    heads, own = summary(scored)["heads"], truth.head_figures(shares, found)
     assert own["colour"]["accuracy"] == heads["colour"]["accuracy"] and own["age"] == {"mae": heads["age"]["mae"]}
     assert not np.array_equal(found, answers_of(MIXED, logits, 1.0)), "a threshold is met or not by the temperature"
 
@@ -106,7 +106,7 @@ def test_every_threshold_of_a_cascade_of_heads_is_judged_as_it_answers() -> None
         assert len(curve) > 100
         for point in range(0, len(curve), 13):
             threshold = float(curve.threshold[point])
-            found, stage = cascade_answers(fast, slow, MIXED, temperatures=temperatures, threshold=threshold)
+            found, stage = cascade_answers(fast, slow, (MIXED, MIXED), temperatures=temperatures, threshold=threshold)
             assert stage.mean() == pytest.approx(curve.passed_on[point])
             assert truth.metric(found, metric) == pytest.approx(curve.metric[point])
 
@@ -130,7 +130,7 @@ def network(task: Task, gain: float, dataset_hash: str = "") -> ov.Model:
         "format_version": "1",
         "input_spec": json.dumps(SPEC.to_dict()),
         "temperature": "1.0",
-        "thresholds": "null",
+        "thresholds": json.dumps(list(task.heads[0].thresholds)) if task.is_multi_label else "null",
         "labels": json.dumps(task.outputs),
         "dataset_hash": dataset_hash,
         "weights_hash": f"{gain}",
@@ -144,10 +144,15 @@ def network(task: Task, gain: float, dataset_hash: str = "") -> ov.Model:
 
 
 def make_bundle(folder: Path, task: Task, gains: dict[str, float], dataset_hash: str = "") -> Path:
-    for name, gain in gains.items():
+    """Labels that each apply or not have other thresholds in every network, as if fitted on its own outputs."""
+    for number, (name, gain) in enumerate(gains.items()):
         (folder / "stages" / name).mkdir(parents=True, exist_ok=True)
         path = folder / "stages" / name / "model.xml"
-        ov.save_model(network(task, gain, dataset_hash), path, compress_to_fp16=False)
+        own = [
+            dataclasses.replace(head, threshold=(0.55, 0.35)[number]) if number and head.kind == "sigmoid" else head
+            for head in task.heads
+        ]
+        ov.save_model(network(Task(tuple(own)), gain, dataset_hash), path, compress_to_fp16=False)
     stage = describe_stage(folder, f"stages/{next(iter(gains))}/model.xml", input_spec=SPEC, temperature=1.0)
     write_deploy(folder / "deploy.json", DeployConfig(stages=(stage,)))
     return folder
@@ -199,18 +204,20 @@ def test_stored_logits_answer_as_the_runtime_does(run: Path, tmp_path: Path) -> 
     students, host = find_students([run]), Host.here()
     val, task = open_val(students, None), students[0].task
     assert not task.is_single and len(val) == VAL - 1, "the image of which nothing is known is left out"
+    tasks = [{student.name: student.task for student in students}[name] for name in ("dull", "sharp")]
+    assert (tasks[0] == tasks[1]) != task.is_multi_label, "labels have thresholds of their own in each network"
     with RealBench(students, val, Objective(fps_target=1.0), host, scratch=tmp_path / "scratch") as bench:
         stages = (Variant("dull", "f32", (32, 32)), Variant("sharp", "f32", (64, 64)))
         logits = [bench.logits(stage, "reduced") for stage in stages]
         first, last = (val.truth.fit_temperature(one) for one in logits)
         single = Deployment(stages[:1], default_serving(host), "reduced")
         found, _ = bench.answers(Case(single, (first,), (), "files"))
-        np.testing.assert_array_equal(found, answers_of(task, logits[0], first))
-        curve = exit_curve(*logits, val.truth, temperatures=(first, last))
+        np.testing.assert_array_equal(found, answers_of(tasks[0], logits[0], first))
+        curve = exit_curve(*logits, val.truth, temperatures=(first, last), tasks=tasks)
         threshold = float(np.median(curve.threshold))
         cascade = Deployment(stages, default_serving(host), "reduced", threshold)
         found, stage = bench.answers(Case(cascade, (first, last), (), "files"))
-    expected, expected_stage = cascade_answers(*logits, task, temperatures=(first, last), threshold=threshold)
+    expected, expected_stage = cascade_answers(*logits, tasks, temperatures=(first, last), threshold=threshold)
     np.testing.assert_array_equal(stage, expected_stage)
     np.testing.assert_array_equal(found, expected)
     assert 0 < stage.mean() < 1
@@ -310,6 +317,32 @@ def test_labels_of_another_task_are_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "openvino", tmp_path / "alone")
     with pytest.raises(DataError, match="label columns softmax:label that the model does not have"):
         open_val(find_students([tmp_path / "alone"]), str(classes))
+
+
+def test_each_network_answers_by_its_own_thresholds() -> None:
+    """Of a cascade of heads, from its logits: figures, curve and answers."""
+    fast, slow, values = drawn()
+    truth, temperatures = Truth(MIXED, values), (1.3, 0.8)
+    colour, labels, age = MIXED.heads
+    tasks = (MIXED, Task((colour, dataclasses.replace(labels, threshold=(0.7, 0.6), weight=2.0), age)))
+    assert tasks[0].layout == tasks[1].layout and tasks[0] != tasks[1]
+    sure = confidences(MIXED, fast, temperatures[0])
+    shares = [task.probabilities(logits, t) for task, logits, t in zip(tasks, (fast, slow), temperatures, strict=True)]
+    for metric in ("accuracy", "macro-f1"):
+        curve = exit_curve(fast, slow, truth, temperatures=temperatures, metric=metric, tasks=tasks)
+        point = len(curve) // 2
+        threshold = float(curve.threshold[point])
+        found, _ = cascade_answers(fast, slow, tasks, temperatures=temperatures, threshold=threshold)
+        early = sure >= threshold
+        own = [task.answers(share) for task, share in zip(tasks, shares, strict=True)]
+        np.testing.assert_array_equal(found, np.where(early[:, None], own[0], own[1]))
+        assert truth.metric(found, metric) == pytest.approx(curve.metric[point])
+        both = np.where(early[:, None], shares[0], shares[1])
+        figures = truth.head_figures(both, found)
+        assert figures["labels"] != truth.head_figures(both, MIXED.answers(both))["labels"]
+        known = ~np.isnan(values[:, 1:3])
+        right = ((found[:, 1:] == (values[:, 1:3] >= 0.5)) | ~known).all(axis=1)[known.any(axis=1)]
+        assert figures["labels"]["accuracy"] == pytest.approx(right.mean())
 
 
 def test_students_of_unlike_heads_are_not_tuned_together(tmp_path: Path) -> None:

@@ -474,7 +474,7 @@ def test_every_threshold_of_the_curve_is_what_the_runtime_would_answer() -> None
         for point in range(0, len(curve), 17):
             threshold = float(curve.threshold[point])
             answers, stage = cascade_answers(
-                fast, slow, truth.task, temperatures=(temperature, 1.0), threshold=threshold
+                fast, slow, (truth.task, truth.task), temperatures=(temperature, 1.0), threshold=threshold
             )
             assert stage.mean() == pytest.approx(curve.passed_on[point])
             assert truth.metric(answers, metric) == pytest.approx(curve.metric[point])
@@ -529,7 +529,7 @@ def test_the_runtime_and_the_stored_logits_agree_on_a_cascade(run: Path, tmp_pat
 
     answers, stage = bench.answers(Case(deployment, temperatures, (), "files"))
     expected, expected_stage = cascade_answers(
-        logits[0], logits[1], val.truth.task, temperatures=temperatures, threshold=threshold
+        logits[0], logits[1], (val.truth.task,) * 2, temperatures=temperatures, threshold=threshold
     )
     assert (answers == expected).all() and (stage == expected_stage).all()
     assert 0 < stage.mean() < 1

@@ -9,6 +9,7 @@ applies are passed on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,16 +48,21 @@ class Curve:
 
 
 def exit_curve(
-    fast: Floats, slow: Floats, truth: Truth, *, temperatures: tuple[float, float], metric: str = "accuracy"
+    fast: Floats,
+    slow: Floats,
+    truth: Truth,
+    *,
+    temperatures: tuple[float, float],
+    metric: str = "accuracy",
+    tasks: Sequence[Task] = (),
 ) -> Curve:
-    """Every threshold that splits the val images differently. ``fast``, ``slow``: logits float [N, D]."""
-    confidence = confidences(truth.task, fast, temperatures[0])
+    """Every threshold that splits the val images differently. ``fast``, ``slow``: logits float [N, D]; ``tasks``: of both,
+    where labels have thresholds of their own in each (else that of ``truth``)."""
+    both = tasks or (truth.task, truth.task)
+    confidence = confidences(both[0], fast, temperatures[0])
     order = np.argsort(-confidence, kind="stable")
     ranked = confidence[order].astype(np.float64)
-    quick, sure = (
-        answers_of(truth.task, logits, temperature)
-        for logits, temperature in zip((fast, slow), temperatures, strict=True)
-    )
+    quick, sure = map(answers_of, both, (fast, slow), temperatures)
     if metric == "accuracy":
         values = _accuracies(truth.right(quick)[order], truth.right(sure)[order])
     else:
@@ -87,11 +93,9 @@ def _smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float
 
 
 def cascade_answers(
-    fast: Floats, slow: Floats, task: Task, *, temperatures: tuple[float, float], threshold: float
+    fast: Floats, slow: Floats, tasks: Sequence[Task], *, temperatures: tuple[float, float], threshold: float
 ) -> tuple[Answers, npt.NDArray[np.int64]]:
-    """(answers int64 [N, A], stage int64 [N]) as the runtimes give them."""
-    early = confidences(task, fast, temperatures[0]) >= threshold
-    quick, sure = (
-        answers_of(task, logits, temperature) for logits, temperature in zip((fast, slow), temperatures, strict=True)
-    )
+    """(answers int64 [N, A], stage int64 [N]) as the runtimes give them; ``tasks``: of both networks."""
+    early = confidences(tasks[0], fast, temperatures[0]) >= threshold
+    quick, sure = map(answers_of, tasks, (fast, slow), temperatures)
     return np.where(early[:, None], quick, sure), np.where(early, 0, 1)

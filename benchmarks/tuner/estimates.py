@@ -184,6 +184,7 @@ class Estimates(Known):
             self.truth,
             temperatures=(one.temperature, other.temperature),
             metric=self.objective.metric,
+            tasks=[self.task_of(first), self.task_of(second)],
         ).thinned(points)
         # Decoding costs the same however the networks are served.
         served = (slow.deployment, slow.deployment.served(default_serving(self.host)))

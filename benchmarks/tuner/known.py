@@ -35,6 +35,7 @@ from edgedistill.benchmarks.tuner.space import (
 from edgedistill.benchmarks.tuner.truth import Answers, Ints, Truth, answers_of
 from edgedistill.errors import ModelError
 from edgedistill.images import DecodeMode
+from edgedistill.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,7 @@ class Known:
         return cascade_answers(
             fast.logits,
             slow.logits,
-            self.truth.task,
+            self.tasks(deployment),
             temperatures=(fast.temperature, slow.temperature),
             threshold=deployment.exit_threshold or 0.0,
         )
@@ -118,8 +119,15 @@ class Known:
         """Each head's own figures on val by name; of a cascade those of whichever stage answers."""
         found = [self.outputs[stage, deployment.decode] for stage in deployment.stages]
         shares = [self.truth.task.probabilities(one.logits, one.temperature) for one in found]
-        stage = self.expected_answers(deployment)[1]
-        return self.truth.head_figures(np.where(stage[:, None] == 0, shares[0], shares[-1]))
+        answers, stage = self.expected_answers(deployment)
+        return self.truth.head_figures(np.where(stage[:, None] == 0, shares[0], shares[-1]), answers)
+
+    def task_of(self, variant: Variant) -> Task:
+        """Its student's own: labels may have other thresholds than another student's."""
+        return next(student.task for student in self.students if student.name == variant.student)
+
+    def tasks(self, deployment: Deployment) -> list[Task]:
+        return [self.task_of(stage) for stage in deployment.stages]
 
     def temperatures(self, deployment: Deployment) -> tuple[float, ...]:
         return tuple(self.outputs[stage, deployment.decode].temperature for stage in deployment.stages)
@@ -228,7 +236,7 @@ class Known:
                 return None
             self.journal.keep_logits(key, known)
         temperature = self.truth.fit_temperature(known)
-        answers = answers_of(self.truth.task, known, temperature)
+        answers = answers_of(self.task_of(variant), known, temperature)
         found = Outputs(known, temperature, answers, self.truth.metric(answers, self.objective.metric))
         self.outputs[variant, decode] = found
         return found

@@ -74,10 +74,10 @@ def find_students(paths: Sequence[Path]) -> list[Student]:
                 f"{other.root / other.model}: classes {list(other.labels)[:8]}, but {first.root / first.model} has "
                 f"{list(first.labels)[:8]}; tune networks of one data set together"
             )
-        if other.heads != first.heads:
+        if other.task.layout != first.task.layout:
             raise DataError(
-                f"{other.root / other.model}: its heads are others than those of {first.root / first.model} (kind, weight, "
-                "threshold or scale); tune networks of one data set and one task together"
+                f"{other.root / other.model}: its heads are others than those of {first.root / first.model} (kind or scale); "
+                "tune networks of one data set and one task together"
             )
     return students
 

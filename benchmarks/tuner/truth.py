@@ -84,9 +84,16 @@ class Truth:
             return lambda rows: float(right[rows].mean())
         return lambda rows: self._macro_f1(answers[rows], self.codes[rows])
 
-    def head_figures(self, probabilities: Floats) -> dict[str, dict[str, float]]:
-        """Each head's own figures by name, of ``probabilities`` float [N, D]: what a figure for all heads does not show."""
+    def head_figures(self, probabilities: Floats, answers: Answers) -> dict[str, dict[str, float]]:
+        """Each head's own figures by name, of ``probabilities`` float [N, D] and the ``answers`` that were made of them: what
+        a figure for all heads does not show."""
         found = task_metrics.summary(Scored(self.task, probabilities, self.values))["heads"]
+        for head, columns in self._heads():
+            own, truth = answers[:, columns], self.codes[:, columns]
+            known = truth >= 0
+            if known.any():
+                right = ((own == truth) | ~known).all(axis=1)[known.any(axis=1)]
+                found[head.name] |= {"accuracy": right.mean(), "macro_f1": _f1(*_counts(head, own, truth))}
         return {
             name: {figure: float(row[figure]) for figure in FIGURES if row.get(figure) is not None}
             for name, row in found.items()

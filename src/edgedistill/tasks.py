@@ -27,6 +27,7 @@ HeadKind = Literal["softmax", "sigmoid", "regression"]
 KINDS = ("softmax", "sigmoid", "regression")
 SINGLE = "label"
 MANY = "labels"
+MAX_LABEL_CHARACTERS = 1_000
 HEAD_NAME = re.compile(r"[^\s:=|@]([^:=|@]{0,98}[^\s:=|@])?")
 Floats = npt.NDArray[np.floating[Any]]
 Values = npt.NDArray[np.float32]
@@ -208,9 +209,16 @@ class Task:
                 scaled[:, part] = (scaled[:, part] - head.mean) / head.std
         return scaled
 
-    def score(self, logits: Floats, values: Values) -> float:
-        """The share of images on which every known label is right: of one label per image, the accuracy."""
-        return float(self.right(self.probabilities(logits), values).mean())
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What two networks must share to stand in for each other: of each head name, kind, classes and scale. How they were
+        trained, and from what probability on a label applies, are each one's own."""
+        return tuple((head.name, head.kind, head.classes, head.mean, head.std) for head in self.heads)
+
+    def score(self, logits: Floats, values: Values, temperature: float = 1.0) -> float:
+        """The share of images on which every known label is right: of one label per image, the accuracy. ``temperature``:
+        the fitted one, to which thresholds belong."""
+        return float(self.right(self.probabilities(logits, temperature), values).mean())
 
     def margins(self, logits: Floats, temperature: float = 1.0) -> npt.NDArray[np.float64]:
         """float64 [N]: how far the logits are from another answer in any head: the gap between a softmax head's two
@@ -283,6 +291,15 @@ class Task:
         if not isinstance(values, list) or not all(isinstance(entry, Mapping) for entry in values):
             raise ArtifactError("heads: expected a list of objects")
         return cls(tuple(_head(entry) for entry in values))
+
+
+def unfit_label(label: str) -> str:
+    """What is wrong with the name of a class or output: the runtimes, which print it, take none such. '' where nothing is."""
+    expected = f"expected 1 to {MAX_LABEL_CHARACTERS} printable characters"
+    if not 0 < len(label) <= MAX_LABEL_CHARACTERS:
+        return f"{len(label)} characters, {expected}"
+    strange = next((character for character in label if not character.isprintable()), "")
+    return f"U+{ord(strange):04X} in it, {expected}" if strange else ""
 
 
 def _head(entry: Mapping[str, Any]) -> Head:

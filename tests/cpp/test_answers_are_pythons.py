@@ -531,6 +531,28 @@ def test_a_cascade_has_one_set_of_labels_and_one_task(make: Any) -> None:
     assert_refused_alike(root, says="exit_threshold")
 
 
+def test_each_stage_of_several_heads_has_its_own_thresholds(make: Any) -> None:
+    root, of, hue, value = make.cascade(exit_threshold=0.5), HOSTILE["heads_metadata"], HOSTILE["HUE"], HOSTILE["DEPTH"]
+    first, last = read_deploy(root / "deploy.json").stages
+    for stage, changes in ((first, {"threshold": 0.0}), (last, {"threshold": [1.0, 0.0], "weight": 3.0})):
+        make.ir(root / stage.model, spec=stage.input_spec, changes=of(hue | {"kind": "sigmoid"} | changes, value))
+    yellow = np.full((40, 40, 3), (30, 230, 210), np.uint8)  # BGR: red, and more green
+    line = pixels_line(make.folder / "yellow.raw", yellow)
+    for exits, temperature, accepted in ((0.0, 1.0, (0, 1)), (1.0, 1.0, (1,)), (1.0, 0.02, (0, 1))):
+        stages = tuple(
+            describe_stage(root, stage.model, input_spec=stage.input_spec, temperature=temperature, exit_threshold=end)
+            for stage, end in ((first, exits), (last, None))
+        )
+        write_deploy(root / "deploy.json", DeployConfig(stages=stages))
+        expected = Classifier(root, cache_dir=False).classify(yellow)
+        assert expected.heads[0].accepted == accepted and expected.index == 1  # at 0.02 both are certain
+        assert_same(dump(root, [line]).answers[0], expected)
+    make.ir(root / last.model, spec=last.input_spec, changes=of(hue | {"kind": "sigmoid"}, value | {"std": 9.0}))
+    slow = describe_stage(root, last.model, input_spec=last.input_spec, temperature=1.0)
+    write_deploy(root / "deploy.json", DeployConfig(stages=(stages[0], slow)))
+    assert_refused_alike(root, says="another task")
+
+
 def test_both_languages_share_the_cache_of_compiled_models(make: Any) -> None:
     root, photo, folder = make.deployable(), make.photo("red"), make.folder / "cache" / "openvino"
     expected = Classifier(root).classify(photo)

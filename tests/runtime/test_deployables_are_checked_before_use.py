@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 import pytest
 
@@ -335,6 +336,14 @@ def test_each_label_has_its_own_threshold(make: Any) -> None:
     assert answer.heads[0].accepted == (0,) and answer.heads[0].label == HUE["classes"][0]
 
 
+def test_labels_that_are_certain_keep_the_order_of_their_logits(make: Any, tmp_path: Path) -> None:
+    spec, many = InputSpec(height=32, width=32), heads_metadata(HUE | {"kind": "sigmoid"}, DEPTH)
+    path = make.ir(tmp_path / "heads.xml", spec=spec, changes=many | {"temperature": "0.05"})
+    yellow = np.full((40, 40, 3), (30, 230, 210), np.uint8)  # BGR: red, and more green
+    answer = Classifier(path, cache_dir=False).classify(yellow)
+    assert answer.probabilities[:2].tolist() == [1.0, 1.0] and answer.index == answer.heads[0].index == 1
+
+
 def test_networks_that_are_no_image_classifiers_are_refused(make: Any) -> None:
     dynamic = make.model()
     dynamic.reshape([-1, 3, 32, 32])
@@ -361,6 +370,27 @@ def test_a_cascade_needs_thresholds_and_one_set_of_labels(make: Any) -> None:
         Bundle.load(root)
     make.ir(root / "slow.xml", spec=spec, changes={"task": "multi-label"})
     stages = (config.stages[0], describe_stage(root, "slow.xml", input_spec=spec, temperature=1.0))
+    write_deploy(root / "deploy.json", DeployConfig(stages=stages))
+    with pytest.raises(ArtifactError, match="stage 1 has another task"):
+        Bundle.load(root)
+
+
+def test_each_stage_has_its_own_thresholds(make: Any) -> None:
+    """They were fitted on its own outputs; its heads are the same."""
+    root, many = make.cascade(exit_threshold=0.5), HUE | {"kind": "sigmoid"}
+    fast, slow = read_deploy(root / "deploy.json").stages
+    for stage, changes in ((fast, {"threshold": 0.0}), (slow, {"threshold": [1.0, 0.0], "weight": 3.0})):
+        make.ir(root / stage.model, spec=stage.input_spec, changes=heads_metadata(many | changes, DEPTH))
+    for sure, accepted in ((0.0, (0, 1)), (1.0, (1,))):
+        stages = tuple(
+            describe_stage(root, stage.model, input_spec=stage.input_spec, temperature=1.0, exit_threshold=exits)
+            for stage, exits in ((fast, sure), (slow, None))
+        )
+        write_deploy(root / "deploy.json", DeployConfig(stages=stages))
+        answer = Classifier(root, cache_dir=False).classify(make.photo("green"))
+        assert answer.heads[0].accepted == accepted and answer.stage == (1 if sure else 0)
+    make.ir(root / slow.model, spec=slow.input_spec, changes=heads_metadata(many, DEPTH | {"std": 9.0}))
+    stages = (stages[0], describe_stage(root, slow.model, input_spec=slow.input_spec, temperature=1.0))
     write_deploy(root / "deploy.json", DeployConfig(stages=stages))
     with pytest.raises(ArtifactError, match="stage 1 has another task"):
         Bundle.load(root)

@@ -19,10 +19,10 @@ namespace edgedistill::detail {
 
 namespace {
 
+// Thresholds are each network's own.
 bool same_heads(const std::vector<Head>& one, const std::vector<Head>& other) {
     return std::equal(one.begin(), one.end(), other.begin(), other.end(), [](const Head& a, const Head& b) {
-        return a.name == b.name && a.kind == b.kind && a.classes == b.classes && a.mean == b.mean && a.std == b.std &&
-               a.thresholds == b.thresholds;
+        return a.name == b.name && a.kind == b.kind && a.classes == b.classes && a.mean == b.mean && a.std == b.std;
     });
 }
 

@@ -28,7 +28,7 @@ from edgedistill.data.label_columns import LabelColumns, check_header, read_labe
 from edgedistill.data.shards import find_shards, read_shards
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES
-from edgedistill.tasks import Head, Task, Values
+from edgedistill.tasks import Head, Task, Values, unfit_label
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # Photographs that look like images to their owner and that no decoder here reads; left out silently they would be missed.
@@ -161,6 +161,9 @@ def _checked(source: Source) -> Source:
                 f"{one.path} and {other.path}: the same name once Unicode is normalised (NFC); rename one of them"
             )
     labels = {item.label for item in items}
+    for label in sorted(labels) if source.task is None else source.task.outputs:
+        if wrong := unfit_label(label):
+            raise DataError(f"{source.root}: class {label[:60]!r}: {wrong}; rename it")
     if len(labels) < 2:
         names = ", ".join(sorted(labels)) or "none"
         raise DataError(

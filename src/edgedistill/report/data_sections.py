@@ -27,8 +27,8 @@ from edgedistill.report.blocks import (
 )
 from edgedistill.report.charts import Box, Point, Series, box_chart, line_chart, size_chart
 from edgedistill.report.record import RunRecord, SoftLabelKeys
-from edgedistill.report.wording import compact, count, percent, shorten
-from edgedistill.tasks import Head, Task, Values
+from edgedistill.report.wording import compact, count, heads_in_words, percent, shorten
+from edgedistill.tasks import Head, Values
 
 MAX_CLASSES = 20  # more than these and the tables show the largest and the smallest ten
 MAX_FOLD_CLASSES = 8
@@ -72,17 +72,11 @@ def _overview(dataset: Dataset, report: dict[str, Any] | None) -> Text:
     groups = dataset.groups[dataset.groups != ""]
     together = f", {count(len(np.unique(groups)))} groups that stay together" if len(groups) else ""
     sizes = _checked_sizes(report) if report is not None else ""
-    what = f"of {_classes(dataset):,} classes" if dataset.task is None else f"with {_heads_in_words(dataset.task)}"
+    what = f"of {_classes(dataset):,} classes" if dataset.task is None else f"with {heads_in_words(dataset.task)}"
     return Text(
         f"{len(dataset):,} images {what}{together}. {sizes or _sampled_sizes(dataset)} The test "
         f"split was cut first and is read once, by the final evaluation; nobody trains on val; folds cover train only."
     )
-
-
-def _heads_in_words(task: Task) -> str:
-    """'color (3 classes), size (a value)'."""
-    kinds = {"softmax": "{} classes", "sigmoid": "{} labels, each for itself", "regression": "a value"}
-    return ", ".join(f"{shorten(head.name, 40)} ({kinds[head.kind].format(head.width)})" for head in task.heads)
 
 
 def _checked_sizes(report: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from edgedistill.report.wording import (
     count,
     difference_sentence,
     finite,
+    heads_in_words,
     level,
     model_name,
     number,
@@ -46,7 +47,10 @@ def lead_sentence(record: RunRecord) -> str:
         return f"{what}."
     name = data_name(record.config)
     source = f"{shorten(name, 60)}: " if name else ""
-    return f"{what}, on {source}{len(dataset):,} images of {len(dataset.class_names):,} classes."
+    asked = (
+        f"of {len(dataset.class_names):,} classes" if dataset.task is None else f"with {heads_in_words(dataset.task)}"
+    )
+    return f"{what}, on {source}{len(dataset):,} images {asked}."
 
 
 def architecture(record: RunRecord, stage: str) -> str:

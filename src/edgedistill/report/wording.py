@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from edgedistill.tasks import Task
+
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 MINUS = "\N{MINUS SIGN}"
 MODEL_NAMES = {
@@ -131,3 +133,9 @@ def difference_sentence(pair: dict[str, Any], images: int) -> str:
     p_value = finite(pair.get("p_value"))
     test = "" if p_value is None else f" (exact McNemar p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'})"
     return f"{a[:1].upper()}{a[1:]} minus {b}: {figures}: {conclusion}{test}."
+
+
+def heads_in_words(task: Task) -> str:
+    """'color (3 classes), size (a value)'."""
+    kinds = {"softmax": "{} classes", "sigmoid": "{} labels, each for itself", "regression": "a value"}
+    return ", ".join(f"{shorten(head.name, 40)} ({kinds[head.kind].format(head.width)})" for head in task.heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from edgedistill import shard_members
 from edgedistill.artifacts import atomic_path
 from edgedistill.console import warn
 from edgedistill.data.manifest import read_dataset
@@ -42,7 +44,7 @@ def input_sets(images: Sequence[str], *, dataset: Path | None, scratch: Path) ->
         sets = [_user_set(argument) for argument in images]
         return sets, "images: " + ", ".join(one.name for one in sets)
     if not images and dataset is not None:
-        found = _val_set(dataset)
+        found = _val_set(dataset, scratch)
         if found is not None:
             return [found], f"images: the val split of {dataset}"
     sizes = " and ".join(f"{width}x{height}" for height, width in SYNTHETIC_SIZES)
@@ -68,7 +70,7 @@ def _user_set(argument: str) -> InputSet:
     return found
 
 
-def _val_set(dataset: Path) -> InputSet | None:
+def _val_set(dataset: Path, scratch: Path) -> InputSet | None:
     """None, with a warning, when the manifest or its images are not here (a model copied to another machine)."""
     try:
         manifest = read_dataset(dataset)
@@ -76,11 +78,15 @@ def _val_set(dataset: Path) -> InputSet | None:
         warn(f"{error}; measuring on generated images")
         return None
     paths = [Path(str(manifest.paths[row])) for row in manifest.rows("val")]
-    here = [path for path in paths if path.is_file()]
+    here = [path for path in paths if shard_members.exists(path)]
     if not here:
         warn(f"{dataset}: none of its val images is on this machine; measuring on generated images")
         return None
-    return _readable("val", here)
+    found = _readable("val", here)
+    if found is None:
+        return None
+    files = (shard_members.as_file(path, scratch / "val", number) for number, path in enumerate(found.paths))
+    return dataclasses.replace(found, paths=tuple(files))
 
 
 def _readable(name: str, candidates: Sequence[Path]) -> InputSet | None:

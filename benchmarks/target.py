@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from edgedistill.artifacts import sha256_file
 from edgedistill.errors import UsageError
 from edgedistill.images import InputSpec
 from edgedistill.runtime.bundle import Bundle, int8_path
@@ -89,6 +91,17 @@ class Target:
         folders = (self.model.parent, *list(self.model.resolve().parents)[1:4])
         return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """The model.pt or model-NAME.pt that the last stage was exported from, by its hash, among the run's; None where it
+        is not there."""
+        folders, wanted = (
+            (self.model.parent, *list(self.model.resolve().parents)[1:4]),
+            self.bundle.metadata[-1].weights_hash,
+        )
+        files = (path for folder in folders for path in sorted(folder.glob("model*.pt")) if path.is_file())
+        return next((path for path in files if sha256_file(path) == wanted), None)
+
     def missing(self, peer: str, peers_python: Path) -> str | None:
         """Why that peer (a key of PEERS) cannot be measured here, with the remedy; None if it can."""
         metadata = self.bundle.metadata[-1]
@@ -99,7 +112,9 @@ class Target:
         if peer == "onnxruntime":
             return _needs("onnxruntime", self.onnx if self.onnx.is_file() else None, self.onnx)
         if peer == "torch":
-            return _needs("torch", self.beside("model.pt"), Path("model.pt")) or _needs("timm", self.model, self.model)
+            return _needs("torch", self.checkpoint, Path("the model.pt that it was exported from")) or _needs(
+                "timm", self.model, self.model
+            )
         if peer in ("model-api", "ncnn") and not peers_python.is_file():
             return f"{peers_python} is not there; run 'make peers' in the source folder and start from it"
         if peer == "ncnn" and not self.onnx.is_file():

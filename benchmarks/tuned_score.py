@@ -41,6 +41,7 @@ from edgedistill.benchmarks.tuner.tune import TUNE_FORMAT
 from edgedistill.benchmarks.tuner.valset import truth_of
 from edgedistill.data.manifest import read_dataset
 from edgedistill.errors import ModelError, UsageError
+from edgedistill.images import DecodeMode
 from edgedistill.runtime import Bundle, Engine
 from edgedistill.runtime.bundle import (
     DeployConfig,
@@ -123,10 +124,12 @@ def _hinted(student: Student) -> ThroughputSettings:
     return ThroughputSettings(precision, streams, int(compiled.get_property("INFERENCE_NUM_THREADS")))
 
 
-def _write(student: Student, throughput: ThroughputSettings, folder: Path, host: Host) -> Path:
+def _write(
+    student: Student, throughput: ThroughputSettings, folder: Path, host: Host, *, decode: DecodeMode = "reduced"
+) -> Path:
     """A new deploy.json of that student alone, beside a copy of its IR."""
     stage = Stage(student.model, student.sha256, student.spec, student.temperature, None, student.int8_sha256)
-    config = DeployConfig((stage,), LatencySettings(throughput.precision), throughput, cpu=host.cpu)
+    config = DeployConfig((stage,), LatencySettings(throughput.precision), throughput, decode=decode, cpu=host.cpu)
     root = folder / student.sha256[:12]
     target = root / Path(student.model).parent
     if not target.exists():
@@ -157,7 +160,7 @@ def slow_stage(name: str, deploy: Path, students: Sequence[Student], folder: Pat
     alone = dataclasses.replace(
         served, precision=stage_precisions(served, 2)[-1], later_precision=None, later_batch=None
     )
-    path = _write(sized, alone, folder, host)
+    path = _write(sized, alone, folder, host, decode=config.decode)
     return Contender(f"{name}: its slow stage alone", "slow-stage", path, sized)
 
 
@@ -244,7 +247,7 @@ def judge(
     for one in contenders:
         config = read_deploy(one.deploy)
         precision = deployed_precision(config.throughput, len(config.stages))
-        key = repr((config.stages, precision))
+        key = repr((config.stages, precision, config.decode))
         if key not in seen:
             found, stage = answers(one.deploy, paths, truth.task)
             shares = [float(np.mean(stage == number)) for number in range(len(config.stages))]

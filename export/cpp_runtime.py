@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill import __version__
+from edgedistill import __version__, shard_members
 from edgedistill.errors import ImageError, ModelError
 from edgedistill.images import DecodeMode, image_size, read_bytes
 from edgedistill.runtime.cpp_programs import CLASSIFY, HOW_TO_BUILD, classify, find_cpp_program, last_line
@@ -55,12 +56,14 @@ class CppRuntime:
         options = ["--precision", precision, "--decode", decode, "--probabilities", "--no-cache"]
         if threads is not None:
             options += ["--threads", str(threads), "--streams", str(threads)]
-        for number, answer in enumerate(classify(self.program, model, paths, options)):
-            if "error" not in answer:
-                rows.append(number)
-                probabilities.append(answer["probabilities"])
-            elif not _is_tiff(paths[number]):
-                raise ModelError(f"{CLASSIFY} cannot read what Python reads: {answer['error']}")
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [shard_members.as_file(path, Path(scratch), number) for number, path in enumerate(paths)]
+            for number, answer in enumerate(classify(self.program, model, files, options)):
+                if "error" not in answer:
+                    rows.append(number)
+                    probabilities.append(answer["probabilities"])
+                elif not _is_tiff(paths[number]):
+                    raise ModelError(f"{CLASSIFY} cannot read what Python reads: {answer['error']}")
         shaped = np.asarray(probabilities, np.float64).astype(np.float32)
         return CppAnswers(np.asarray(rows, np.intp), shaped.astype(np.float64))
 

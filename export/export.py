@@ -375,7 +375,7 @@ def check_reshape(module: nn.Module, model: ov.Model, spec: InputSpec, *, thread
         try:
             results[name] = {"max_logit_difference": run()}
         except (RuntimeError, AssertionError, ValueError, ModelError) as error:
-            results[name] = {"error": str(error).strip().splitlines()[-1][:300]}
+            results[name] = {"error": (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]}
     return results
 
 

@@ -66,15 +66,16 @@ def _locked(lock: int, temporary: Path, out: Path) -> Iterator[Path]:
 def put_in_place(temporary: Path, out: Path) -> None:
     """``temporary`` becomes ``out``; a folder that was there is exchanged in one step where the system can, then deleted.
 
-    Files in the old folder that no export writes (val.csv, a user's) are copied into the new one first; what a tuner said
-    of the old networks goes with them.
+    Files in the old folder that no export writes (val.csv, a user's) are copied into the new one first; what a tuner and
+    bench-fps said of the old networks goes with them.
     """
     if not out.exists():
         _sync(temporary)
         temporary.rename(out)
         return
     for entry in out.iterdir():
-        if entry.name in OWN_NAMES | TUNED_NAMES or (temporary / entry.name).exists():
+        of_old_networks = entry.name in TUNED_NAMES or entry.match("bench*.json")
+        if entry.name in OWN_NAMES or of_old_networks or (temporary / entry.name).exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, temporary / entry.name, symlinks=True)

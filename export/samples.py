@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill import console
+from edgedistill import console, shard_members
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.data.sources import Source, open_source
 from edgedistill.errors import ArtifactError, DataError, UsageError
@@ -96,7 +96,7 @@ def find_images(network: Network, *, manifest: Path, data: str | None, split: st
     _check_dataset(network, dataset, manifest)
     paths_there = [Path(path) for path in dataset.paths.tolist()]
     rows = dataset.rows(split)
-    if len(rows) and not paths_there[int(rows[0])].exists():
+    if len(rows) and not shard_members.exists(paths_there[int(rows[0])]):
         return _nothing(f"{paths_there[int(rows[0])]} of {manifest.name} is not on this machine; give --data")
     return _from_dataset(network, dataset, paths_there, split)
 

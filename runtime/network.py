@@ -244,7 +244,7 @@ class Network:
         if not last and confidence < (settings.exit_threshold or 0.0):
             return None
         reject_below = self.bundle.config.reject_below
-        if last and reject_below is not None and confidence < reject_below:
+        if reject_below is not None and confidence < reject_below:
             return Prediction(UNKNOWN, -1, confidence, probabilities, name, stage)
         accepted: tuple[int, ...] = ()
         if metadata.multi_label:
@@ -261,7 +261,7 @@ class Network:
         last, reject_below = stage == len(self.stages) - 1, self.bundle.config.reject_below
         if not last and confidence < (settings.exit_threshold or 0.0):
             return None
-        if last and reject_below is not None and confidence < reject_below:
+        if reject_below is not None and confidence < reject_below:
             return Prediction(UNKNOWN, -1, confidence, probabilities, name, stage, heads=heads)
         label = ", ".join(answer.label for answer in of_classes)
         return Prediction(label, of_classes[0].index, confidence, probabilities, name, stage, heads=heads)

@@ -102,7 +102,7 @@ def write_answers(answers: Iterable[Answer], path: Path) -> tuple[int, int]:
     images = errors = 0
     with (
         atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,  # names of files are bytes
         console.progress("classifying", None) as bar,
     ):
         writer = csv.writer(file)

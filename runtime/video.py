@@ -11,6 +11,7 @@ from edgedistill.errors import ImageError
 from edgedistill.images import IMAGE_SUFFIXES
 from edgedistill.runtime.network import Frame
 
+MAX_CAMERA = 2**31 - 1
 VIDEO_SUFFIXES = frozenset(
     {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp"}
 )
@@ -23,12 +24,19 @@ def frames(source: str | Path | int) -> Iterator[Frame]:
     them scaled; video comes as uint8 [h, w, 3] BGR, named FILE#NUMBER from 0. Raises ImageError when there is nothing
     of the kind, before the first frame.
     """
-    if isinstance(source, int) or (str(source).isdecimal() and not Path(source).exists()):
+    try:
+        number = isinstance(source, int) or (str(source).isdecimal() and not Path(source).exists())
+        path = Path(str(source))
+        folder, file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise ImageError(f"{str(source)[:60]!r}: no name of a file ({getattr(error, 'strerror', error)})") from error
+    if number:
+        if int(str(source)) > MAX_CAMERA:
+            raise ImageError(f"camera {str(source)[:60]}: no camera answers under that number, or it has no frames")
         return _video(int(str(source)), f"camera {source}")
-    path = Path(source)
-    if path.is_dir():
+    if folder:
         return _folder(path)
-    if not path.is_file():
+    if not file:
         raise ImageError(f"{path}: no such file or folder; name an image, a folder, a video or a camera's number")
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return _video(str(path), str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,16 +90,15 @@ def optimism(known: Known, deployments: Sequence[Deployment], *, seed: int = 0) 
     metric on the resample is held against its metric on all images; the mean difference, 0 or more.
     """
     metrics = [known.scorer(deployment) for deployment in deployments]
-    speeds = [known.speed(deployment) for deployment in deployments]
-    fps = [speed.fps if speed else 0.0 for speed in speeds]
+    speeds = [known.judged_speed(deployment) or (0.0, math.inf) for deployment in deployments]
     whole = [known.metric(deployment) for deployment in deployments]
     count, rng, excess = len(known.truth), np.random.default_rng(seed), []
     for _ in range(RECHOSEN):
         rows = rng.integers(0, count, count)
         values = [metric(rows) for metric in metrics]
         scored = [
-            known.objective.value(value, rate, p99_ms=0.0, reference=known.reference_metric)
-            for value, rate in zip(values, fps, strict=True)
+            known.objective.value(value, fps, p99_ms=p99_ms, reference=known.reference_metric)
+            for value, (fps, p99_ms) in zip(values, speeds, strict=True)
         ]
         best = int(np.argmax(scored))
         excess.append(values[best] - whole[best])

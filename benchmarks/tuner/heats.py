@@ -21,8 +21,9 @@ from edgedistill.benchmarks.timing import Slice, percentiles_ms
 
 # What a case's FPS are apart by from one heat to the next, until so many degrees of freedom have shown it on this machine.
 HEAT_ERROR, GUESSED_HEATS = 0.02, 4
-# The longest latencies of a slice that the journal keeps: enough for p99 over the ten rounds of a heat or fewer.
-KEPT_LATEST, KEPT_LATEST_SHARE = 20, 0.1
+# The longest latencies of a slice that the journal keeps. p99 of a heat may lie in one slow slice, all of which then counts:
+# 1000 are 1% of 100,000 images, more than a heat has.
+KEPT_LATEST = 1000
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def latencies(result: Slice) -> list[Any]:
     if found is None:
         return []
     count = len(result.latency_us)
-    longest = sorted(result.latency_us, reverse=True)[: max(KEPT_LATEST, math.ceil(KEPT_LATEST_SHARE * count))]
+    longest = sorted(result.latency_us, reverse=True)[:KEPT_LATEST]
     return [found["p50"], found["p90"], count, [round(value / 1e3, 4) for value in longest]]
 
 

@@ -148,13 +148,19 @@ class Known:
 
     def value(self, deployment: Deployment) -> float:
         """The objective of a measured deployment; conditions are judged on the careful side of the noise."""
-        speed = self.speed(deployment)
-        if speed is None:
+        judged = self.judged_speed(deployment)
+        if judged is None:
             return -math.inf
-        latency = self.speed(deployment, "latency")
-        fps = speed.fps - speed.error if self.objective.goal == "accuracy" else speed.fps
-        p99_ms = latency.p99_ms if latency and latency.p99_ms is not None else math.inf
+        fps, p99_ms = judged
         return self.objective.value(self.metric(deployment), fps, p99_ms=p99_ms, reference=self.reference_metric)
+
+    def judged_speed(self, deployment: Deployment) -> tuple[float, float] | None:
+        """(FPS, p99 in ms) that the objective judges; None before the first look."""
+        speed, latency = self.speed(deployment), self.speed(deployment, "latency")
+        if speed is None:
+            return None
+        fps = speed.fps - speed.error if self.objective.goal == "accuracy" else speed.fps
+        return fps, latency.p99_ms if latency and latency.p99_ms is not None else math.inf
 
     def worth(self, deployment: Deployment) -> float:
         """What deployments are ranked by. A score: its mean over the tuning's rounds, since FPS beyond the target make up

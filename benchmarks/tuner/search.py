@@ -175,10 +175,11 @@ class Search(Estimates):
         chosen = [*singles[:RACED_SINGLES], *cascades[:RACED_CASCADES]]
         chosen += self._decoded_whole([*singles[:2], *cascades[:1]])
         wanted = [p.deployment for p in sorted(chosen, key=lambda p: (-p.value, p.deployment.key))]
-        if self.incumbent is not None and all(
-            (s, self.incumbent.decode) in self.outputs for s in self.incumbent.stages
-        ):
-            wanted.insert(0, self.incumbent)
+        incumbent = self.incumbent
+        # Of a cascade the scope 'model' times the last network alone.
+        timed = incumbent is not None and not (len(incumbent.stages) > 1 and self.objective.scope == "model")
+        if incumbent is not None and timed and all((s, incumbent.decode) in self.outputs for s in incumbent.stages):
+            wanted.insert(0, incumbent)
         # A threshold is as good as the times of its two stages.
         wanted += [
             Deployment((stage,), p.deployment.serving) for p in cascades[:SERVED] for stage in p.deployment.stages

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from edgedistill import console
 from edgedistill.artifacts import atomic_path, read_json, settings_dict, write_json, write_text
-from edgedistill.benchmarks.machine import machine_record
+from edgedistill.benchmarks.machine import machine_record, package_versions
 from edgedistill.benchmarks.tuner.chance import closest_rival, optimism
 from edgedistill.benchmarks.tuner.estimates import Proposal
 from edgedistill.benchmarks.tuner.explain import explanation, pixels, speed_record, steps_to
@@ -167,12 +167,16 @@ class _Say:
         self._phase = name
 
 
+MEASURED_BY = ("edgedistill", "openvino", "opencv-python", "opencv-python-headless", "simplejpeg", "isal", "numpy")
+
+
 def _fingerprint(settings: TuneSettings, students: Sequence[Student], val: ValSet, host: Host) -> dict[str, Any]:
     """What measurements, and the choice of what to measure next, depend on."""
     return {
         "students": {student.name: [student.sha256, student.int8_sha256] for student in students},
         "val": val.hash,
         "cpu": [host.cpu, host.cores],
+        "versions": package_versions(MEASURED_BY),
         "objective": settings_dict(settings.objective),
         "sizes": list(settings.sizes),
         "seed": settings.seed,

@@ -82,13 +82,8 @@ class ValSet:
 
     def unpacked(self, folder: Path) -> ValSet:
         """Members of shards as files in ``folder``: what is measured reads files."""
-        paths = list(self.paths)
-        for number, path in enumerate(paths):
-            if shard_members.member_of(path):
-                folder.mkdir(parents=True, exist_ok=True)
-                paths[number] = folder / f"{number:06d}{path.suffix}"
-                paths[number].write_bytes(shard_members.read_file(path))
-        return dataclasses.replace(self, paths=tuple(paths))
+        paths = tuple(shard_members.as_file(path, folder, number) for number, path in enumerate(self.paths))
+        return dataclasses.replace(self, paths=paths)
 
 
 @dataclass(frozen=True)

@@ -650,7 +650,9 @@ def predict(
     else:
         for answer in answers:
             errors += answer.error is not None
-            typer.echo(json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else answer.line())
+            # Names of files are bytes; in JSON one that is no UTF-8 has \udcXX.
+            text = json.dumps(answer.to_dict(), ensure_ascii=False) if as_json else answer.line()
+            typer.echo(text.encode("utf-8", "backslashreplace" if as_json else "surrogateescape"))
     if errors:
         raise typer.Exit(1)
 

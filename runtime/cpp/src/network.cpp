@@ -596,7 +596,7 @@ Worker::Impl::Verdict Worker::Impl::settle(std::size_t number, Prediction& out) 
     const auto confidence = static_cast<double>(out.probability);
     if (!last) {
         const double threshold = runners[number].full.stage().settings->exit_threshold.value_or(0.0);
-        return confidence < threshold ? Verdict::ask_next : Verdict::known;
+        if (confidence < threshold) return Verdict::ask_next;
     }
     const auto reject_below = network->bundle().config().reject_below;
     if (!reject_below || !(confidence < *reject_below)) return Verdict::known;

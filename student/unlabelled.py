@@ -112,16 +112,31 @@ def extract_frames(video: Path, folder: Path, step: int) -> list[Path]:
 
     reader = mmcv.VideoReader(str(video))
     paths: list[Path] = []
-    for number in range(0, len(reader), step):
+
+    def keep(number: int, frame: ImageU8) -> None:
         path = folder / f"{number:08d}.png"
         if not path.exists():
-            frame = reader.get_frame(number)
-            if frame is None:  # containers often promise more frames than they hold
-                console.warn(f"{video}: no frame from {number} on can be read; {len(paths)} are taken")
-                break
             with atomic_path(path) as temporary:
                 temporary.write_bytes(cv2.imencode(".png", frame)[1].tobytes())
         paths.append(path)
+
+    if reader.frame_cnt <= 0:  # a live recording: its length was never written
+        for number in itertools.count():
+            frame = reader.read()
+            if frame is None:
+                break
+            if number % step == 0:
+                keep(number, frame)
+    for number in range(0, max(0, reader.frame_cnt), step):
+        path = folder / f"{number:08d}.png"
+        if path.exists():
+            paths.append(path)
+            continue
+        frame = reader.get_frame(number)
+        if frame is None:  # containers often promise more frames than they hold
+            console.warn(f"{video}: no frame from {number} on can be read; {len(paths)} are taken")
+            break
+        keep(number, frame)
     if not paths:
         raise DataError(f"{video}: no frame can be read; convert it to H.264 in MP4, or leave it out")
     return paths

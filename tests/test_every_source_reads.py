@@ -191,6 +191,7 @@ def test_usual_mistakes_of_layout_are_told_apart(tmp_path, write, files, message
             "U+00A0 in it, expected 1 to 1000 printable characters; rename it",
         ),
         ('path,label\na.png,x\nb.png,"y\nz"\n', "class 'y\\nz': U+000A in it"),
+        ('path,label,group\na.png,x,1\nb.png,y,"g\r1"\n', "group 'g\\r1': a carriage return in the name; rename it"),
         (f"path,label\na.png,x\nb.png,{'y' * 1001}\n", "1001 characters, expected 1 to 1000"),
         ('path,label\n"a.png,x\n', "not a CSV file"),
         ("path,label,split\na.png,x,train\nb.png,y,test\n", "'y' is in test and not in train"),

@@ -41,7 +41,7 @@ def test_new_replaces_old_and_keeps_what_others_put_there(
         if text == "old":
             (out / "stages" / "stale.xml").write_text("stale")
             (out / "val.csv").write_text("the tuner's")
-            for name in ("tune.json", "pareto.png", "deploy.before-tune.json"):
+            for name in ("tune.json", "pareto.png", "deploy.before-tune.json", "bench.json", "bench-2.json"):
                 (out / name).write_text("about networks that are gone")
             (out / "notes").mkdir()
             (out / "notes" / "a.txt").write_text("the user's")

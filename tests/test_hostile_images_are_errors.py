@@ -187,6 +187,15 @@ def test_a_twelve_bit_jpeg_is_named() -> None:
         decode_image(bytes(data))
 
 
+@pytest.mark.parametrize("kind", [1, 4], ids=["bytes", "a number"])
+def test_a_tiff_of_two_sizes_is_an_error(kind: int) -> None:
+    """Of two entries libtiff takes the first, whatever its type."""
+    entries = [(256, kind, 1, 200), (256, 4, 1, 10), (257, 4, 1, 10)]
+    data = b"II*\0\x08\0\0\0\x03\0" + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    with pytest.raises(ImageError, match="two sizes"):
+        image_size(data)
+
+
 def test_a_float_tiff_is_an_error() -> None:
     done, data = cv2.imencode(".tiff", np.random.default_rng(0).random((9, 9, 3), np.float32))
     assert done

@@ -102,6 +102,15 @@ def test_flags_override_a_recipe_and_it_overrides_the_defaults(settings_of):
     assert settings_of("--recipe", "fast-start", "--balanced").student.balanced_sampling
 
 
+def test_what_is_said_to_teach_reaches_all_teachers_whatever_a_recipe_says(settings_of):
+    recipe = settings_of("--recipe", "binary-contest", command="teach").teacher
+    own = settings_of("--recipe", "binary-contest", "--optimizer", "adamw", command="teach").teacher
+    assert recipe.optimizer != "adamw" and own == dataclasses.replace(recipe, optimizer="adamw")
+    both = ("--weight-decay", "0.2", "--teacher-weight-decay", "0.3")
+    assert settings_of("--recipe", "eye-disease", *both, command="teach").teacher.weight_decay == 0.3
+    assert settings_of("--recipe", "eye-disease", "--weight-decay", "0.2", command="teach").teacher.weight_decay == 0.2
+
+
 def test_a_recipe_for_photographs_without_labels_says_when_there_are_none(settings_of):
     for name in ("few-labels", "best"):
         (doubt,) = settings_of("--recipe", name).student.doubts()

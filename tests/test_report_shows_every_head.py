@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -11,9 +12,10 @@ import torch
 
 from edgedistill.artifacts import RunDir, read_array, read_json
 from edgedistill.calibration import bins_of, confidences, fit
-from edgedistill.data.manifest import Dataset, write_dataset
+from edgedistill.data.manifest import ALWAYS_TRAINED, Dataset, write_dataset
 from edgedistill.images import InputSpec
 from edgedistill.report import write_report
+from edgedistill.report.data_sections import folds_section
 from edgedistill.report.explain import answers_of_heads, write_explanations
 from edgedistill.report.quality_sections import mistakes_section
 from edgedistill.report.record import read_record
@@ -170,6 +172,13 @@ def test_counts_are_shown_of_each_head(run: tuple[RunDir, Dataset]) -> None:
     assert f"<td>{blue}</td><td>{percent(blue / known)}</td>" in row
     assert f"<td>{COUNT - 1}</td>" in html[html.index("images that have one") :]
     assert run[1].class_names[0] not in html[html.index('id="data"') : html.index('id="curves"')]
+
+
+def test_images_that_every_teacher_saw_leave_the_folds_shown(run: tuple[RunDir, Dataset]) -> None:
+    record = read_record(run[0])
+    folds = np.where(np.arange(COUNT) == 1, ALWAYS_TRAINED, run[1].folds).astype(np.int16)
+    blocks = folds_section(dataclasses.replace(record, dataset=dataclasses.replace(run[1], folds=folds))).blocks
+    assert any("Images per fold and class of color" in str(block) for block in blocks)
 
 
 def test_a_model_without_curves_is_still_shown(run: tuple[RunDir, Dataset], tmp_path: Path) -> None:

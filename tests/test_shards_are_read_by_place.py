@@ -3,11 +3,13 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from edgedistill.benchmarks.inputs import input_sets
 from edgedistill.data.checks import check_data
 from edgedistill.data.folds import SplitSettings, freeze_dataset
 from edgedistill.data.manifest import hash_files, read_dataset, write_dataset
@@ -89,6 +91,15 @@ def test_the_teachers_train_from_shards(shards, tmp_path, cli, tiny_options):
     options = [*tiny_options, "--no-distillation", "--epochs", "1"]
     cli("distill", "--data", f"{shards}/part-00*.tar", "--out", tmp_path / "run", *options)
     assert (tmp_path / "run" / "model.pt").exists()
+    # Export and bench-fps find the images where they lie, and programs that know files alone get files.
+    cli("export-openvino", tmp_path / "run" / "model.pt", "--int8", "off", "--test-parity")
+    certificate = next((tmp_path / "run" / "openvino").rglob("certificate.json"))
+    assert json.loads(certificate.read_text())["n"] > 0
+    (found,), origin = input_sets([], dataset=tmp_path / "run" / "dataset.csv", scratch=tmp_path / "scratch")
+    assert found.name.startswith("val, ") and "val split" in origin
+    rows = read_dataset(tmp_path / "run" / "dataset.csv")
+    members = [path for path in rows.paths[rows.rows("val")].tolist() if Path(path).suffix == found.paths[0].suffix]
+    assert found.paths[0].read_bytes() in [read_file(path) for path in members]
     assert sorted(path.name for path in shards.glob("*.tar")) == [f"part-00{n}.tar" for n in range(3)]
 
 

@@ -191,3 +191,14 @@ def test_an_array_is_written_block_by_block_or_not_at_all(tmp_path):
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["table.npy"]
     write_blocks(path, [], shape=(0, 3))
     assert read_array(path).shape == (0, 3)
+
+
+def test_a_head_of_any_name_stays_in_its_folder(tmp_path):
+    """A column of a foreign CSV may be called so."""
+    table = np.log(np.full((4, 3), 1 / 3, np.float32))
+    for head in ("../../age", "height/width"):
+        entry = write_store(tmp_path / "labels", head, [table], shape=table.shape, kind=parse_store("top-k:1"))
+        assert (tmp_path / "labels" / entry["file"]).parent == tmp_path / "labels"
+        store = open_store(tmp_path / "labels", head, entry, count=4, class_count=3)
+        assert np.allclose(store.rows(np.arange(4)), table)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels"] and len(list((tmp_path / "labels").iterdir())) == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgedistill import console
 from edgedistill.artifacts import RunDir, read_array
+from edgedistill.benchmarks.target import Target
 from edgedistill.data.folds import SplitSettings
 from edgedistill.data.manifest import read_dataset
-from edgedistill.pipeline import DataSettings, TeachSettings, record
+from edgedistill.errors import ImageError, UsageError
+from edgedistill.pipeline import DataSettings, TeachSettings, check_command, record
+from edgedistill.runtime.video import frames
 from edgedistill.teacher import TeacherSettings
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -68,11 +73,14 @@ def test_predict_names_every_image_and_every_error(tiny_run: Path, photos: Path,
     mixed = tmp_path / "mixed"
     shutil.copytree(photos / "disc", mixed)
     (mixed / "torn.jpg").write_bytes((mixed / "000.jpg").read_bytes()[:500])
+    latin = os.fsencode(mixed) + b"/caf\xe9.jpg"  # a name that is no UTF-8
+    shutil.copyfile(mixed / "001.jpg", latin)
     answers = tmp_path / "answers.csv"
     result = cli("predict", tiny_run / "openvino", mixed, photos / "bar" / "001.jpg", "--csv", answers, check=False)
     assert result.returncode == 1 and result.stdout.strip() == str(answers)
-    rows = list(csv.DictReader(answers.open()))
-    assert len(rows) == 32 and [Path(row["image"]).name for row in rows if row["error"]] == ["torn.jpg"]
+    rows = list(csv.DictReader(answers.open(errors="surrogateescape")))
+    assert [row["label"] != "" for row in rows if os.fsencode(row["image"]) == latin] == [True]
+    assert len(rows) == 33 and [Path(row["image"]).name for row in rows if row["error"]] == ["torn.jpg"]
     assert {row["label"] for row in rows if not row["error"]} <= {"bar", "disc"}
 
 
@@ -189,3 +197,33 @@ def test_dry_run_writes_nothing(photos: Path, tmp_path: Path, cli: Cli, tiny_opt
     assert [step["step"].split(",")[0] for step in plan["steps"]] == ["2 teachers", "student", "hard-label student"]
     assert all(step["minutes"] >= 0 and step["memory_mib"] > 0 for step in plan["steps"])
     assert not (tmp_path / "x").exists()
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console.out.print(
+        console.table("of [bold]", ("class", "images"), [("[unknown]", 3), ("km[/h]", 4), ("a [b] c", 5)])
+    )
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("of [bold]", "[unknown]", "km[/h]", "a [b] c"))
+
+
+def test_the_torch_peer_is_the_network_that_was_exported(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run / "openvino", run / "openvino-lcnet")
+    (run / "model.pt").write_bytes(b"the first student")
+    assert Target.open(run / "openvino-lcnet").checkpoint is None
+    shutil.copyfile(tiny_run / "model.pt", run / "model-lcnet.pt")
+    assert Target.open(run / "openvino-lcnet").checkpoint == run / "model-lcnet.pt"
+    assert Target.open(tiny_run / "openvino").checkpoint == tiny_run / "model.pt"
+
+
+@pytest.mark.parametrize("source", ["99999999999", "a" * 300])
+def test_sources_that_cannot_be_are_errors(source: str) -> None:
+    with pytest.raises(ImageError, match=r"camera 99999999999: no camera|no name of a file"):
+        frames(source)
+
+
+def test_more_pixels_than_any_stage_reads_are_not_promised() -> None:
+    with pytest.raises(UsageError, match="max_pixels=300000000, expected 1 to 100000000"):
+        DataSettings("photos", SplitSettings(), 300_000_000)
+    assert check_command(DataSettings("photos", SplitSettings(), 1000)).endswith("photos --max-pixels 1000")

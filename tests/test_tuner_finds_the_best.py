@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from edgedistill.benchmarks.timing import CandidateError, Slice, percentiles_ms
 from edgedistill.benchmarks.tuner.cascade import cascade_answers, exit_curve
 from edgedistill.benchmarks.tuner.chance import Rival, closest_rival, metric_margin, optimism
 from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
+from edgedistill.benchmarks.tuner.heats import latencies, percentiles
 from edgedistill.benchmarks.tuner.journal import Journal
 from edgedistill.benchmarks.tuner.measure import Case
 from edgedistill.benchmarks.tuner.search import Outcome, Search, TooShortError
@@ -633,6 +635,27 @@ def test_selection_on_val_is_accounted_for(tmp_path: Path) -> None:
     many = optimism(found, found.measured())
     assert one < 0.004, "where nothing is chosen, nothing is too good"
     assert 0 <= one <= many < 0.05
+
+
+def test_what_is_too_slow_to_be_chosen_is_no_part_of_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = search(tmp_path, SimulatedBench(), objective=Objective(max_p99_ms=1000.0))
+    chosen = found.run().chosen
+    assert optimism(found, found.measured()) > 0
+    judged = found.judged_speed
+    monkeypatch.setattr(found, "judged_speed", lambda one: judged(one) if one == chosen else (judged(one)[0], 2000.0))
+    assert optimism(found, found.measured()) == optimism(found, [chosen])
+
+
+@pytest.mark.parametrize("slow", [(50, 5.0), (200, 1.5)])
+def test_p99_of_a_heat_knows_all_images_of_a_slow_slice(slow: tuple[int, float]) -> None:
+    count, milliseconds = slow
+    rng = np.random.default_rng(0)
+    slices = [rng.normal(1000, 5, 250) for _ in range(8)] + [rng.normal(1000 * milliseconds, 5, count)]
+    kept = [latencies(Slice(len(one), float(one.sum() / 1e6), tuple(one.tolist()))) for one in slices]
+    pooled = np.sort(np.concatenate(slices))
+    assert percentiles(kept)[2] == pytest.approx(pooled[math.ceil(0.99 * len(pooled)) - 1] / 1e3, rel=1e-3)
 
 
 def test_the_score_is_the_formula_and_goals_do_not_mix() -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import cv2
+import mmcv
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from edgedistill.student.unlabelled import (
     MixedDraw,
     Unlabelled,
     choose,
+    extract_frames,
     find_images,
     joined,
     label_images,
@@ -85,6 +87,15 @@ def test_images_and_every_so_many_frames_are_found(folder, tmp_path):
     times = [Path(path).stat().st_mtime_ns for path in frames]
     assert find_images(folder, frames=tmp_path, frame_step=10).tolist() == paths.tolist()
     assert times == [Path(path).stat().st_mtime_ns for path in frames]  # not written again
+
+
+def test_a_recording_whose_length_was_never_written_is_read_to_its_end(folder, tmp_path, monkeypatch):
+    whole = extract_frames(folder / "camera.avi", tmp_path / "whole", 10)
+    monkeypatch.setattr(mmcv.VideoReader, "frame_cnt", property(lambda self: -92_000_000_000))
+    found = extract_frames(folder / "camera.avi", tmp_path / "live", 10)
+    assert [path.name for path in found] == [path.name for path in whole] and len(found) == 3
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in whole]
+    assert extract_frames(folder / "camera.avi", tmp_path / "live", 10) == found
 
 
 def test_folders_that_cannot_be_used_are_named(folder, tmp_path):

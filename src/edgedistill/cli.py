@@ -64,7 +64,12 @@ SmallClasses = Annotated[
         help="A class with fewer images than folds + 2: refuse, train-only (in every training, held out nowhere), or drop."
     ),
 ]
-MaxPixels = Annotated[int, typer.Option(help="Refuse images that declare more pixels.")]
+MaxPixels = Annotated[
+    int,
+    typer.Option(
+        min=1, max=DEFAULT_MAX_PIXELS, help="Refuse images that declare more pixels; no stage reads more than 10^8."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of splits, weights and augmentation.")]
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Processes on this machine that share every batch (default: 1).")

@@ -209,6 +209,9 @@ def _read_tiff(data: bytes) -> ImageHeader:
     if data[8:10] == b"CR":
         raise ValueError("a camera's raw file (CR2); convert it to JPEG or PNG")
     tags = dict(_tiff_tags(data))
+    named = [tag for tag, *_ in _tiff_entries(data)]
+    if named.count(256) > 1 or named.count(257) > 1:
+        raise ValueError("two sizes in its first directory")
     if 256 not in tags or 257 not in tags:
         raise ValueError("no size in its first directory")
     orientation = tags.get(274, 1)
@@ -226,6 +229,13 @@ def exif_orientation(block: bytes) -> int:
 
 def _tiff_tags(data: bytes) -> Iterator[tuple[int, int]]:
     """(tag, first value) of the SHORT and LONG entries of the first directory."""
+    for tag, kind, order, at in _tiff_entries(data):
+        if kind in (3, 4):
+            yield tag, struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 8)[0]
+
+
+def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, str, int]]:
+    """(tag, type, byte order, place) of the entries of the first directory."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:
         raise ValueError("no byte order")
@@ -238,8 +248,7 @@ def _tiff_tags(data: bytes) -> Iterator[tuple[int, int]]:
     for number in range(count):
         at = offset + 2 + 12 * number
         tag, kind, _ = struct.unpack_from(order + "HHI", data, at)
-        if kind in (3, 4):
-            yield tag, struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 8)[0]
+        yield tag, kind, order, at
 
 
 _READERS = (

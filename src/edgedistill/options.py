@@ -303,7 +303,8 @@ def takes_training_options(*, student: bool) -> Callable[[Callable[..., None]], 
     ``student`` False (``teach``): without the student's own, but with the teachers'.
     """
 
-    return lambda command: _with_flags(command, "training", _parameters(student=student), _split)
+    gathered = _split if student else _split_for_teachers
+    return lambda command: _with_flags(command, "training", _parameters(student=student), gathered)
 
 
 def takes_label_columns(command: Callable[..., None]) -> Callable[..., None]:
@@ -327,7 +328,7 @@ def _with_flags(
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
         given = {parameter.name: values.pop(parameter.name) for parameter in parameters}
-        command(**values, **{name: gathered(given)})
+        command(**values, **{name: gathered(given | {"context": values.get("context")})})
 
     required = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
     wrapper.__signature__ = inspect.Signature([*required, *parameters])  # type: ignore[attr-defined]
@@ -372,6 +373,14 @@ def _parameter(
     kind = option.type if default is not None else option.type | None
     annotation = Annotated[kind, typer.Option(*declarations, help=text, hidden=hidden)]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _split_for_teachers(given: dict[str, Any]) -> TrainingValues:
+    """Of ``teach``, where a flag of the command line reaches all teachers, whatever a recipe says of them alone."""
+    twins = {option.name: option.twin for option in TRAINING_OPTIONS if option.twin is not None}
+    said = {name for name in (*twins, *twins.values()) if given_flags(given["context"], [name])}
+    idle = {twin: None for name, twin in twins.items() if name in said and twin not in said}
+    return _split(given | idle)
 
 
 def _split(given: dict[str, Any]) -> TrainingValues:

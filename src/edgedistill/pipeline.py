@@ -88,6 +88,10 @@ class DataSettings:
     max_pixels: int = DEFAULT_MAX_PIXELS
     labels: LabelColumns = SINGLE_LABEL
 
+    def __post_init__(self) -> None:
+        if not 0 < self.max_pixels <= DEFAULT_MAX_PIXELS:
+            raise UsageError(f"max_pixels={self.max_pixels}, expected 1 to {DEFAULT_MAX_PIXELS}: no stage reads more")
+
 
 @dataclass(frozen=True)
 class NamedStudent:
@@ -349,6 +353,8 @@ def freeze(
         console.note(f"{severity}: {kind}: {message}")
     dataset = freeze_dataset(source, settings.split, checks=report)
     refuse(dataset)
+    if write and run.dataset.exists():  # begun by another process while this one looked at the images
+        return freeze(settings, run, resume=resume, refuse=refuse)
     if write:
         write_json(run.root / "data_report.json", report.to_dict(), format="edgedistill-data-report")
         write_dataset(dataset, run.dataset)
@@ -401,6 +407,8 @@ def check_command(settings: DataSettings) -> str:
         words += ["--folds", str(settings.split.folds)]
     if settings.split.small_classes != SplitSettings.small_classes:
         words += ["--small-classes", settings.split.small_classes]
+    if settings.max_pixels != DEFAULT_MAX_PIXELS:
+        words += ["--max-pixels", str(settings.max_pixels)]
     return shlex.join(words)
 
 

@@ -179,6 +179,13 @@ def test_an_unsure_last_stage_says_unknown(make: Any) -> None:
     assert classifier.classify(make.picture("red")).label == "red"
 
 
+def test_an_unsure_first_stage_that_answers_says_unknown_too(make: Any) -> None:
+    root = make.cascade(exit_threshold=0.34, reject_below=0.9)
+    answer = Classifier(root).classify(make.picture("red"))
+    assert answer.stage == 0 and 0.34 <= answer.probability < 0.9
+    assert (answer.label, answer.index, answer.error) == ("unknown", -1, None)
+
+
 def test_a_network_that_gives_no_number_is_an_error(make: Any) -> None:
     path = make.ir(make.folder / "model.xml", gain=float("nan"))
     answer = Classifier(path).classify([make.picture("red")])[0]

@@ -51,8 +51,14 @@ def find_shards(data: str) -> list[Path] | None:
     """The .tar files behind --data: one file, a pattern such as 'shards/*.tar', or a folder that holds nothing else of
     interest; None where it is none of these. Raises DataError for compressed shards and for a pattern without files."""
     path = Path(data).expanduser()
-    if path.is_dir():
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    try:
+        entries = sorted(path.iterdir()) if path.is_dir() else None
+    except OSError as error:
+        raise DataError(
+            f"--data {data[:200]}: cannot be listed ({error.strerror}); check its name and permissions"
+        ) from error
+    if entries is not None:
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
         shards = [entry for entry in entries if entry.suffix == ".tar" and entry.is_file()]
         return shards if shards and not any(entry.is_dir() for entry in entries) else None
     if path.is_file():

@@ -157,9 +157,14 @@ def write_store(
         if start != count:
             raise ArtifactError(f"{folder}: {start} soft labels, expected {count}")
     for stale in {"indices", "rest"} - columns.keys():
-        (folder / f"{head}.{stale}.npy").unlink(missing_ok=True)
+        (folder / _file_of(head, stale, suffix)).unlink(missing_ok=True)
     loss = StoreLoss(float(kl_sum / max(1, count)), float(kl_max), int(changed))
-    entry: dict[str, Any] = {"kind": head_kind, "file": f"{head}.{suffix}.npy", "temperature": 1.0, "views": 1}
+    entry: dict[str, Any] = {
+        "kind": head_kind,
+        "file": _file_of(head, "log_probs", suffix),
+        "temperature": 1.0,
+        "views": 1,
+    }
     return entry if kind.name == "float32" else entry | {"store": str(kind), "loss": vars(loss)}
 
 
@@ -252,7 +257,7 @@ def open_store(
 
 def _file_of(head: str, part: str, suffix: str) -> str:
     """``part``: of ``_columns``; the main one's name says what is in it."""
-    return f"{head}.{suffix if part == 'log_probs' else part}.npy"
+    return f"{head.replace('/', '%2F')}.{suffix if part == 'log_probs' else part}.npy"
 
 
 def _columns(kind: StoreKind, classes: int) -> dict[str, tuple[Any, tuple[int, ...]]]:

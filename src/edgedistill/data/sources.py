@@ -160,6 +160,11 @@ def _checked(source: Source) -> Source:
             raise DataError(
                 f"{one.path} and {other.path}: the same name once Unicode is normalised (NFC); rename one of them"
             )
+    strange = next((item for item in items if "\r" in item.id + item.group), None)
+    if strange is not None:
+        raise DataError(
+            f"{source.root}: {strange.id!r}, group {strange.group!r}: a carriage return in the name; rename it"
+        )
     labels = {item.label for item in items}
     for label in sorted(labels) if source.task is None else source.task.outputs:
         if wrong := unfit_label(label):

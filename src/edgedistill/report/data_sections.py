@@ -332,7 +332,7 @@ def _fold_tables(dataset: Dataset) -> list[Table]:
         labels, classes = dataset.labels[train], _classes(dataset)
         counts = [np.bincount(labels[folds == fold], minlength=classes) for fold in range(dataset.fold_count)]
         return [_fold_table(dataset.class_names, counts, [int(numbers.sum()) for numbers in counts])]
-    images = np.bincount(folds, minlength=dataset.fold_count).tolist()
+    images = np.bincount(folds[folds >= 0], minlength=dataset.fold_count).tolist()  # some may be always trained on
     return [
         _fold_table(
             head.classes,

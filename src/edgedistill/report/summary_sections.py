@@ -40,7 +40,10 @@ def lead_sentence(record: RunRecord) -> str:
     dataset = record.dataset
     what = student or "A student network"
     distilled = setting(record.config, "student", "distillation") is not False
-    if teacher and distilled:
+    labels = setting(record.config, "soft_labels")
+    if distilled and isinstance(labels, str) and labels:
+        what += f", distilled from the soft labels of {shorten(labels, 60)}"
+    elif teacher and distilled:
         folds = f"{dataset.fold_count} " if dataset is not None and dataset.fold_count else ""
         what += f", distilled from {folds}{teacher} teachers"
     if dataset is None:

@@ -27,7 +27,7 @@ JPEG_QUALITY = 90
 
 @dataclass(frozen=True)
 class InputSet:
-    """Readable images that are measured together; ``name`` goes into the table."""
+    """Readable images that are measured together; ``name`` goes into the table, and no two of one run share it."""
 
     name: str
     paths: tuple[Path, ...]
@@ -41,7 +41,7 @@ def input_sets(images: Sequence[str], *, dataset: Path | None, scratch: Path) ->
     Raises UsageError when an argument does not exist or holds no readable image.
     """
     if images and tuple(images) != (SYNTHETIC,):
-        sets = [_user_set(argument) for argument in images]
+        sets = _told_apart([_user_set(argument) for argument in images])
         return sets, "images: " + ", ".join(one.name for one in sets)
     if not images and dataset is not None:
         found = _val_set(dataset, scratch)
@@ -68,6 +68,17 @@ def _user_set(argument: str) -> InputSet:
     if found is None:
         raise UsageError(f"--images {argument}: none of its {len(candidates)} images can be read; see the warnings")
     return found
+
+
+def _told_apart(sets: Sequence[InputSet]) -> list[InputSet]:
+    """The second of a name gets " (2)", as in C++: from here on an input goes by its name."""
+    names: list[str] = []
+    for one in sets:
+        name, number = one.name, 2
+        while name in names:
+            name, number = f"{one.name} ({number})", number + 1
+        names.append(name)
+    return [dataclasses.replace(one, name=name) for one, name in zip(sets, names, strict=True)]
 
 
 def _val_set(dataset: Path, scratch: Path) -> InputSet | None:

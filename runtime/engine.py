@@ -263,9 +263,13 @@ class Engine:
             _fitting_batch(number or tuned.batch, policy, self.streams, queue_size) if batch is None else batch
             for number in (tuned.batch, tuned.later_batch)
         )
-        gathered = GATHERED_BATCHES * (self.later_batch - 1) if len(bundle.config.stages) > 1 else 0
-        # A camera's images are to be new; anything else can wait for a batch.
-        room = 4 * self.streams * self.batch + 1 + (gathered if policy == "block" else 0)
+        later = self.later_batch if len(bundle.config.stages) > 1 else 1
+        # A camera's images are to be new, but more than workers can have in hand, of any stage; anything else can wait
+        # for a batch.
+        if policy == "drop_oldest":
+            room = 4 * self.streams * max(self.batch, later) + 1
+        else:
+            room = 4 * self.streams * self.batch + 1 + GATHERED_BATCHES * (later - 1)
         self.queue_size = room if queue_size is None else queue_size
         self.dropped = 0
         self._policy = policy

@@ -317,6 +317,17 @@ def test_unreadable_images_are_named_and_left_out(tmp_path: Path, photo: Path, c
         input_sets([str(folder)], dataset=None, scratch=tmp_path)
 
 
+def test_inputs_of_one_name_are_told_apart(tmp_path: Path, photo: Path) -> None:
+    folders = [tmp_path / str(number) / "val" for number in range(3)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "photo.jpg").write_bytes(photo.read_bytes())
+    sets, origin = input_sets([str(folder) for folder in folders], dataset=None, scratch=tmp_path)
+    name = sets[0].name
+    assert [one.name for one in sets] == [name, f"{name} (2)", f"{name} (3)"] and f"{name} (3)" in origin
+    assert [one.paths for one in sets] == [(folder / "photo.jpg",) for folder in folders]
+
+
 @pytest.mark.parametrize("name", ["missing.jpg", "empty"])
 def test_no_images_is_an_error_and_not_a_silent_default(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()

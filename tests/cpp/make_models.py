@@ -7,6 +7,7 @@
     FOLDER/multi_label   one stage with a sigmoid for each label, threshold 0.5
     FOLDER/heads         one stage with several: hue (red, green) and, in the place of the third class, a value
     FOLDER/heads_many    one stage: two labels that may both apply, and a value
+    FOLDER/heads_cascade the same in two stages with thresholds of their own, the later one in batches of 8
     FOLDER/model_api     model.xml alone, from elsewhere: BGR planes, softmax inside, Model API's metadata only
     FOLDER/photos        red.jpg, green.png, blue.bmp, red.webp, yellow.png (red and green), large.jpg, broken.jpg
 
@@ -34,6 +35,7 @@ HEADS = {
     "softmax": {"name": "hue", "kind": "softmax", "classes": ["red", "green"], "weight": 1.0},
     "sigmoid": {"name": "hues", "kind": "sigmoid", "classes": ["red", "green"], "weight": 1.0, "threshold": [0.6, 0.3]},
 }
+HEADS["sigmoid_last"] = HEADS["sigmoid"] | {"threshold": [0.2, 0.9]}
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 COLOURS_BGR = {
     "red": (20, 30, 220),
@@ -124,12 +126,14 @@ def save_stage(root: Path, name: str, *, size: int, gain: float, task: str, exit
     }
 
 
-def deployable(root: Path, stages: tuple[dict[str, Any], ...], *, task: str = "single-label") -> None:
-    """``stages``: name, size, gain, exit_threshold of each, the fastest first."""
+def deployable(
+    root: Path, stages: tuple[dict[str, Any], ...], *, task: str = "single-label", later_batch: int | None = None
+) -> None:
+    """``stages``: name, size, gain, exit_threshold of each, the fastest first; a task where it is its own."""
     values = {
         "format": "edgedistill-deploy",
         "version": 1,
-        "stages": [save_stage(root, stage.pop("name"), task=task, **stage) for stage in stages],
+        "stages": [save_stage(root, stage.pop("name"), **({"task": task} | stage)) for stage in stages],
         "latency": {"precision": "f32", "threads": None},
         "throughput": {"precision": "f32", "streams": None, "threads": None, "batch": 1, "pinning": None},
         "decode": "reduced",
@@ -138,6 +142,8 @@ def deployable(root: Path, stages: tuple[dict[str, Any], ...], *, task: str = "s
         "cpu": "",
         "versions": {"openvino": ov.get_version()},
     }
+    if later_batch is not None:
+        values["throughput"] |= {"later_batch": later_batch}
     (root / "deploy.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (root / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS), encoding="utf-8")
 
@@ -170,13 +176,11 @@ def make(root: Path) -> None:
     deployable(root / "multi_label", (dict(single),), task="multi-label")
     deployable(root / "heads", (dict(single),), task="softmax")
     deployable(root / "heads_many", (dict(single),), task="sigmoid")
-    deployable(
-        root / "cascade",
-        (
-            {"name": "fast", "size": 32, "gain": 0.1, "exit_threshold": 0.9},
-            {"name": "slow", "size": 48, "gain": 8.0, "exit_threshold": None},
-        ),
-    )
+    fast = {"name": "fast", "size": 32, "gain": 0.1, "exit_threshold": 0.9}
+    slow = {"name": "slow", "size": 48, "gain": 8.0, "exit_threshold": None}
+    deployable(root / "cascade", (dict(fast), dict(slow)))
+    last = slow | {"task": "sigmoid_last"}
+    deployable(root / "heads_cascade", (fast, last), task="sigmoid", later_batch=8)
     model = network(size=32, gain=2.0, bgr=True, softmax=True)
     describe_for_model_api(model, bgr=True)
     (root / "model_api").mkdir()

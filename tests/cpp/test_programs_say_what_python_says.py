@@ -200,6 +200,53 @@ def test_a_csv_is_whole_or_absent(classify: Run, tmp_path: Path) -> None:
     assert done.returncode == 1 and "cannot be written" in done.stderr
 
 
+def said_to_a_full_disk(*command: str) -> tuple[int, str]:
+    """(exit code, standard error) of a program whose standard output takes nothing."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--latency",), ("--json", "--csv")], ids=" ".join)
+def test_answers_that_cannot_be_written_are_an_error(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    whole = [str(tmp_path / "whole.csv")] if "--csv" in options else []
+    photo = str(test_models / "photos" / "red.jpg")
+    program = str(cpp_program("edgedistill-classify"))
+    code, message = said_to_a_full_disk(program, str(test_models / "single"), photo, *options, *whole)
+    assert code == 1 and message.startswith("error: standard output: cannot be written (No space left on device)")
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=" ".join)
+def test_a_bench_that_cannot_be_written_is_an_error(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    photo, out = str(test_models / "photos" / "red.jpg"), str(tmp_path / "bench.json")
+    quick = ("--rounds", "1", "--seconds", "0.05", "--scope", "model", "--precision", "f32", "--out", out)
+    command = (str(cpp_program("edgedistill-bench")), str(test_models / "single"), photo)
+    code, message = said_to_a_full_disk(*command, *quick, *options)
+    assert code == 1 and "error: standard output: cannot be written (No space left on device)" in message
+    assert read_json(Path(out), format=BENCH_FORMAT)["results"]
+
+
+def test_inputs_of_one_name_are_told_apart(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("red.jpg", "large.jpg", "red.jpg", "red.jpg")):
+        (tmp_path / str(number) / "val").mkdir(parents=True)
+        shutil.copyfile(test_models / "photos" / name, tmp_path / str(number) / "val" / "photo.jpg")
+    folders = [str(tmp_path / str(number) / "val") for number in range(4)]
+    quick = ["--rounds", "1", "--seconds", "0.05", "--scope", "files", "--precision", "f32"]
+    out = tmp_path / "bench.json"
+    command = [str(cpp_program("edgedistill-bench")), str(test_models / "single"), *folders, *quick, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    inputs = [row["input"] for row in read_json(out, format=BENCH_FORMAT)["results"] if row["mode"] == "latency"]
+    red = "val 56x40 JPEG"
+    assert inputs == [red, "val 1920x1281 JPEG", f"{red} (2)", f"{red} (3)"]
+
+
 def test_the_bench_writes_bench_fps_record(
     cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path
 ) -> None:

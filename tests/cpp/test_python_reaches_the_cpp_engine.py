@@ -126,6 +126,28 @@ def test_odd_images_get_pythons_answers_and_errors(make: Any, test_models: Path,
     assert {answer.error is None for answer in got} == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("batch", "later_batch", "options", "room"),
+    [
+        (1, 8, {}, 65),  # as many as two workers can have in hand, four times
+        (8, 1, {}, 65),
+        (1, 8, {"batch": 2}, 17),
+        (1, 8, {"queue_size": 5}, 5),
+        (1, 8, {"policy": "block"}, 65),
+        (2, 4, {"policy": "block"}, 41),
+    ],
+)
+def test_a_cascades_queue_has_pythons_room(
+    make: Any, batch: int, later_batch: int, options: dict[str, Any], room: int
+) -> None:
+    root = make.cascade(exit_threshold=0.8, throughput=ThroughputSettings(batch=batch, later_batch=later_batch))
+    chosen = {"policy": "drop_oldest", "streams": 2} | options
+    with Engine(root, **chosen) as python, CppEngine(root, **chosen) as cpp:
+        assert (python.batch, python.later_batch) == (cpp.batch, cpp.later_batch)
+        assert python.queue_size == cpp.queue_size == room
+        assert python.queue_size > 2 * max(python.batch, python.later_batch) or "policy" in options
+
+
 def test_what_only_python_reads_is_refused_with_the_remedy(make: Any) -> None:
     path = make.photo("red", ".tif")
     with CppEngine(make.deployable()) as engine:

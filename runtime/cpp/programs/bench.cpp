@@ -107,6 +107,17 @@ InputSet input_set(const std::string& argument) {
     return {photos->size() == 1 ? name + " " + size : name + ", " + count + " images, " + size, photos};
 }
 
+// The second of a name gets " (2)", as in Python: from here on an input goes by its name.
+void tell_apart(std::vector<InputSet>& sets) {
+    std::set<std::string> taken;
+    for (InputSet& set : sets) {
+        const std::string name = set.name;
+        for (int number = 2; !taken.insert(set.name).second; ++number) {
+            set.name = name + " (" + std::to_string(number) + ")";
+        }
+    }
+}
+
 // The folder that deploy.json's paths start from.
 fs::path root_of(const Bundle& bundle) {
     const fs::path source = bundle.source();
@@ -447,6 +458,7 @@ int bench(const Arguments& arguments) {
     for (const std::string& argument : arguments.images) {
         sets.push_back(input_set(argument));
     }
+    tell_apart(sets);
     auto entries = planned(arguments, *bundle, sets);
     const double minutes = static_cast<double>(entries.size()) * arguments.rounds * arguments.seconds / 60;
     std::fprintf(stderr, "%zu measurements x %d rounds x %g s: about %.1f minutes\n", entries.size(), arguments.rounds,
@@ -464,12 +476,13 @@ int bench(const Arguments& arguments) {
     const std::string out = written(arguments, *bundle, text);
     if (arguments.json) {
         std::fputs(text.c_str(), stdout);
-        return 0;
+    } else {
+        print_tables(record);
+        if (!out.empty()) {
+            std::printf("%s\n", out.c_str());
+        }
     }
-    print_tables(record);
-    if (!out.empty()) {
-        std::printf("%s\n", out.c_str());
-    }
+    check_output();
     return 0;
 }
 

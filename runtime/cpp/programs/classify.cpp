@@ -1,6 +1,7 @@
 // edgedistill-classify: `edgedistill predict` without Python. The same options, output lines, CSV, JSON and exit codes:
 // 0 ok, 1 an image could not be read or the job failed, 2 wrong usage.
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <cstddef>
 #include <cstdio>
 #include <edgedistill/edgedistill.hpp>
@@ -149,8 +150,8 @@ public:
         const auto best = prediction.ok() ? said_of(prediction, arguments_.top_k, labels) : std::vector<Said>();
         put(line(prediction, best));
         // A camera's answers and a pipe's reader should not wait for a full buffer.
-        if (!csv_) {
-            std::fflush(stdout);
+        if (!csv_ && std::fflush(stdout) != 0 && output_fault_ == 0) {
+            output_fault_ = errno;
         }
     }
 
@@ -166,6 +167,7 @@ public:
                 std::printf("%s\n", arguments_.csv.c_str());
             }
         }
+        check_output(output_fault_);
         return errors_ > 0 ? 1 : 0;
     }
 
@@ -196,6 +198,7 @@ private:
     std::unique_ptr<WholeFile> csv_;
     long long images_ = 0;
     long long errors_ = 0;
+    int output_fault_ = 0;  // errno of the first answer that could not be written
 };
 
 void for_all(const std::vector<std::string>& arguments, const Take& take) {

@@ -1,4 +1,4 @@
-// A file that is written whole or not at all, as artifacts.py does it.
+// What is written is whole, or the program fails.
 #pragma once
 
 #include <fcntl.h>
@@ -15,6 +15,21 @@
 
 namespace edgedistill::programs {
 
+// The end of a program: throws Error (artifact) where not all that was printed got out. `fault`: errno of an earlier
+// flush that failed, for a later one knows nothing of it.
+inline void check_output(int fault = 0) {
+    if (std::fflush(stdout) != 0 && fault == 0) {
+        fault = errno;
+    }
+    if (fault == 0 && std::ferror(stdout) == 0) {
+        return;
+    }
+    const std::string why = fault == 0 ? "" : std::string(" (") + std::strerror(fault) + ")";
+    throw Error(ErrorKind::artifact, "standard output: cannot be written" + why + "; choose another place");
+}
+
+// A file that is written whole or not at all, as artifacts.py does it.
+//
 // Written under a temporary name beside `path`; `commit` syncs and renames it. Without commit nothing stays behind.
 class WholeFile {
 public:

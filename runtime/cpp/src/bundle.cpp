@@ -265,6 +265,18 @@ void Bundle::check_stages_agree(const fs::path& path) const {
     }
 }
 
+std::optional<double> Bundle::threshold(int stage, int output) const noexcept {
+    if (stage < 0 || static_cast<std::size_t>(stage) >= metadata_.size() || output < 0) return std::nullopt;
+    const ModelMetadata& network = metadata_[static_cast<std::size_t>(stage)];
+    const auto place = static_cast<std::size_t>(output);
+    if (place < network.thresholds.size()) return network.thresholds[place];
+    for (const Head& head : network.heads) {
+        if (head.kind != HeadKind::sigmoid || place < head.first) continue;
+        if (place < head.first + head.width()) return head.thresholds[place - head.first];
+    }
+    return std::nullopt;
+}
+
 std::shared_ptr<ov::Model> Bundle::read_model(std::size_t stage, const std::string& precision) const {
     if (!is_precision(precision)) {
         throw Error(ErrorKind::usage, source_ + " precision '" + precision + "', expected one of f32, bf16, int8");

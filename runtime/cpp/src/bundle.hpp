@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,8 @@ public:
     bool multi_label() const noexcept { return metadata_[0].multi_label; }
     const std::vector<double>& thresholds() const noexcept { return metadata_[0].thresholds; }
     const std::vector<Head>& heads() const noexcept { return metadata_[0].heads; }
+    // From which probability the label of that output applies; nothing where there is no such stage or label.
+    std::optional<double> threshold(int stage, int output) const noexcept;
 
     // The IR for that precision, at the stage's resolution; the caller's own. Throws Error (model, usage).
     std::shared_ptr<ov::Model> read_model(std::size_t stage, const std::string& precision) const;

@@ -266,19 +266,6 @@ edgedistill_status head_at(const std::vector<edgedistill::Head>& heads, std::int
     return EDGEDISTILL_OK;
 }
 
-// `thresholds`: of a network with several labels per image.
-float threshold_at(const std::vector<double>& thresholds, const std::vector<edgedistill::Head>& heads,
-                   std::int32_t index) noexcept {
-    if (index < 0) return -1.0F;
-    const auto place = static_cast<std::size_t>(index);
-    if (place < thresholds.size()) return static_cast<float>(thresholds[place]);
-    for (const edgedistill::Head& head : heads) {
-        if (head.kind != edgedistill::HeadKind::sigmoid || place < head.first) continue;
-        if (place < head.first + head.width()) return static_cast<float>(head.thresholds[place - head.first]);
-    }
-    return -1.0F;
-}
-
 // ---- handing images over ----
 
 std::size_t bytes_per_pixel(edgedistill::PixelFormat format) noexcept {
@@ -408,8 +395,12 @@ edgedistill_status edgedistill_classifier_head(const edgedistill_classifier* cla
 }
 
 float edgedistill_classifier_threshold(const edgedistill_classifier* classifier, int32_t index) {
+    return edgedistill_classifier_stage_threshold(classifier, 0, index);
+}
+
+float edgedistill_classifier_stage_threshold(const edgedistill_classifier* classifier, int32_t stage, int32_t index) {
     if (classifier == nullptr) return -1.0F;
-    return threshold_at(classifier->classifier.thresholds(), classifier->classifier.heads(), index);
+    return static_cast<float>(classifier->classifier.threshold(stage, index).value_or(-1.0));
 }
 
 edgedistill_status edgedistill_classify_pixels(edgedistill_classifier* classifier, const edgedistill_image* image,
@@ -478,9 +469,12 @@ edgedistill_status edgedistill_engine_head(const edgedistill_engine* engine, int
 }
 
 float edgedistill_engine_threshold(const edgedistill_engine* engine, int32_t index) {
+    return edgedistill_engine_stage_threshold(engine, 0, index);
+}
+
+float edgedistill_engine_stage_threshold(const edgedistill_engine* engine, int32_t stage, int32_t index) {
     if (engine == nullptr) return -1.0F;
-    const auto bundle = engine->core.bundle();
-    return threshold_at(bundle->thresholds(), bundle->heads(), index);
+    return static_cast<float>(engine->core.bundle()->threshold(stage, index).value_or(-1.0));
 }
 
 edgedistill_status edgedistill_engine_submit_file(edgedistill_engine* engine, const char* path, uint64_t user,

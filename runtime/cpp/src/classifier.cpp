@@ -136,6 +136,10 @@ const std::vector<double>& Classifier::thresholds() const noexcept {
     return impl_->network.bundle().thresholds();
 }
 
+std::optional<double> Classifier::threshold(int stage, int output) const noexcept {
+    return impl_->network.bundle().threshold(stage, output);
+}
+
 bool Classifier::multi_label() const noexcept {
     return impl_->network.bundle().multi_label();
 }

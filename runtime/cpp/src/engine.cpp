@@ -109,6 +109,10 @@ const std::vector<double>& Engine::thresholds() const noexcept {
     return impl_->core.bundle()->thresholds();
 }
 
+std::optional<double> Engine::threshold(int stage, int output) const noexcept {
+    return impl_->core.bundle()->threshold(stage, output);
+}
+
 bool Engine::multi_label() const noexcept {
     return impl_->core.bundle()->multi_label();
 }

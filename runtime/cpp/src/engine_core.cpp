@@ -74,10 +74,12 @@ EngineCore::~EngineCore() {
     if (pool_) pool_->close();
 }
 
-// A camera's images are to be new; anything else can wait for a batch.
+// A camera's images are to be new, but more than workers can have in hand, of any stage; anything else can wait for a
+// batch.
 int EngineCore::usual_queue_size(Policy policy) const {
-    const bool gathers = bundle_->config().stages.size() > 1 && policy == Policy::block;
-    return 4 * streams_ * batch_ + 1 + (gathers ? GATHERED_BATCHES * (later_batch_ - 1) : 0);
+    const int later = bundle_->config().stages.size() > 1 ? later_batch_ : 1;
+    if (policy == Policy::drop_oldest) return 4 * streams_ * std::max(batch_, later) + 1;
+    return 4 * streams_ * batch_ + 1 + GATHERED_BATCHES * (later - 1);
 }
 
 void EngineCore::check(const EngineOptions& options) const {

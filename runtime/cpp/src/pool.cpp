@@ -315,6 +315,8 @@ bool Pool::submit(Submission& image, Engine::Timeout timeout) {
     Wake wake;
     wake.worker = idle_ > 0;
     wake.producer = producer_should_wake();  // whoever made room for several of them woke only one
+    // What was given up may have stood before an answer.
+    wake.consumer = consumers_ > 0 && front_is_answered();
     lock.unlock();
     notify(wake);
     return true;
@@ -340,10 +342,10 @@ bool Pool::wait_for_room(Lock& lock, const Engine::Timeout& timeout) {
     return there;
 }
 
-// A slot in no list. When the pool is full, that of an image which is given up.
+// A slot in no list. When the pool is full, that of an image which is given up, where there is one.
 Pool::Slot& Pool::slot_for_next() {
-    if (held_ >= capacity_) {
-        give_up(*victim());
+    if (Slot* const slot = held_ >= capacity_ ? victim() : nullptr) {
+        give_up(*slot);
         dropped_.fetch_add(1, std::memory_order_relaxed);
     }
     if (free_ == nullptr) {
@@ -379,11 +381,11 @@ void Pool::withdraw(std::uint64_t user) {
     notify(wake);
 }
 
-// There is always one: more images are held than workers can have in hand.
+// Null where workers have every image in hand.
 Pool::Slot* Pool::victim() const {
     if (first_waiting_ != nullptr) return first_waiting_;
     Slot* slot = front_;
-    while (slot->state == State::working) slot = slot->next;
+    while (slot != nullptr && slot->state == State::working) slot = slot->next;
     return slot;
 }
 

@@ -36,7 +36,8 @@ struct Submission {
 using Deadline = std::chrono::steady_clock::time_point;
 
 struct PoolSettings {
-    // Images held at any moment; more than workers x first batch, so that one can always be dropped.
+    // Images held at any moment; more than workers x largest batch, so that one can always be dropped: else, where
+    // workers have all in hand, up to that many and one are held.
     std::size_t capacity = 0;
     std::vector<std::size_t> batches = {1};  // images that one worker takes at once for each stage, at most
     std::size_t pixel_bytes = 0;             // that an image which waits for a later stage has, at most

@@ -414,6 +414,39 @@ static void each_label_has_a_threshold(const char* heads, const char* multi_labe
     edgedistill_classifier_free(classifier);
 }
 
+static void each_stage_has_its_own_thresholds(const char* cascade, const char* multi_label, const char* photo) {
+    edgedistill_options options = quiet_options();
+    edgedistill_classifier* classifier = NULL;
+    edgedistill_engine *engine = NULL, *one_stage = NULL;
+    edgedistill_prediction answer;
+
+    EXPECT(edgedistill_classifier_open(cascade, &options, &classifier, error, sizeof(error)), EDGEDISTILL_OK);
+    EXPECT(edgedistill_engine_open(cascade, &options, &engine, error, sizeof(error)), EDGEDISTILL_OK);
+    EXPECT(edgedistill_engine_open(multi_label, &options, &one_stage, error, sizeof(error)), EDGEDISTILL_OK);
+    if (classifier == NULL || engine == NULL || one_stage == NULL) exit(1);
+    EXPECT(edgedistill_classify_file(classifier, photo, &answer, NULL, 0, error, sizeof(error)), EDGEDISTILL_OK);
+    CHECK(answer.stage == 1);
+    CHECK(edgedistill_classifier_stage_threshold(classifier, answer.stage, 0) == 0.2F);
+    CHECK(edgedistill_classifier_stage_threshold(classifier, answer.stage, 1) == 0.9F);
+    CHECK(edgedistill_engine_stage_threshold(engine, 1, 0) == 0.2F);
+    CHECK(edgedistill_engine_stage_threshold(engine, 1, 1) == 0.9F);
+    CHECK(edgedistill_classifier_stage_threshold(classifier, 0, 1) == 0.3F);
+    CHECK(edgedistill_classifier_threshold(classifier, 1) == 0.3F && edgedistill_engine_threshold(engine, 0) == 0.6F);
+    CHECK(edgedistill_classifier_stage_threshold(classifier, 1, 2) < 0.0F); /* a value */
+    CHECK(edgedistill_classifier_stage_threshold(classifier, 1, 3) < 0.0F);
+    CHECK(edgedistill_classifier_stage_threshold(classifier, 1, -1) < 0.0F);
+    CHECK(edgedistill_classifier_stage_threshold(classifier, 2, 0) < 0.0F);
+    CHECK(edgedistill_classifier_stage_threshold(classifier, -1, 0) < 0.0F);
+    CHECK(edgedistill_engine_stage_threshold(engine, 2, 0) < 0.0F);
+    CHECK(edgedistill_engine_stage_threshold(one_stage, 0, 2) == 0.5F);
+    CHECK(edgedistill_engine_stage_threshold(one_stage, 1, 2) < 0.0F);
+    CHECK(edgedistill_classifier_stage_threshold(NULL, 0, 0) < 0.0F);
+    CHECK(edgedistill_engine_stage_threshold(NULL, 0, 0) < 0.0F);
+    edgedistill_engine_free(one_stage);
+    edgedistill_engine_free(engine);
+    edgedistill_classifier_free(classifier);
+}
+
 int main(int argc, char** argv) {
     const char* models = getenv("EDGEDISTILL_TEST_MODELS");
     if (argc != 4 && models == NULL) {
@@ -438,7 +471,10 @@ int main(int argc, char** argv) {
         char* many = join(models, "/heads_many");
         char* multi_label = join(models, "/multi_label");
         several_heads(heads, photo);
+        char* cascade = join(models, "/heads_cascade");
         each_label_has_a_threshold(many, multi_label);
+        each_stage_has_its_own_thresholds(cascade, multi_label, photo);
+        free(cascade);
         free(many);
         free(multi_label);
         free(heads);

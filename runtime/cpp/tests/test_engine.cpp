@@ -226,6 +226,28 @@ TEST_CASE("settings are the given ones, else deploy.json's, else the machine's")
     CHECK(Engine(models() / "single", options(3, 2)).queue_size() == 25);
 }
 
+TEST_CASE("a camera's queue is larger than what all workers can have in hand") {
+    EngineOptions camera;
+    camera.streams = 2;
+    camera.policy = Policy::drop_oldest;
+    Engine engine(models() / "heads_cascade", camera);  // batch 1, later_batch 8
+    CHECK(engine.batch() == 1);
+    CHECK(engine.queue_size() == 4 * 2 * 8 + 1);
+    camera.queue_size = 5;
+    CHECK(Engine(models() / "heads_cascade", camera).queue_size() == 5);
+    camera.queue_size.reset();
+    camera.batch = 2;
+    CHECK(Engine(models() / "heads_cascade", camera).queue_size() == 4 * 2 * 2 + 1);
+    camera.batch.reset();
+    camera.policy = Policy::block;
+    CHECK(Engine(models() / "heads_cascade", camera).queue_size() == 4 * 2 + 1 + 8 * 7);
+    for (int number = 0; number < 300; ++number) engine.submit_file(models() / "photos" / "red.jpg");
+    engine.finish();
+    std::uint64_t taken = 0;
+    while (engine.next()) ++taken;
+    CHECK(taken + engine.dropped() == 300);
+}
+
 TEST_CASE("settings out of range are refused with the range") {
     const auto refused = [](const EngineOptions& options) {
         return error_of(ErrorKind::usage, [&] { Engine(models() / "single", options); });

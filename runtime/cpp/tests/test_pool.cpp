@@ -957,6 +957,61 @@ TEST_CASE("a full camera queue may drop what waits for a later stage") {
     pool->close();
 }
 
+TEST_CASE("a full camera queue that workers have all in hand gives up nothing") {
+    Calls calls;
+    Turnstile turnstile;
+    Gate gate;
+    const auto pool = make_staged_pool({1, 4, 5, Policy::drop_oldest}, 8,
+                                       cascading(
+                                           calls, [](int number) { return number < 5; },
+                                           [&](std::size_t stage, const Frame& frame) {
+                                               turnstile(stage, frame);
+                                               if (stage == 1) gate(frame);
+                                           }));
+    submit(*pool, 0);
+    REQUIRE(turnstile.has_begun(0));
+    for (int number = 1; number < 5; ++number) submit(*pool, number);
+    turnstile.allow(100);
+    REQUIRE(eventually([&] { return gate.begun() == 1; }));  // all five are in the later stage's hands
+    CHECK(submit(*pool, 5));
+    CHECK(pool->dropped() == 0);
+    CHECK(submit(*pool, 6));
+    CHECK(pool->dropped() == 1);
+    gate.open();
+    pool->finish();
+    CHECK(drain(*pool) == std::vector<int>{0, 1, 2, 3, 4, 6});
+    CHECK(calls.of_stage(1) == std::vector<Calls::Call>{{1, {0, 1, 2, 3, 4}}});
+    pool->close();
+}
+
+TEST_CASE("a waiting consumer gets an answer that a drop brought to the front") {
+    Calls calls;
+    Turnstile turnstile;
+    const auto pool = make_staged_pool({1, 3, 5, Policy::drop_oldest}, 8,
+                                       cascading(
+                                           calls, [](int number) { return number == 0; }, std::ref(turnstile)));
+    Prediction answer;
+    auto taken = std::async(std::launch::async, [&] { return pool->next(answer); });
+    submit(*pool, 0);
+    REQUIRE(turnstile.has_begun(0));
+    submit(*pool, 1);
+    turnstile.allow(0);
+    REQUIRE(turnstile.has_begun(1));
+    for (int number = 2; number < 5; ++number) submit(*pool, number);
+    turnstile.allow(1);
+    REQUIRE(turnstile.has_begun(2));  // with 3 and 4; 0 waits for its batch, and 1 is answered behind it
+    CHECK(taken.wait_for(20ms) == std::future_status::timeout);
+    submit(*pool, 5);
+    CHECK(pool->dropped() == 1);
+    CHECK(taken.wait_for(5s) == std::future_status::ready);
+    turnstile.allow(100);
+    CHECK(taken.get());
+    CHECK(answer.index == 1);
+    pool->finish();
+    CHECK(drain(*pool) == range(2, 6));
+    pool->close();
+}
+
 TEST_CASE("close abandons what waits for a later stage") {
     for (const bool by_callback : {false, true}) {
         Calls calls;

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,11 +47,14 @@ public:
     const std::vector<std::string>& labels() const noexcept;
     const InputSpec& spec() const noexcept;  // of the first stage
     bool multi_label() const noexcept;
-    // Multi-label: of each class, the probability from which it is accepted; else empty.
+    // Multi-label: of each class, the probability from which it is accepted; else empty. Of the first stage.
     const std::vector<double>& thresholds() const noexcept;
-    const std::vector<Head>& heads() const noexcept;  // of a network with several heads; else empty
-    double temperature() const noexcept;              // of the first stage
-    const std::string& precision() const noexcept;    // "int8+f32" where the stages of a cascade differ
+    // Of a network with several heads, with the first stage's thresholds; else empty.
+    const std::vector<Head>& heads() const noexcept;
+    // Of any stage and output, the probability from which its label applies; nothing where there is no such label.
+    std::optional<double> threshold(int stage, int output) const noexcept;
+    double temperature() const noexcept;            // of the first stage
+    const std::string& precision() const noexcept;  // "int8+f32" where the stages of a cascade differ
 
 private:
     struct Impl;

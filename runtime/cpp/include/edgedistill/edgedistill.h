@@ -84,7 +84,7 @@ typedef enum edgedistill_head_kind {
 
 /* One question that a network with several heads answers: its outputs are the `count` from `first` on, in
  * `probabilities` as in the labels. `name` belongs to the classifier or engine and lives as long. `threshold`: the
- * smallest of the head's labels; edgedistill_classifier_threshold has each one's. */
+ * first stage's, the smallest of the head's labels; edgedistill_classifier_stage_threshold has each one's. */
 typedef struct edgedistill_head {
     const char* name;
     edgedistill_head_kind kind;
@@ -125,8 +125,13 @@ EDGEDISTILL_C_API int32_t edgedistill_classifier_head_count(const edgedistill_cl
 EDGEDISTILL_C_API edgedistill_status edgedistill_classifier_head(const edgedistill_classifier* classifier,
                                                                  int32_t index, edgedistill_head* out);
 /* The probability from which the label of that output applies; below 0 for an output that is no such label: of a
- * network with one label per image, of a softmax or regression head, outside 0 .. class_count - 1. */
+ * network with one label per image, of a softmax or regression head, outside 0 .. class_count - 1. It is the first
+ * stage's: the stages of a cascade may have thresholds of their own. */
 EDGEDISTILL_C_API float edgedistill_classifier_threshold(const edgedistill_classifier* classifier, int32_t index);
+/* The same of any stage: for an answer, of edgedistill_prediction's `stage`. Below 0 also where there is no such
+ * stage. */
+EDGEDISTILL_C_API float edgedistill_classifier_stage_threshold(const edgedistill_classifier* classifier, int32_t stage,
+                                                               int32_t index);
 
 /* `probabilities`: NULL, or room for `probability_count` floats, of which the first class_count are written;
  * EDGEDISTILL_USAGE when there is less room. */
@@ -158,6 +163,8 @@ EDGEDISTILL_C_API int32_t edgedistill_engine_head_count(const edgedistill_engine
 EDGEDISTILL_C_API edgedistill_status edgedistill_engine_head(const edgedistill_engine* engine, int32_t index,
                                                              edgedistill_head* out);
 EDGEDISTILL_C_API float edgedistill_engine_threshold(const edgedistill_engine* engine, int32_t index);
+EDGEDISTILL_C_API float edgedistill_engine_stage_threshold(const edgedistill_engine* engine, int32_t stage,
+                                                           int32_t index);
 
 /* `timeout_ms` < 0 waits for ever. `user` comes back with the answer, and names bytes and pixels in messages. The
  * engine copies path, bytes and pixels. */

@@ -92,9 +92,11 @@ public:
     const std::vector<std::string>& labels() const noexcept;
     const InputSpec& spec() const noexcept;
     bool multi_label() const noexcept;
+    // These three as Classifier's.
     const std::vector<double>& thresholds() const noexcept;
-    const std::vector<Head>& heads() const noexcept;  // of a network with several heads; else empty
-    const std::string& precision() const noexcept;    // "int8+f32" where the stages of a cascade differ
+    const std::vector<Head>& heads() const noexcept;
+    std::optional<double> threshold(int stage, int output) const noexcept;
+    const std::string& precision() const noexcept;  // "int8+f32" where the stages of a cascade differ
     int streams() const noexcept;
     int batch() const noexcept;
     int queue_size() const noexcept;

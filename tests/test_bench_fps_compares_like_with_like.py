@@ -18,7 +18,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from edgedistill.artifacts import read_json
+from edgedistill.artifacts import read_json, sha256_file
 from edgedistill.benchmarks import candidates
 from edgedistill.benchmarks.bench_fps import BENCH_FORMAT, BenchSettings, bench_fps
 from edgedistill.benchmarks.inputs import input_sets, synthetic_photo
@@ -205,7 +205,6 @@ def timm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.inputs[0].get_tensor().set_names({"image"})
     model.get_parameters()[0].set_layout(ov.Layout("NCHW"))
     describe(model, SPEC)
-    ov.save_model(model, str(stage / "model.xml"), compress_to_fp16=False)
     saved = {
         "format": "edgedistill-model",
         "version": 1,
@@ -215,6 +214,8 @@ def timm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "classes": LABELS,
     }
     torch.save(saved, root / "model.pt")
+    model.set_rt_info(sha256_file(root / "model.pt"), ["edgedistill", "weights_hash"])
+    ov.save_model(model, str(stage / "model.xml"), compress_to_fp16=False)
     return stage / "model.xml"
 
 

@@ -209,7 +209,7 @@ class Workers:
     def request(self, entry: Entry) -> dict[str, Any]:
         """What a worker needs to know; the input of scope ``model`` is made from the first image."""
         target = self._target
-        checkpoint = target.checkpoint
+        checkpoint = target.checkpoint if entry.candidate == "torch" else None  # found by hashing
         return {
             "candidate": entry.candidate,
             "scope": entry.scope,

@@ -88,18 +88,18 @@ class Target:
 
     def beside(self, name: str) -> Path | None:
         """A file of the run that this deployable belongs to: beside it or up to three folders above the IR."""
-        folders = (self.model.parent, *list(self.model.resolve().parents)[1:4])
-        return next((folder / name for folder in folders if (folder / name).is_file()), None)
+        return next((folder / name for folder in self._run_folders if (folder / name).is_file()), None)
+
+    @property
+    def _run_folders(self) -> tuple[Path, ...]:
+        return (self.model.parent, *list(self.model.resolve().parents)[1:4])
 
     @cached_property
     def checkpoint(self) -> Path | None:
         """The model.pt or model-NAME.pt that the last stage was exported from, by its hash, among the run's; None where it
         is not there."""
-        folders, wanted = (
-            (self.model.parent, *list(self.model.resolve().parents)[1:4]),
-            self.bundle.metadata[-1].weights_hash,
-        )
-        files = (path for folder in folders for path in sorted(folder.glob("model*.pt")) if path.is_file())
+        files = (path for folder in self._run_folders for path in sorted(folder.glob("model*.pt")) if path.is_file())
+        wanted = self.bundle.metadata[-1].weights_hash
         return next((path for path in files if sha256_file(path) == wanted), None)
 
     def missing(self, peer: str, peers_python: Path) -> str | None:

@@ -21,7 +21,7 @@ from edgedistill.artifacts import RunDir
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.tuner.valset import write_val
 from edgedistill.data.manifest import hash_files, read_dataset
-from edgedistill.data.sources import open_source
+from edgedistill.data.sources import files_below, open_source
 from edgedistill.errors import DataError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES
 
@@ -72,7 +72,7 @@ def unlabelled_images(run: Path) -> list[Path]:
         raise DataError(
             f"{RunDir(run).config}: the student learnt from {name}, which is not here: start this where the run was made"
         )
-    return [path for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in files_below(Path(name)) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def main(argv: list[str] | None = None) -> int:

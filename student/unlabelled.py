@@ -31,6 +31,7 @@ from edgedistill.artifacts import atomic_path, read_array, read_json, sha256_fil
 from edgedistill.data import duplicates
 from edgedistill.data.manifest import Dataset, hash_files
 from edgedistill.data.soft_label_store import row_blocks, write_blocks
+from edgedistill.data.sources import files_below
 from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import IMAGE_SUFFIXES, ImageU8, InputSpec, load_image
 from edgedistill.student.live_teachers import Teacher, TeacherFile, open_teachers
@@ -88,7 +89,7 @@ def find_images(folder: Path, *, frames: Path, frame_step: int) -> npt.NDArray[n
 
     if not folder.is_dir():
         raise UsageError(f"--unlabelled {folder}: no such folder")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = files_below(folder)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     for path in files:
         if path.suffix.lower() in VIDEO_SUFFIXES:

@@ -114,6 +114,21 @@ def test_photographs_in_formats_nobody_reads_and_broken_links_are_errors_other_f
     assert len(report.errors) == 2
 
 
+@pytest.mark.parametrize(("said", "counted"), [("train", 3), ("", 0)])
+def test_rows_without_a_split_beside_others_with_one_are_told(photos, tmp_path, said, counted):
+    files = sorted(photos.rglob("*.jpg"))
+    splits = ["val" if number % 10 == 9 else said for number in range(len(files))]
+    for number in (0, 5, 12):
+        splits[number] = ""
+    table = tmp_path / "photos.csv"
+    rows = [f"{file},{file.parent.name},{split}" for file, split in zip(files, splits, strict=True)]
+    table.write_text("\n".join(["path,label,split", *rows]))
+    report = check_data(open_source(str(table)), settings=SplitSettings(folds=2))
+    told = [finding.message for finding in report.warnings if finding.kind == "splits"]
+    assert len(told) == bool(counted) and not report.errors
+    assert all(f"{counted} images have no split" in message and "00.jpg" in message for message in told)
+
+
 def test_copies_are_reported_and_conflicting_labels_refused(photos):
     (photos / "cat" / "copy.jpg").write_bytes((photos / "cat" / "02.jpg").read_bytes())
     report = report_on(photos)

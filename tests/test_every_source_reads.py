@@ -111,6 +111,18 @@ def test_leftovers_of_other_programs_are_ignored_and_other_files_are_listed(tmp_
     }
 
 
+def test_files_below_a_folder_are_found_through_links_and_once_each(tmp_path, write):
+    for name in ("photos/a/1.png", "photos/a/b/2.png", "photos/.trash/3.png", "photos/__MACOSX/4.png", "store/5.png"):
+        write(tmp_path / name)
+    photos = tmp_path / "photos"
+    (photos / "linked").symlink_to(tmp_path / "store")
+    (photos / "again").symlink_to(tmp_path / "store")
+    (photos / "a" / "loop").symlink_to(photos)
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    found = [path.relative_to(photos).as_posix() for path in sources.files_below(photos)]
+    assert found == ["a/1.png", "a/b/2.png", "again/5.png"]
+
+
 def test_non_ascii_names_become_nfc_ids_and_collisions_are_refused(tmp_path, write):
     decomposed = unicodedata.normalize("NFD", "grün")
     write(tmp_path / decomposed / "größe.png")

@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgedistill.artifacts import append_jsonl, atomic_path, read_array, read_json, read_jsonl, write_array, write_json
+from edgedistill import artifacts
+from edgedistill.artifacts import (
+    append_jsonl,
+    atomic_path,
+    read_array,
+    read_json,
+    read_jsonl,
+    sweep,
+    write_array,
+    write_json,
+)
 from edgedistill.errors import ArtifactError
 
 
@@ -22,6 +32,23 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert read_json(target, format="x")["epochs"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_kept(tmp_path, monkeypatch) -> None:
+    """The process of another container, which has our host's name, is none that /proc here knows."""
+    nobody = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    file, left = tmp_path / "deep" / "answers.json", tmp_path / f".answers.json.{artifacts.OWNER}.{nobody}.left.tmp"
+    left.write_text("{")
+    monkeypatch.setattr(artifacts.os, "getpid", lambda: nobody)
+    with atomic_path(file) as temporary:
+        temporary.write_text("{}")
+        sweep(tmp_path)
+        assert not left.exists() and temporary.read_text() == "{}"
+    assert file.read_text() == "{}"
+    foreign = tmp_path / f".answers.json.elsewhere.{nobody}.left.tmp"
+    foreign.write_text("{")
+    sweep(tmp_path)
+    assert foreign.exists()
 
 
 @pytest.mark.parametrize(

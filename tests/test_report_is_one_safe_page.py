@@ -15,13 +15,14 @@ import cv2
 import numpy as np
 import pytest
 
-from edgedistill.artifacts import RunDir, append_jsonl, write_array, write_json
+from edgedistill.artifacts import RUN_FORMAT, RunDir, append_jsonl, read_json, write_array, write_json
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
 from edgedistill.errors import ArtifactError
 from edgedistill.report import write_report
 from edgedistill.report.charts import PERCENT, PLAIN, POINTS, ReliabilityBin, Series, line_chart, nice_ticks
-from edgedistill.report.record import Predictions
+from edgedistill.report.record import Predictions, read_record
 from edgedistill.report.reliability_section import reliability_bins
+from edgedistill.report.summary_sections import lead_sentence
 from edgedistill.report.wording import difference_sentence, duration, percent
 from edgedistill.training.noisy_labels import write_noisy_labels
 
@@ -113,7 +114,7 @@ class FakeRun:
                 "runs/my cells",
             ],
         }
-        write_json(run.config, values, format="edgedistill-config")
+        write_json(run.config, values, format=RUN_FORMAT)
 
     def data_report(self, run: RunDir, dataset: Dataset) -> None:
         finding = {
@@ -591,9 +592,17 @@ def test_a_missing_part_says_what_makes_it(copied_run: RunDir, part: str) -> Non
     assert "could not be understood" not in page.text
 
 
+def test_soft_labels_of_an_earlier_run_are_named_in_place_of_teachers(copied_run: RunDir) -> None:
+    config = read_json(copied_run.config, format=RUN_FORMAT)
+    config["settings"]["soft_labels"] = "earlier/run/soft_labels"
+    write_json(copied_run.config, config, format=RUN_FORMAT)
+    sentence = lead_sentence(read_record(copied_run))
+    assert "distilled from the soft labels of earlier/run/soft_labels, on" in sentence and "teachers" not in sentence
+
+
 def test_a_run_that_has_just_begun_is_shown(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "young")
-    write_json(run.config, {"settings": {}}, format="edgedistill-config")
+    write_json(run.config, {"settings": {}}, format=RUN_FORMAT)
     folder = run.teacher(0)
     append_jsonl(
         folder / "metrics.jsonl", {"epoch": 0, "phase": "main", "train_loss": 2.25, "lr": 0.001, "seconds": 3.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -17,9 +18,9 @@ from edgedistill import console
 from edgedistill.artifacts import RunDir, read_array
 from edgedistill.benchmarks.target import Target
 from edgedistill.data.folds import SplitSettings
-from edgedistill.data.manifest import read_dataset
+from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.errors import ImageError, UsageError
-from edgedistill.pipeline import DataSettings, TeachSettings, check_command, record
+from edgedistill.pipeline import DataSettings, TeachSettings, check_command, freeze, record
 from edgedistill.runtime.video import frames
 from edgedistill.teacher import TeacherSettings
 
@@ -227,3 +228,15 @@ def test_more_pixels_than_any_stage_reads_are_not_promised() -> None:
     with pytest.raises(UsageError, match="max_pixels=300000000, expected 1 to 100000000"):
         DataSettings("photos", SplitSettings(), 300_000_000)
     assert check_command(DataSettings("photos", SplitSettings(), 1000)).endswith("photos --max-pixels 1000")
+
+
+def test_of_two_runs_begun_in_one_folder_the_second_changes_nothing(photos: Path, tmp_path: Path) -> None:
+    settings, run = DataSettings(str(photos), SplitSettings()), RunDir(tmp_path / "run")
+
+    def first(_: Dataset) -> None:  # between the second one's look at the folder and its writing
+        if not run.dataset.exists():
+            freeze(settings, run, resume=False)
+
+    with pytest.raises(UsageError, match="holds a run already"):
+        freeze(dataclasses.replace(settings, split=SplitSettings(seed=1)), run, resume=False, refuse=first)
+    assert read_dataset(run.dataset).hash == freeze(settings, RunDir(tmp_path / "alone"), resume=False).hash

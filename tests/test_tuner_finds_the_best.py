@@ -26,6 +26,7 @@ from edgedistill.benchmarks.tuner.chance import Rival, closest_rival, metric_mar
 from edgedistill.benchmarks.tuner.explain import explanation, steps_to, words
 from edgedistill.benchmarks.tuner.heats import latencies, percentiles
 from edgedistill.benchmarks.tuner.journal import Journal
+from edgedistill.benchmarks.tuner.known import label_of
 from edgedistill.benchmarks.tuner.measure import Case
 from edgedistill.benchmarks.tuner.search import Outcome, Search, TooShortError
 from edgedistill.benchmarks.tuner.space import (
@@ -534,6 +535,15 @@ def test_the_incumbent_takes_part(tmp_path: Path) -> None:
     found = search(tmp_path, SimulatedBench(), incumbent=odd)
     outcome = found.run()
     assert odd in outcome.finalists
+
+
+def test_a_cascade_in_place_is_not_timed_by_its_last_network_alone(tmp_path: Path) -> None:
+    stages = (Variant("small", "int8", (224, 224)), Variant("large", "bf16", (224, 224)))
+    both = Deployment(stages, default_serving(HOST), exit_threshold=0.8)
+    found = search(tmp_path, SimulatedBench(), incumbent=both, objective=Objective(fps_target=2500.0, scope="model"))
+    outcome = found.run()
+    assert len(outcome.chosen.stages) == 1
+    assert label_of(both, "throughput", "model") not in found.looks
 
 
 def test_the_explanation_adds_up(tmp_path: Path) -> None:

@@ -224,6 +224,20 @@ def test_resume_after_the_end_measures_nothing_again(finished: Path, tmp_path: P
     assert len(journal.read_text().splitlines()) - before <= 8, "only what comes after the choice may be new"
 
 
+def test_measurements_of_another_release_are_not_taken_up(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = tmp_path / "run"
+    shutil.copytree(finished, again)
+    before = (again / "openvino" / "tune" / "journal.jsonl").read_bytes()
+    settings = TuneSettings((finished,), Objective(fps_target=1e9), minutes=0.5, sizes=(32,), out=again / "openvino")
+    of_tune = sys.modules["edgedistill.benchmarks.tuner.tune"]
+    monkeypatch.setattr(of_tune, "package_versions", lambda names: dict.fromkeys(names, "0"))
+    with pytest.raises(UsageError, match="other versions"):
+        tune(dataclasses.replace(settings, resume=True))
+    assert (again / "openvino" / "tune" / "journal.jsonl").read_bytes() == before
+
+
 def test_nothing_that_reaches_the_goal_leaves_deploy_json_as_it_was(run: Path) -> None:
     before = (run / "openvino" / "deploy.json").read_bytes()
     settings = TuneSettings((run,), Objective(min_fps=1e9), minutes=0.4, sizes=(64,))
@@ -715,6 +729,9 @@ def test_a_slow_stage_alone_is_served_as_its_cascade_serves_it(tmp_path: Path) -
     alone = read_deploy(slow.deploy)
     assert [stage.sha256 for stage in alone.stages] == [students[1].sha256]
     assert alone.throughput == ThroughputSettings("f32", streams=1, threads=1, batch=2)
+    write_deploy(deploy, DeployConfig(stages, LatencySettings(), served, decode="full"))
+    whole = slow_stage("tuned", deploy, students, tmp_path / "fixed", Host.here())
+    assert whole is not None and read_deploy(whole.deploy).decode == "full", "other pixels are another network"
     with pytest.raises(UsageError, match="none of the run's students"):
         slow_stage("tuned", deploy, students[:1], tmp_path / "fixed", Host.here())
     write_deploy(deploy, DeployConfig(stages[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -36,11 +37,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary: Path | None = None
+    handle = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.{OWNER}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
         temporary = Path(name)
+        _locked(handle)  # until it is closed: 'sweep' sees that its process is alive, in another container too
         yield temporary
         _fsync(temporary)
         temporary.chmod(0o644)
@@ -58,14 +60,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if handle >= 0:
+            os.close(handle)
 
 
 def sweep(root: Path) -> None:
     """Remove the temporary files that killed processes of this machine left below ``root``."""
     for path in root.rglob(f".*.{OWNER}.*.tmp"):
         process = path.name.split(f".{OWNER}.", 1)[1].split(".", 1)[0]
-        if process.isdecimal() and not Path("/proc", process).exists():
+        if process.isdecimal() and not Path("/proc", process).exists() and _is_left(path):
             path.unlink(missing_ok=True)
+
+
+def _locked(handle: int) -> bool:
+    """Whether this process holds the file now; True too where the file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _is_left(path: Path) -> bool:
+    """Whether no process writes it. Containers with the host's network share its name, and not its processes."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return _locked(handle)
+    finally:
+        os.close(handle)
 
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:

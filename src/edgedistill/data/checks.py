@@ -511,7 +511,7 @@ def _trial(
         if "different labels" in str(error):
             return []  # found above, with all its files
         return [Finding("error", "splits", str(error), "see the message")]
-    remarks = [Finding("warning", "near-duplicates", remark, "look at them") for remark in plan.remarks()]
+    remarks = [Finding("warning", *remark) for remark in plan.remarks()]
     try:
         _, dealt = deal_splits(plan.table, settings, rest.class_names)
     except DataError as error:

@@ -102,7 +102,7 @@ def freeze_dataset(source: Source, settings: SplitSettings, *, checks: DataRepor
     source, plan, kept = plan_deal(source, digests, near, settings)
     paths, digests = [item.path for item in source.items], digests[kept]
     if checks is None:
-        for message in plan.remarks():
+        for _, message, _ in plan.remarks():
             console.warn(message)
     splits, folds = deal_splits(plan.table, settings, source.class_names)
     set_apart = small_class_remark(plan, folds, source.class_names)
@@ -120,31 +120,34 @@ def freeze_dataset(source: Source, settings: SplitSettings, *, checks: DataRepor
 @dataclass(frozen=True)
 class Plan:
     """What is known before the deal. ``groups``: str [N], '' where an image stands alone; ``across``: near-duplicate
-    pairs that the data's own splits part; ``chains``: rows of near-duplicates too many to be kept together; ``dropped``:
-    which classes were left out, in words."""
+    pairs that the data's own splits part; ``chains``: rows of near-duplicates too many to be kept together; ``unsaid``: rows
+    without a split where others are said to be train; ``dropped``: which classes were left out, in words."""
 
     ids: npt.NDArray[np.str_]
     table: Table
     groups: npt.NDArray[np.str_]
     across: duplicates.Pairs
     chains: list[Codes]
+    unsaid: Codes
     dropped: str = ""
 
-    def remarks(self) -> list[str]:
-        """What the deal does not enforce, in words."""
+    def remarks(self) -> list[tuple[str, str, str]]:
+        """(kind, words, remedy) of what the deal does not enforce or takes for granted."""
         remarks = []
         if len(self.across):
             one, other = self.ids[self.across[0]]
-            remarks.append(
-                f"{len(self.across)} near-duplicate pairs lie across the data's own splits and stay there, "
-                f"first {one} and {other}"
-            )
+            words = f"{len(self.across)} near-duplicate pairs lie across the data's own splits and stay there, "
+            remarks.append(("near-duplicates", f"{words}first {one} and {other}", "look at them"))
         if self.chains:
             chains, are = ("chain", "is") if len(self.chains) == 1 else ("chains", "are")
-            remarks.append(
+            words = (
                 f"{len(self.chains)} {chains} of near-duplicates {are} longer than 1% of the class and {are} not kept together: "
                 f"{max(map(len, self.chains))} images in the longest, first {self.ids[self.chains[0][0]]}"
             )
+            remarks.append(("near-duplicates", words, "look at them"))
+        if len(self.unsaid):
+            words = f"{len(self.unsaid)} images have no split, where others have one, and count as train, first "
+            remarks.append(("splits", words + str(self.ids[self.unsaid[0]]), "fill in the column, or empty it"))
         return remarks
 
 
@@ -193,7 +196,9 @@ def make_plan(source: Source, digests: npt.NDArray[np.bytes_], near: duplicates.
     groups = _join_groups(ids, user_groups, digests, near=near[inside & ~chained], given=given)
     marks = None if source.task is None else stratify.make_marks(source.task, source.values, classes)
     table = Table(classes, strata, group_codes(groups), given, marks)
-    return Plan(ids, table, groups, near[~inside], chains)
+    said = np.asarray([item.split for item in source.items])
+    unsaid = np.flatnonzero(said == "") if (said == "train").any() else np.zeros(0, np.int64)
+    return Plan(ids, table, groups, near[~inside], chains, unsaid)
 
 
 def group_codes(groups: npt.NDArray[np.str_]) -> Codes:

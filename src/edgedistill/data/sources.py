@@ -305,7 +305,7 @@ def _listing(folder: Path, found: _Found) -> tuple[list[Path], list[Path]]:
 
 def _kind(entry: os.DirEntry[str], root: Path) -> str:
     """'folder', 'image', '' for the leftovers of other programs, or the reason why the entry is skipped."""
-    if entry.name.startswith(".") or entry.name.lower() in JUNK_NAMES:
+    if _is_junk(entry.name):
         return ""
     try:
         entry.name.encode()
@@ -324,6 +324,23 @@ def _kind(entry: os.DirEntry[str], root: Path) -> str:
     if suffix in IMAGE_SUFFIXES:
         return "image"
     return f"{UNSUPPORTED} ({suffix})" if suffix in UNREADABLE_SUFFIXES else "not an image file"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files, however deep and through symbolic links, without those of hidden folders and the leftovers of other
+    programs; each folder once, so that loops end. Sorted."""
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not _is_junk(name))
+        if real not in seen:
+            found += [Path(parent, name) for name in names if not _is_junk(name)]
+        seen.add(real)
+    return sorted(path for path in found if path.is_file())
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in JUNK_NAMES
 
 
 def _holds_images(folder: Path) -> bool:

@@ -37,7 +37,7 @@ from edgedistill.artifacts import atomic_path, read_array, read_json, read_jsonl
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.machine import machine_record
 from edgedistill.benchmarks.reference_runs import run_piece, write_subset
-from edgedistill.data.folds import SplitSettings
+from edgedistill.data.deal import SplitSettings
 from edgedistill.data.sources import open_source
 from edgedistill.errors import UsageError
 from edgedistill.metrics import MetricName, hierarchical_difference

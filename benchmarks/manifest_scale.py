@@ -41,7 +41,8 @@ def write_example(path: Path, rows: int) -> None:
 
 def measure(rows: int, folder: Path) -> dict[str, Any]:
     """Seconds of each step and the peak of this process's memory in bytes."""
-    from edgedistill.data.folds import SplitSettings, Table, deal_splits, group_codes, verify_folds
+    from edgedistill.data.deal import SplitSettings, Table, deal_splits
+    from edgedistill.data.folds import group_codes, verify_folds
     from edgedistill.data.manifest import Dataset
 
     seconds: dict[str, float] = {}

@@ -30,7 +30,8 @@ from edgedistill import console
 from edgedistill.artifacts import RunDir, atomic_path, read_json
 from edgedistill.benchmarks.command import exit_with
 from edgedistill.benchmarks.machine import machine_record
-from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.deal import SplitSettings
+from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.errors import EdgedistillError, UsageError
 

@@ -198,11 +198,13 @@ def _shut_down(pool: _Pool, threads: Sequence[threading.Thread]) -> None:
             thread.join(JOIN_TIMEOUT_S)
 
 
-def check_settings(policy: str, **counts: int | None) -> None:
+def check_settings(policy: str, *, streams: int | None, threads: int | None, batch: int | None) -> None:
     """Raises ModelError for what no engine takes; None is left to deploy.json."""
-    for name, value in counts.items():
+    for name, value in {"streams": streams, "threads": threads, "batch": batch}.items():
         if value is not None and not 1 <= value <= 4096:
             raise ModelError(f"{name} {value}, expected 1 to 4096")
+    if streams is not None and threads is not None and threads < streams:
+        raise ModelError(f"threads {threads}, expected at least one for each of the {streams} streams")
     if policy not in ("block", "drop_oldest"):
         raise ModelError(f"policy {policy!r}, expected 'block' or 'drop_oldest'")
 
@@ -227,8 +229,8 @@ class Engine:
     ``path``, ``precision``, ``decode``, ``cache_dir``: as in `Classifier`. ``streams``: images worked on at once (and
     worker threads); ``threads``: OpenVINO's inference threads in all; ``batch``: images per inference, in every stage
     of a cascade. By default what deploy.json says, and one stream and one thread per core where it says nothing; its
-    batch no larger than ``queue_size`` has room for, and than 8 under policy 'drop_oldest': a batch costs the same
-    however few images are in it, and a camera's are to be answered soon.
+    streams no more than ``threads``; its batch no larger than ``queue_size`` has room for, and than 8 under policy
+    'drop_oldest': a batch costs the same however few images are in it, and a camera's are to be answered soon.
     ``queue_size``: images held at any moment, waiting, in work or answered but not yet taken.
 
     What a cascade's first stage passes on waits for a batch of its own, until that is full, nothing else is left to do
@@ -255,10 +257,10 @@ class Engine:
         decode: DecodeMode | None = None,
         cache_dir: CacheDir = None,
     ) -> None:
+        check_settings(policy, streams=streams, threads=threads, batch=batch)
         bundle = path if isinstance(path, Bundle) else Bundle.load(path)
         (_, tuned), cores = settings_here(bundle), usable_cores()
-        self.streams = min(tuned.streams or cores, cores) if streams is None else streams
-        check_settings(policy, streams=self.streams, threads=threads, batch=batch)
+        self.streams = streams or min(tuned.streams or cores, threads or cores, cores)
         self.batch, self.later_batch = (
             _fitting_batch(number or tuned.batch, policy, self.streams, queue_size) if batch is None else batch
             for number in (tuned.batch, tuned.later_batch)
@@ -274,12 +276,12 @@ class Engine:
         self.dropped = 0
         self._policy = policy
         self._check_room()
-        total = max(self.streams, min(tuned.threads or 0, cores)) if threads is None else threads
+        total = threads or max(self.streams, min(tuned.threads or 0, cores))
         # One compiled network per worker, inferring in the worker's own thread: 1.3 times the rate of one network with
         # as many streams, which hands each image to a thread of OpenVINO's and back.
         properties: dict[str, Any] = {
             "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": max(1, total // self.streams),
+            "INFERENCE_NUM_THREADS": total // self.streams,
             "ENABLE_CPU_PINNING": bool(tuned.pinning),  # or OpenVINO pins every worker to the same first core
         }
         precisions = resolve_precisions(bundle, precision, tuned)

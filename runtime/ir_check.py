@@ -92,6 +92,8 @@ class _Walk:
 @lru_cache(maxsize=4)
 def fault_of(xml: bytes) -> str | None:
     """Why OpenVINO must not get this text, or None."""
+    if b"\0" in xml:  # UTF-16 and UTF-32, as C++ refuses them
+        return "it is not UTF-8"
     walk, parser = _Walk(), expat.ParserCreate()
 
     def doctype(*_: object) -> None:

@@ -32,6 +32,7 @@ from edgedistill.student.unlabelled import (
     Unlabelled,
     choose,
     find_images,
+    is_readable,
     joined,
     label_images,
     takes_class_cap,
@@ -64,6 +65,11 @@ from edgedistill.training.soft_labels import ids_hash, read_folds, soft_labels_h
 
 # Function matching: the teacher's answer alone, softened. Beyer et al., 2106.05237, found T of 1 to 5 about equal.
 LIVE_DEFAULTS: dict[str, Any] = {"loss": "kl", "soft_weight": 1.0, "soft_temperature": 2.0}
+
+
+def live_defaults(loss: str | None) -> dict[str, Any]:
+    """LIVE_DEFAULTS that go with the ``loss`` that is asked for: cross-entropy softens no answer, and so no target."""
+    return LIVE_DEFAULTS | ({"soft_temperature": 1.0} if loss == "ce" else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +121,19 @@ class StudentSettings(TrainSettings):
             *super().contradictions(),
             (
                 self.hard_loss == "bce" and self.loss != "ce" and self.distillation and 0 < self.soft_weight < 1,
-                f"hard_loss='bce' trains sigmoids and loss={self.loss!r} compares softmax probabilities; give --loss ce",
+                f"--hard-loss bce trains sigmoids and --loss {self.loss} compares softmax probabilities; give --loss ce",
             ),
             (
                 self.live_teachers and self.views > 0,
-                f"live_teachers judge every view anew and views={self.views} fixes them; give one of them",
+                f"--live-teachers judge every view anew and --views {self.views} fixes them; give one of them",
             ),
             (
                 self.hard_loss == "ldam" and bool(self.unlabelled) and self.distillation and self.soft_weight < 1,
-                "ldam needs one true class per image, and unlabelled images have none; give --hard-loss ce",
+                "--hard-loss ldam needs one true class per image, and unlabelled images have none; give --hard-loss ce",
             ),
             (
                 self.final_data == "train+val" and not (self.extra_epochs or self.swa_start),
-                "final_data='train+val' is for the last, averaged epochs, and there are none; give --extra-epochs 4, or "
+                "--final-data train+val is for the last, averaged epochs, and there are none; give --extra-epochs 4, or "
                 "--final-data train",
             ),
         ]
@@ -156,6 +162,11 @@ class StudentSettings(TrainSettings):
                     f"{', '.join(flags)}: for labels, and this student learns from soft labels alone (--soft-weight 1); "
                     "teachers and hard-label students heed it"
                 )
+        if self.distillation and self.loss == "ce" and self.soft_weight > 0 and self.soft_temperature != 1:
+            found.append(
+                f"--loss ce with --soft-temperature {self.soft_temperature:g} softens the target and not the answer, which is "
+                "then as unsure as that; give --loss kl, which softens both, or --soft-temperature 1"
+            )
         if self.distillation and self.soft_weight == 0 and not self.unlabelled:
             found.append("--soft-weight 0 leaves the soft labels no say; --no-distillation trains no teachers for them")
         return found
@@ -166,9 +177,9 @@ class StudentSettings(TrainSettings):
             ("loss", self.loss in ("ce", "kl", "js"), "ce, kl or js"),
             ("soft_weight", 0 <= self.soft_weight <= 1, "0 to 1"),
             ("soft_temperature", 0 < self.soft_temperature <= 100, "above 0, at most 100"),
-            ("live_teachers", not self.live_teachers or self.soft_weight > 0, "a soft_weight above 0 to go with it"),
+            ("live_teachers", not self.live_teachers or self.soft_weight > 0, "--soft-weight above 0 to go with it"),
             ("views", 0 <= self.views <= 10_000, "0 (none) to 10,000"),
-            ("views", not self.views or self.soft_weight > 0, "a soft_weight above 0 to go with it"),
+            ("views", not self.views or self.soft_weight > 0, "--soft-weight above 0 to go with it"),
             ("drop_noisy", 0 <= self.drop_noisy <= 0.5, "a share of the training images, 0 to 0.5"),
             ("unlabelled_share", 0 < self.unlabelled_share < 1, "a share of the batch, above 0 and below 1"),
             ("unlabelled_min_confidence", 0 <= self.unlabelled_min_confidence <= 1, "a probability, 0 to 1"),
@@ -333,7 +344,8 @@ def _lesson(
 def find_unlabelled(
     settings: StudentSettings, dataset: Dataset, cache: Path
 ) -> tuple[npt.NDArray[np.str_], npt.NDArray[np.bytes_]]:
-    """Paths and hashes of the images in ``settings.unlabelled``; frames of videos are written below ``cache``.
+    """Paths and hashes of the images in ``settings.unlabelled`` that no split holds and no test image looks like; frames of
+    videos are written below ``cache``.
 
     Raises UsageError or DataError when the folder cannot be used, above all when it holds a test image.
     """
@@ -342,6 +354,9 @@ def find_unlabelled(
     paths, digests = without_known(find_images(folder, frames=frames, frame_step=step), dataset)
     if not len(paths):
         raise DataError(f"--unlabelled {settings.unlabelled}: every image is in the train or val split already")
+    paths, digests = without_like_test(paths, digests, dataset, cache=cache / "unlabelled")
+    if not any(is_readable(path) for path in paths):
+        raise DataError(f"--unlabelled: none of the {len(paths)} images can be read, first {paths[0]}")
     return paths, digests
 
 
@@ -349,7 +364,6 @@ def _unlabelled(
     settings: StudentSettings, dataset: Dataset, lesson: _Lesson, *, device: torch.device, cache: Path
 ) -> Unlabelled:
     paths, digests = on_main(lambda: find_unlabelled(settings, dataset, cache))
-    paths, digests = on_main(lambda: without_like_test(paths, digests, dataset, cache=cache / "unlabelled"))
     labelled = on_main(
         lambda: label_images(
             paths,

@@ -33,7 +33,7 @@ from edgedistill.data.manifest import Dataset, hash_files
 from edgedistill.data.soft_label_store import row_blocks, write_blocks
 from edgedistill.data.sources import files_below
 from edgedistill.errors import DataError, ImageError, UsageError
-from edgedistill.images import IMAGE_SUFFIXES, ImageU8, InputSpec, load_image
+from edgedistill.images import IMAGE_SUFFIXES, ImageU8, InputSpec, decode_image, load_image, read_bytes
 from edgedistill.student.live_teachers import Teacher, TeacherFile, open_teachers
 from edgedistill.tasks import Task
 from edgedistill.training.answers import confidences, first_choices, scores_of_shares, shares_of, tempered
@@ -185,7 +185,7 @@ def without_like_test(
     if {key: saved.get(key) for key in wanted} != wanted:
         pairs = duplicates.near_duplicates_across(paths.tolist(), dataset.paths[test].tolist())
         if pairs is None:
-            console.warn(
+            console.warn_once(
                 "--unlabelled: so many images look alike that copies of test images are found by content alone"
             )
             pairs = duplicates.NO_PAIRS
@@ -193,10 +193,20 @@ def without_like_test(
         write_json(file, saved, format=FORMAT)
     rows = [int(row) for row in saved["rows"]]
     if rows:
-        console.warn(f"--unlabelled: {len(rows)} images look like test images and are left out, first {paths[rows[0]]}")
+        console.warn_once(
+            f"--unlabelled: {len(rows)} images look like test images and are left out, first {paths[rows[0]]}"
+        )
     if len(rows) == len(paths):
         raise DataError("--unlabelled: every image looks like one of the test split; give other images")
     return np.delete(paths, rows), np.delete(digests, rows)
+
+
+def is_readable(path: str) -> bool:
+    try:
+        decode_image(read_bytes(path)[0])
+    except ImageError:
+        return False
+    return True
 
 
 def label_images(

@@ -109,7 +109,7 @@ class TeacherSettings(TrainSettings):
             (
                 "tta",
                 "flip" not in self.tta or (self.horizontal_flip and self.augment != "none"),
-                "no flip where training never flips",
+                "no flip where training never flips (--teacher-horizontal-flip and --teacher-augment light flip)",
             ),
         ]
 

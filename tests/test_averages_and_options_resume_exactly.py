@@ -129,7 +129,7 @@ def test_teachers_average_too_and_label_with_what_they_became(tiny_dataset, tmp_
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"ema_decay": 0.9, "extra_epochs": 2}, "each average the weights; leave one above 0"),
+        ({"ema_decay": 0.9, "extra_epochs": 2}, "each average the weights; leave one of them above 0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0, expected 0"),
         ({"swa_start": 0.01}, "swa_start=0.01, expected 0"),
         ({"swa_start": math.nan, "extra_epochs": 0}, "swa_start=nan, expected 0"),

@@ -11,7 +11,8 @@ from PIL import Image
 
 from edgedistill.data import checks, duplicates
 from edgedistill.data.checks import check_data, plot_data
-from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.deal import SplitSettings
+from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.sources import open_source
 from edgedistill.errors import DataError
@@ -155,6 +156,25 @@ def test_near_duplicates_are_reported_once_and_frozen_without_decoding_again(pho
     assert dataset.hash == expected.hash
 
 
+def test_pairs_that_are_not_kept_together_have_a_line_of_their_own(photos, tmp_path):
+    for number in range(12):
+        cv2.imwrite(str(photos / "cat" / f"burst{number:02d}.jpg"), picture(2), [cv2.IMWRITE_JPEG_QUALITY, 60 + number])
+    report = report_on(photos)
+    (whole, parted) = [finding for finding in report.findings if finding.kind == "near-duplicates"]
+    assert "13 images look the same as another, in 1 groups" in whole.message and "another line" in whole.message
+    assert "30 near-duplicate pairs are not kept together" in parted.message and "group" in parted.remedy
+    for number in range(22):
+        cv2.imwrite(str(photos / "cat" / f"other{number}.jpg"), picture(500 + number))
+    assert found(report_on(photos), "near-duplicates").message.startswith("13 images")
+    rows = [
+        f"{file},{file.parent.name},{'test' if file.stem in ('02', '03') else ''}"
+        for file in sorted(photos.rglob("*.jpg"))
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    kinds = [finding.message for finding in check_data(open_source(str(tmp_path / "list.csv"))).findings]
+    assert any("12 near-duplicate pairs lie across the data's own splits" in message for message in kinds)
+
+
 def test_a_report_without_the_search_does_not_switch_it_off(photos):
     cv2.imwrite(str(photos / "cat" / "burst.jpg"), picture(2), [cv2.IMWRITE_JPEG_QUALITY, 60])
     report = report_on(photos, near_duplicates=False)
@@ -180,6 +200,17 @@ def test_a_class_whose_images_are_all_bad_is_missing(photos):
     report = report_on(photos)
     assert "'dog'" in found(report, "missing class").message
     assert len(found(report, "empty").paths) == 10
+
+
+def test_a_csv_of_several_labels_whose_images_are_all_bad_is_reported(photos):
+    files = sorted(photos.rglob("*.jpg"))
+    for path in files:
+        path.write_bytes(b"")
+    rows = [f"{file},{('cat', 'cat|dog', '|')[number % 3]}" for number, file in enumerate(files)]
+    (photos / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    report = check_data(open_source(str(photos / "labels.csv"), labels=LabelColumns(multi_label=True)))
+    assert found(report, "missing class").message == "no image can be read"
+    assert len(found(report, "empty").paths) == 20
 
 
 def test_groups_and_copies_across_given_splits_are_errors(tmp_path, photos):

@@ -6,12 +6,17 @@ import dataclasses
 import inspect
 import re
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgedistill import cli
+from edgedistill import cli, pipeline
+from edgedistill.artifacts import RUN_FORMAT, RunDir, read_json, write_json
+from edgedistill.data.deal import SplitSettings
+from edgedistill.data.manifest import Dataset
 from edgedistill.options import TRAINING_OPTIONS
 from edgedistill.student import StudentSettings
 from edgedistill.teacher import TeacherSettings
@@ -90,6 +95,34 @@ def test_programs_and_sub_commands_are_one_implementation(name: str) -> None:
         command.name or command.callback.__name__: command.callback for command in cli.app.registered_commands
     }
     assert registered[name] is getattr(cli, name.replace("-", "_"))
+
+
+def test_a_run_keeps_every_command_that_asked_for_more(
+    tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data, teacher = RunDir(tmp_path), pipeline.DataSettings("photos", SplitSettings()), TeacherSettings()
+
+    def given(line: str, *, resume: bool = True) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [f"/usr/bin/{line.split()[0]}", *line.split()[1:]])
+        settings = (
+            pipeline.TeachSettings(data, run.root, teacher)
+            if " teach " in line
+            else pipeline.DistillSettings(data, run.root, teacher, StudentSettings(epochs=line.count("x")))
+        )
+        pipeline.record(settings, run, tiny_dataset, resume=resume)
+        return read_json(run.config, format=RUN_FORMAT)
+
+    first, second = "edgedistill teach --data photos --out run", "distill --data photos --out run --resume --epochs x"
+    assert given(first, resume=False)["commands"] == [first]
+    assert given(f"{first} --resume")["commands"] == [first]
+    both = given(second)
+    assert both["commands"] == [first, second] and both["settings"]["student"]["epochs"] == 1
+    assert given(second.replace(" --resume", ""))["commands"] == [first, second]
+    more = given("__main__.py distill --data photos --out run --epochs xx --resume")
+    assert more["commands"][2:] == ["edgedistill distill --data photos --out run --epochs xx --resume"]
+    older = {key: value for key, value in more.items() if key != "commands"} | {"command": first}
+    write_json(run.config, older, format=RUN_FORMAT)
+    assert given(second)["commands"] == [first, second]
 
 
 def test_every_command_has_help(cli: Callable[..., subprocess.CompletedProcess[str]]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from edgedistill.artifacts import read_array, read_json, write_array, write_json
 from edgedistill.benchmarks import distillation, reference_runs
-from edgedistill.data.folds import SplitSettings
+from edgedistill.data.deal import SplitSettings
 from edgedistill.errors import DataError, UsageError
 from edgedistill.metrics import hierarchical_difference
 from edgedistill.training.seeds import generator

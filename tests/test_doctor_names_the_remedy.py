@@ -12,12 +12,14 @@ import types
 import urllib.error
 import urllib.request
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgedistill import doctor
-from edgedistill.doctor import DEBIAN_LINE, Check, run_doctor, satisfies
+from edgedistill import doctor, memory
+from edgedistill.doctor import DEBIAN_LINE, GIB, Check, run_doctor, satisfies
+from edgedistill.training.loader import store_budget
 
 
 def _only(rows: Any) -> Check:
@@ -141,9 +143,26 @@ def test_a_cpu_without_avx2_and_a_busy_machine_are_said(monkeypatch: pytest.Monk
 
 def test_little_disk_and_memory_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 10**10, 10**6))
-    monkeypatch.setattr(doctor, "_memory_available_gib", lambda: 0.4)
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 4 * 10**8)
     rows = [*doctor.check_disk(), *doctor.check_memory()]
     assert {row.status for row in rows} == {"warning"} and all(row.remedy for row in rows)
+
+
+def test_files_that_were_read_once_are_no_memory_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's memory.current counts them until the kernel needs their room."""
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    assert memory.available_bytes() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 30000000 kB\nMemAvailable:   20000000 kB\n")
+    assert memory.available_bytes() == 20_000_000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{7 * GIB}\n")
+    assert memory.available_bytes() == 20_000_000 * 1024
+    (tmp_path / "memory.max").write_text(f"{8 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {2 * GIB}\nactive_file {GIB}\ninactive_file {4 * GIB}\n")
+    assert memory.available_bytes() == 5 * GIB
+    assert store_budget(None, 2) == 5 * GIB / 4
+    assert _only(doctor.check_memory()).detail == "5.0 GiB free"
 
 
 def test_a_hub_out_of_reach_names_the_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Every form in which photographs may come is read as the same labelled items."""
 
 import errno
+import fcntl
 import gzip
 import os
 import subprocess
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from edgedistill import artifacts
 from edgedistill.data import sources
 from edgedistill.data.fashion_mnist import CLASSES
 from edgedistill.data.sources import open_source
@@ -109,6 +111,37 @@ def test_leftovers_of_other_programs_are_ignored_and_other_files_are_listed(tmp_
         "gone.jpg": sources.BROKEN_LINK,
         "stray.png": "image outside the class folders",
     }
+
+
+def test_what_lies_beside_the_splits_and_deeper_than_the_classes_is_listed(tmp_path, write):
+    for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.png", "loose.jpg"):
+        write(tmp_path / name)
+    for name in (
+        "train/cat/raw/2.HEIC",
+        "train/cat/raw/2023/3.heic",
+        "train/cat/raw/.hidden/4.heic",
+        "test/dog/raw/x.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "train/cat/raw/loop").symlink_to(tmp_path / "train/cat/raw")
+    source = open_source(str(tmp_path))
+    assert len(source.items) == 4
+    assert {Path(path).relative_to(tmp_path).as_posix(): reason for path, reason in source.skipped} == {
+        "loose.jpg": sources.OUTSIDE,
+        "train/cat/raw/2.HEIC": f"{sources.UNSUPPORTED} (.heic)",
+        "train/cat/raw/2023/3.heic": f"{sources.UNSUPPORTED} (.heic)",
+        "train/cat/raw/loop": "link to a folder inside a class folder",
+        "test/dog/raw/x.txt": "not an image file",
+    }
+
+
+def test_a_class_of_rows_without_a_split_is_learned(tmp_path, write):
+    rows = ["a.png,x,train", "b.png,y,", "c.png,y,test"]
+    for name in "abc":
+        write(tmp_path / f"{name}.png")
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    assert len(open_source(str(tmp_path / "list.csv")).items) == 3
 
 
 def test_files_below_a_folder_are_found_through_links_and_once_each(tmp_path, write):
@@ -350,6 +383,37 @@ def test_damaged_compression_and_missing_idx_files_are_named(tmp_path, idx):
     path.unlink()
     with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist"):
         open_source(f"fashion-mnist:{folder}", cache=tmp_path / "cache")
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_and_what_others_write_is_not(tmp_path, idx):
+    folder, cache = idx(), tmp_path / "cache"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    name = f".fashion-mnist-0123456789abcdef.{artifacts.OWNER}"
+    left, held = cache / f"{name}.{gone.pid}.abc", cache / f"{name}.{gone.pid}.def"
+    other, mine = cache / f".fashion-mnist-0.elsewhere.{gone.pid}.abc", cache / f"{name}.{os.getpid()}.abc"
+    for path in (left, held, other, mine):
+        (path / "train").mkdir(parents=True)
+    handle = os.open(held, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # a process of another container, which is not seen here
+    open_source(f"fashion-mnist:{folder}", cache=cache)
+    assert [path.exists() for path in (left, held, other, mine)] == [False, True, True, True]
+    os.close(handle)
+    open_source(f"fashion-mnist:{folder}", cache=cache)
+    assert not held.exists()
+
+
+def test_a_killed_unpacking_is_swept_by_the_next(tmp_path, idx):
+    folder, cache = idx(), tmp_path / "cache"
+    code = (
+        "import os, sys; from pathlib import Path; from edgedistill.data import fashion_mnist\n"
+        "fashion_mnist._write_split = lambda *a: os._exit(9)\n"
+        "fashion_mnist.unpack(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, folder, cache]).returncode == 9
+    assert len(list(cache.iterdir())) == 1
+    open_source(f"fashion-mnist:{folder}", cache=cache)
+    assert [path.name[0] for path in cache.iterdir()] == ["f"]
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, idx):

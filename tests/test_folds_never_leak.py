@@ -7,9 +7,11 @@ import cv2
 import numpy as np
 import pytest
 
+from edgedistill.data import deal as dealing
 from edgedistill.data import duplicates, folds
 from edgedistill.data.checks import check_data
-from edgedistill.data.folds import SplitSettings, Table, deal, deal_splits, freeze_dataset, group_codes, verify_folds
+from edgedistill.data.deal import SplitSettings, Table, deal, deal_splits
+from edgedistill.data.folds import freeze_dataset, group_codes, verify_folds
 from edgedistill.data.manifest import ALWAYS_TRAINED, read_dataset, write_dataset
 from edgedistill.data.sources import Item, Source, open_source
 from edgedistill.errors import DataError, EdgedistillError, UsageError
@@ -74,8 +76,8 @@ def test_the_stratum_is_balanced_too(source):
 
 @pytest.mark.parametrize(("count", "expected"), [(1000, 0.2), (1500, 0.2), (2000, 0.15), (3000, 0.1), (9000, 0.1)])
 def test_val_is_a_tenth_or_300_images_but_no_more_than_a_fifth(count, expected):
-    assert folds.val_fraction(count, SplitSettings()) == expected
-    assert folds.val_fraction(count, SplitSettings(val_fraction=0.3)) == 0.3
+    assert dealing.val_fraction(count, SplitSettings()) == expected
+    assert dealing.val_fraction(count, SplitSettings(val_fraction=0.3)) == 0.3
 
 
 def test_the_same_seed_repeats_and_another_does_not(source):
@@ -103,7 +105,7 @@ def test_the_datas_own_splits_are_kept(source):
 @pytest.mark.parametrize("limit", [0, 10_000], ids=["own deal", "scikit-learn"])
 @pytest.mark.parametrize("size", [2, 7, 19])
 def test_groups_never_part(source, monkeypatch, limit, size):
-    monkeypatch.setattr(folds, "MAX_SKLEARN_GROUPS", limit)
+    monkeypatch.setattr(dealing, "MAX_SKLEARN_GROUPS", limit)
     groups = lambda label, number: f"person {number // size}" if number % 3 else ""  # noqa: E731 (across the classes)
     dataset = freeze_dataset(source({"a": 400, "b": 200, "c": 200}, group=groups), NO_NEAR)
     for name in set(dataset.groups.tolist()) - {""}:
@@ -188,6 +190,127 @@ def test_the_smallest_allowed_class_reaches_test_val_and_every_fold(count):
         assert sorted(dealt[500:][dealt[500:] >= 0].tolist()) == list(range(count))
 
 
+def grouped(*sizes):
+    """A table with classes 0, 1, ...: ``sizes`` of the groups of each."""
+    counts = np.concatenate(sizes)
+    classes = np.repeat(np.repeat(np.arange(len(sizes)), [len(own) for own in sizes]), counts)
+    return table(classes, groups=[f"g{number}" for number in np.repeat(np.arange(len(counts)), counts)])
+
+
+ONE_LARGE = [
+    ([100] + [1] * 29, [100] + [1] * 29), ([100] + [1] * 29, [5] * 30), ([400] + [20] * 10, [20] * 30),
+    ([60] + [3] * 9, [60] + [3] * 9), ([300, 260] + [10] * 6, [10] * 50), ([1000, 100] + [1] * 5, [3] * 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", ONE_LARGE, ids=str)
+def test_a_class_with_a_dominant_group_reaches_test_val_and_every_fold(sizes):
+    made, names = grouped(*sizes), ("a", "b")
+    for seed in range(10):
+        splits, dealt = deal_splits(made, SplitSettings(seed=seed), names)
+        for label in (0, 1):
+            own = made.classes == label
+            assert {"test", "val"} <= set(splits[own].tolist()) and set(dealt[own & (dealt >= 0)].tolist()) == set(
+                range(5)
+            )
+            assert (splits[own] == "test").mean() <= 0.3 and (splits[own] == "val").mean() <= 0.3
+            for group in np.unique(made.groups[own]):
+                assert len(set(zip(splits[made.groups == group], dealt[made.groups == group], strict=True))) == 1
+
+
+def test_small_groups_beside_a_dominant_one_are_shared_as_others_are():
+    made = grouped([1000] + [1] * 100, [1] * 100)
+    splits, _ = deal_splits(made, SplitSettings(), ("a", "b"))
+    small = (made.classes == 0) & (np.bincount(made.groups)[made.groups] == 1)
+    assert [int((splits[small] == split).sum()) for split in ("test", "val", "train")] == [20, 16, 64]
+
+
+@pytest.mark.parametrize("seed", [4, 5, 9, 10, 14, 18, 19])
+def test_groups_of_unlike_size_and_several_classes_reach_every_part(seed):
+    rng = np.random.default_rng(seed)
+    sizes = np.minimum(rng.pareto(0.7, 16) + 2, 100).astype(int)
+    classes = [rng.choice(rng.choice(4, rng.integers(1, 5), replace=False), size) for size in sizes]
+    made = table(np.concatenate(classes), groups=[f"g{number}" for number in np.repeat(np.arange(16), sizes)])
+    splits, dealt = deal_splits(made, SplitSettings(folds=3), "abcd")
+    for part in (splits == "test", splits == "val", *(dealt == fold for fold in range(3))):
+        assert set(made.classes[part].tolist()) == {0, 1, 2, 3}
+
+
+def test_fewer_groups_than_folds_are_an_error_of_ours():
+    made = grouped([50], [50])
+    with pytest.raises(DataError, match="is missing in fold"):
+        dealing._deal_folds(made, SplitSettings(folds=3), np.random.default_rng(0), ("a", "b"))
+
+
+@pytest.mark.parametrize(("given", "count", "needs"), [
+    (("val", "test"), 5, "5 folds"), (("test",), 6, "5 folds and val"), ((), 7, "5 folds, test and val"),
+])  # fmt: skip
+def test_a_class_needs_an_image_for_each_fold_and_split_that_is_cut(source, given, count, needs):
+    split = lambda label, number: given[number] if number < len(given) else ""  # noqa: E731
+    made = source({"a": 40, "b": count + len(given)}, split=split)
+    dataset = freeze_dataset(made, NO_NEAR)
+    of_b = dataset.labels == 1
+    assert sorted(dataset.folds[of_b & (dataset.folds >= 0)].tolist()) == list(range(5))
+    assert {"test", "val"} <= set(dataset.splits[of_b].tolist())
+    few = dataclasses.replace(made, items=made.items[:-1])
+    with pytest.raises(DataError, match=f"class 'b': {count - 1} images, expected at least {count} for {needs}; add"):
+        freeze_dataset(few, NO_NEAR)
+    dropped = freeze_dataset(dataclasses.replace(few, items=few.items + source({"c": 40}).items), keep("drop"))
+    assert dropped.class_names == ("a", "c")
+
+
+# ---- rows marked train beside rows without a split ----
+
+
+def own_and_foreign(label, number):
+    """Ten own photographs of each class, the others foreign: to be trained on alone."""
+    return "" if number < 10 else "train"
+
+
+def test_rows_marked_train_are_cut_where_no_others_are(source, capsys):
+    made = source({"a": 40, "b": 40}, split=own_and_foreign)
+    dataset = freeze_dataset(made, SplitSettings(folds=2, near_duplicates=False))
+    foreign = np.array([item.split == "train" for item in made.items])
+    assert (dataset.splits[foreign] == "train").all() and (dataset.folds[foreign] >= 0).all()
+    assert {name: int((dataset.splits[~foreign] == name).sum()) for name in ("test", "val", "train")} == {
+        "test": 4, "val": 4, "train": 12,
+    }  # fmt: skip
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "20 images have no split, where others are train; test and val are cut from them alone" in told
+    whole = source({"a": 40, "b": 40}, split=lambda label, number: "train")
+    assert len(freeze_dataset(whole, NO_NEAR).rows("test")) == 16
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    (("test",), "where others are train; val is cut from them alone, first a/0001.png"),
+    (("test", "val"), "where others have one, and count as train, first a/0002.png"),
+])  # fmt: skip
+def test_what_becomes_of_rows_without_a_split_is_told(source, capsys, given, says):
+    split = lambda label, number: given[number] if number < len(given) else own_and_foreign(label, number)  # noqa: E731
+    made = source({"a": 40, "b": 40}, split=split)
+    dataset = freeze_dataset(made, SplitSettings(folds=2, near_duplicates=False))
+    assert says in capsys.readouterr().err.replace("\n", " ")
+    assert (dataset.splits[[item.split == "train" for item in made.items]] == "train").all()
+
+
+def test_an_own_image_of_a_foreign_group_is_not_cut(source):
+    group = lambda label, number: f"{label}{number % 10}" if number < 20 and number % 2 else ""  # noqa: E731
+    made = source({"a": 40, "b": 40}, split=own_and_foreign, group=group)
+    dataset = freeze_dataset(made, SplitSettings(folds=2, near_duplicates=False))
+    assert (dataset.splits[dataset.groups != ""] == "train").all() and len(dataset.rows("test")) == 2
+
+
+def test_a_class_of_foreign_images_alone_cannot_be_tested(source):
+    split = lambda label, number: "train" if label == "c" else own_and_foreign(label, number)  # noqa: E731
+    made = source({"a": 40, "b": 40, "c": 40}, split=split)
+    says = (
+        "class 'c': 0 images, expected at least 2 for test and val beside those that are train; leave the split of more"
+    )
+    with pytest.raises(DataError, match=says):
+        freeze_dataset(made, NO_NEAR)
+    assert (freeze_dataset(made, keep("train-only")).folds[80:] == ALWAYS_TRAINED).all()
+
+
 # ---- classes too small for the folds ----
 
 
@@ -239,7 +362,7 @@ def test_dropped_classes_are_gone_and_counted(source, capsys):
 
 
 def test_where_every_class_is_small_nothing_can_be_dealt(source):
-    with pytest.raises(DataError, match="every class has fewer than 7 images"):
+    with pytest.raises(DataError, match="every class has fewer images or groups than 5 folds, test and val need"):
         freeze_dataset(source({"a": 5, "b": 6}), keep("train-only"))
     test_only = lambda label, number: "test" if label == "b" else ""  # noqa: E731
     with pytest.raises(DataError, match="class 'b': no image to train on"):
@@ -295,13 +418,51 @@ def test_re_encoded_copies_form_groups_and_unlike_images_do_not(photographs):
     assert len(set(dataset.sha256.tolist())) == len(dataset)
 
 
-def test_a_chain_too_long_is_reported_and_not_enforced(photographs, capsys):
-    burst = {("a", number): 0 for number in range(1, 12)}
-    made = photographs(count=40, burst=burst)
-    dataset = freeze_dataset(made, SplitSettings())
-    assert set(dataset.groups.tolist()) == {""}
-    assert "1 chain of near-duplicates is longer" in capsys.readouterr().err
+def test_a_burst_stays_together_however_long(photographs, capsys):
+    dataset = freeze_dataset(
+        photographs(count=40, burst={("a", number): 0 for number in range(1, 12)}), SplitSettings()
+    )
+    assert [name for name in dataset.groups.tolist() if name] == ["like a/00.jpg"] * 12
+    assert "near-duplicate" not in capsys.readouterr().err
+    verify_folds(dataset)
+
+
+def clique(*rows):
+    return [(one, other) for one in rows for other in rows if one < other]
+
+
+def parts(pairs, rows=100, **columns):
+    """Sizes of the groups that near-duplicate ``pairs`` make in a class of so many rows, the largest first."""
+    made = table(np.zeros(rows, np.int64), **columns)
+    kept = folds.pairs_to_keep(np.array(pairs, np.int64), made)
+    sizes = np.bincount(duplicates.components(rows, kept))
+    return sorted(sizes[sizes > 1].tolist(), reverse=True)
+
+
+def test_of_a_chain_too_long_only_bursts_are_kept_together():
+    chain = [(row, row + 1) for row in range(20)]
+    assert parts(chain[:9]) == [10]  # ten images: no long chain
+    assert parts(chain) == []
+    assert parts([*clique(*range(15)), (14, 15), (15, 16), *clique(*range(16, 28))]) == [16, 12]
+    assert parts([(3, row) for row in range(20, 40)]) == [21]  # all like one, though not like each other
+    assert parts([*clique(*range(8)), *[(row, row + 1) for row in range(8, 20)], (7, 8)]) == []
     assert folds.long_chains(np.array([[0, 1], [1, 2]]), np.zeros(80, np.int64)) == []
+
+
+def test_a_burst_is_no_more_than_a_third_of_its_class_and_never_parted_where_nothing_is_dealt():
+    assert parts(clique(*range(80))) == [33, 33, 14]
+    assert parts(clique(*range(12)), rows=30) == [10, 2]
+    own_test = np.where(np.arange(100) < 80, dealing.TEST, dealing.TO_DEAL)
+    assert parts(clique(*range(80)), given=own_test) == [80]
+
+
+def test_near_duplicates_that_are_not_kept_together_are_told(photographs, capsys):
+    dataset = freeze_dataset(
+        photographs(count=21, burst={("a", number): 0 for number in range(1, 12)}), SplitSettings()
+    )
+    assert sorted(np.unique(dataset.groups, return_counts=True)[1].tolist()) == [2, 10, 30]
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "20 near-duplicate pairs are not kept together" in told and "first a/00.jpg and a/10.jpg" in told
 
 
 def test_near_duplicates_across_the_datas_own_splits_are_reported(photographs, capsys):

@@ -1,7 +1,5 @@
 """Each hard loss is its paper's formula, checked against other people's code; contradictions are refused by name."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 
 from edgedistill.errors import UsageError
-from edgedistill.student import StudentSettings
+from edgedistill.student import LIVE_DEFAULTS, StudentSettings, live_defaults
 from edgedistill.teacher import TeacherSettings
 from edgedistill.timm_import import import_timm
 from edgedistill.training.losses import (
@@ -224,19 +222,22 @@ def test_deferred_weights_wait_for_their_epoch():
         ({"class_weights": "inverse"}, "counts rare classes twice; give --no-balanced"),
         (
             {"class_weights": "inverse", "balanced_sampling": False, "sample_power": 0.5},
-            "with weighted sampling counts",
+            "with --sample-power or --oversample counts",
         ),
         ({"sample_power": 0.5}, "have no say in balanced sampling; give --no-balanced"),
         ({"oversample": ("a=2",)}, "have no say in balanced sampling"),
         ({"defer_weights": 0.8}, "defers nothing; give --class-weights"),
         ({"hard_loss": "focal", "label_smoothing": 0.1}, "focal with label smoothing"),
         ({"hard_loss": "ldam", "classifier": "cosine"}, "ldam needs one true class per image.*--cutmix 0"),
-        ({"hard_loss": "ldam", "cutmix_probability": 0.0}, "margins are angles; give --classifier cosine"),
+        (
+            {"hard_loss": "ldam", "cutmix_probability": 0.0},
+            "margins of --hard-loss ldam are angles; give --classifier cosine",
+        ),
         (
             {"hard_loss": "soft-f1", "class_weights": "inverse", "balanced_sampling": False},
             "soft-f1 weighs all classes alike already",
         ),
-        ({"hard_loss": "bce", "loss": "kl"}, "bce.* trains sigmoids and loss='kl' compares softmax"),
+        ({"hard_loss": "bce", "loss": "kl"}, "--hard-loss bce trains sigmoids and --loss kl compares softmax"),
         ({"cutmix_probability": 0.7, "mixup_probability": 0.5}, "together more than all"),
         ({"hard_loss": "arcface"}, "hard_loss='arcface', expected one of ce, focal, ldam"),
         ({"focal_gamma": -1}, "focal_gamma=-1, expected 0 to 20"),
@@ -255,10 +256,32 @@ def test_teachers_are_advised_in_their_own_flags():
         TeacherSettings(class_weights="inverse", balanced_sampling=True)
 
 
-def test_what_is_only_doubtful_is_a_warning():
-    plain = StudentSettings(cutmix_probability=0.0)
-    assert plain.doubts() == []
-    (doubt,) = dataclasses.replace(plain, hard_loss="ldam", classifier="cosine").doubts()
-    assert "both favour rare classes" in doubt
-    (doubt,) = dataclasses.replace(plain, hard_loss="soft-f1", batch_size=8).doubts()
-    assert "batches of 8 hold few" in doubt
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, None),
+        (
+            {"hard_loss": "ldam", "classifier": "cosine"},
+            "ldam and balanced sampling both favour rare classes; consider",
+        ),
+        ({"hard_loss": "soft-f1", "batch_size": 64}, "soft-f1 and balanced sampling both favour rare classes"),
+        (
+            {"hard_loss": "soft-f1", "balanced_sampling": False, "sample_power": 0.5},
+            "soft-f1 and --sample-power or --oversample both favour rare classes",
+        ),
+        ({"hard_loss": "soft-f1", "balanced_sampling": False, "batch_size": 8}, "batches of 8 hold few"),
+        ({"soft_temperature": 4.0}, "--loss ce with --soft-temperature 4 softens the target and not the answer"),
+        ({"soft_temperature": 4.0, "loss": "kl"}, None),
+        ({"test_size": 224}, "--test-size 224 is not above --image-size 224"),
+        ({"test_size": 256}, None),
+    ],
+)
+def test_what_is_only_doubtful_is_a_warning(asked, told):
+    doubts = StudentSettings(**{"cutmix_probability": 0.0} | asked).doubts()
+    assert len(doubts) == (told is not None)
+    assert told is None or told in doubts[0]
+
+
+def test_live_teachers_soften_only_what_the_loss_softens_too():
+    assert live_defaults(None) == live_defaults("kl") == LIVE_DEFAULTS
+    assert live_defaults("ce") == LIVE_DEFAULTS | {"soft_temperature": 1.0}

@@ -145,6 +145,25 @@ def test_the_pixel_limit_is_configurable() -> None:
         load_image(data, SPEC, max_pixels=599)
 
 
+def jpeg_segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def many_scans(frame: int, count: int) -> bytes:
+    """64x64 pixels in scans of one component each, of 12 bytes, which arithmetic coding (SOF9) fills by itself."""
+    components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    head = jpeg_segment(0xDB, b"\0" + b"\1" * 64) + jpeg_segment(frame, struct.pack(">BHHB", 8, 64, 64, 3) + components)
+    scans = (jpeg_segment(0xDA, bytes([1, number % 3 + 1, 0, 0, 63, 0])) + b"\x91\xd8" for number in range(count))
+    return b"\xff\xd8" + head + b"".join(scans) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("frame", [0xC0, 0xC1, 0xC2, 0xC9, 0xCA], ids=hex)
+def test_an_endless_jpeg_is_refused_of_whatever_kind(frame: int) -> None:
+    with pytest.raises(ImageError, match=f"more than {MAX_JPEG_SCANS} scans"):
+        decode_image(many_scans(frame, MAX_JPEG_SCANS + 1))
+    assert decode_image(many_scans(0xC9, MAX_JPEG_SCANS)).shape == (64, 64, 3)
+
+
 def test_an_endless_progressive_jpeg_is_refused() -> None:
     data = small_file("JPEG", progressive=True)
     scan = data.index(b"\xff\xda")

@@ -269,7 +269,7 @@ def test_options_that_contradict_each_other_are_told():
 
     from edgedistill import cli
 
-    with pytest.raises(UsageError, match="live_teachers=True, expected a soft_weight above 0"):
+    with pytest.raises(UsageError, match="live_teachers=True, expected --soft-weight above 0"):
         StudentSettings(live_teachers=True, soft_weight=0.0)
     arguments = ["distill", "--data", "nowhere", "--out", "nowhere-run", "--live-teachers", "--no-distillation"]
     result = CliRunner().invoke(cli.app, arguments)

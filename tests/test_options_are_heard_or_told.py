@@ -15,7 +15,7 @@ import typer
 
 from edgedistill import cli, pipeline
 from edgedistill.artifacts import RUN_FORMAT, RunDir, read_json
-from edgedistill.data.folds import SplitSettings
+from edgedistill.data.deal import SplitSettings
 from edgedistill.data.label_columns import LabelColumns
 from edgedistill.errors import DataError, EdgedistillError, UsageError
 from edgedistill.options import TRAINING_OPTIONS

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from edgedistill import cli, pipeline
+from edgedistill.benchmarks.distillation import read_protocol
 from edgedistill.errors import ModelError, UsageError
 from edgedistill.recipes import read_recipe, recipe_names
+from edgedistill.teacher import BlendSettings
 from edgedistill.training import fixres
 from edgedistill.training.models import input_spec_for
 
@@ -50,7 +53,7 @@ def test_recipes_say_what_their_systems_did(settings_of):
         assert (network.optimizer, network.lr, network.pool) == ("adam", 0.001, "gem")
         assert (network.hard_loss, network.focal_gamma, network.focal_alpha) == ("focal", 2.0, 1.0)
         assert network.mixup_probability > 0 and network.warmup_epochs > 0 and network.schedule == "cosine"
-    assert (gender.teacher.image_size, gender.teacher.epochs) == (256, 65) and gender.teacher.swa_start is not None
+    assert (gender.teacher.image_size, gender.teacher.epochs) == (256, 65) and gender.teacher.swa_start == 0.75
     assert gender.teacher.sample_power > 0 and len(gender.ensemble.others) == 2
     mask = settings_of("--recipe", "mask-gender-age")
     assert (mask.teacher.name, mask.teacher.classifier_dropout, mask.teacher.lr) == ("effb3", 0.7, 0.0001)
@@ -100,6 +103,56 @@ def test_flags_override_a_recipe_and_it_overrides_the_defaults(settings_of):
     assert recipe.student.balanced_sampling and not own.student.balanced_sampling
     assert not settings_of("--recipe", "fast-start").student.balanced_sampling
     assert settings_of("--recipe", "fast-start", "--balanced").student.balanced_sampling
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "wanted"),
+    [
+        ('baselines = "all"', ["--no-baseline"], "none"),
+        ('baselines = "all"', ["--baseline"], "all"),
+        ('baselines = "all"', [], "all"),
+        ('baselines = "none"', ["--baseline"], "first"),
+        ("baseline = false", ["--baselines", "all"], "all"),
+        ("baseline = false", [], "none"),
+    ],
+)
+def test_the_command_line_decides_on_baselines_whatever_a_recipe_says(options, said, wanted, settings_of, tmp_path):
+    (tmp_path / "own.toml").write_text(f'summary = "own"\n[options]\n{options}\n')
+    assert settings_of("--recipe", str(tmp_path / "own.toml"), *said).baselines == wanted
+
+
+def test_of_one_origin_baselines_do_not_contradict_each_other(tmp_path):
+    (tmp_path / "own.toml").write_text('summary = "own"\n[options]\nbaselines = "all"\nbaseline = false\n')
+    for words in (["--no-baseline", "--baselines", "all"], ["--recipe", str(tmp_path / "own.toml")]):
+        with pytest.raises(UsageError, match="--no-baseline and --baselines all contradict each other"):
+            cli.app(["distill", "--data", "x", "--out", "y", *words], standalone_mode=False)
+
+
+def test_a_recipes_vote_is_for_its_own_teachers(settings_of):
+    recipe = settings_of("--recipe", "gender-status").ensemble.blend
+    assert (recipe.weights, recipe.override) == ("0.45,0.55,0", "densenet121")
+    for teachers in ("effb0", "effb0,swinb"):
+        other = settings_of("--recipe", "gender-status", "--teacher", teachers)
+        assert other.ensemble.blend == BlendSettings() and other.teacher.pool == "gem"
+        assert settings_of("--recipe", "gender-status", "--teacher", teachers, command="teach").teacher == other.teacher
+    said = ("--teacher", "effb0,swinb", "--teacher-override", "swinb")
+    assert settings_of("--recipe", "gender-status", *said).ensemble.blend == BlendSettings(override="swinb")
+
+
+MEASURED = ["gender-status", "mask-gender-age", "eye-disease", "binary-contest"]
+ELSEWHERE = {"name", "image_size", "test_size", "epochs", "batch_size", "distillation", "warmup_epochs", "plain_epochs",
+             "any_way_up", "extra_epochs", "weights", "crop_max"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_figures_of_a_recipe_are_of_its_own_losses_samplers_and_mixing(name, settings_of):
+    protocol = read_protocol(Path("benchmarks/protocols/distillation-elpv-4class.toml"))
+    words = " ".join([protocol.data_options, protocol.student_options, protocol.arms[name]]).split()
+    measured, recipe = settings_of(*words).student, settings_of("--recipe", name).student
+    different = {
+        each.name for each in dataclasses.fields(recipe) if getattr(measured, each.name) != getattr(recipe, each.name)
+    }
+    assert different <= ELSEWHERE
 
 
 def test_what_is_said_to_teach_reaches_all_teachers_whatever_a_recipe_says(settings_of):

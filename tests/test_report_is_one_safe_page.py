@@ -19,7 +19,19 @@ from edgedistill.artifacts import RUN_FORMAT, RunDir, append_jsonl, read_json, w
 from edgedistill.data.manifest import Dataset, read_dataset, write_dataset
 from edgedistill.errors import ArtifactError
 from edgedistill.report import write_report
-from edgedistill.report.charts import PERCENT, PLAIN, POINTS, ReliabilityBin, Series, line_chart, nice_ticks
+from edgedistill.report.charts import (
+    PERCENT,
+    PLAIN,
+    POINTS,
+    Interval,
+    ReliabilityBin,
+    Series,
+    bar_chart,
+    interval_chart,
+    line_chart,
+    nice_ticks,
+)
+from edgedistill.report.quality_sections import _matrix
 from edgedistill.report.record import Predictions, read_record
 from edgedistill.report.reliability_section import reliability_bins
 from edgedistill.report.summary_sections import lead_sentence
@@ -102,17 +114,7 @@ class FakeRun:
             },
             "versions": {"edgedistill": "0.1.0", "torch": "2.13.0", "timm": "1.0.31", "openvino": "2026.4.1"},
             "dataset_hash": dataset.hash,
-            "command": [
-                "distill",
-                "--data",
-                "photos/animals",
-                "--teacher",
-                "effb4",
-                "--student",
-                "mbv3s",
-                "--out",
-                "runs/my cells",
-            ],
+            "commands": ["distill --data photos/animals --teacher effb4 --student mbv3s --out 'runs/my cells'"],
         }
         write_json(run.config, values, format=RUN_FORMAT)
 
@@ -539,7 +541,7 @@ HOSTILE = (
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "<b>run & co", classes=HOSTILE, images=120).write()
     config = json.loads(run.config.read_text())
-    config["command"] = "distill --data '</style><script>alert(3)</script>'"
+    config["commands"] = ["distill --data '</style><script>alert(3)</script>'"]
     config["settings"]["data"]["data"] = "</title><svg onload=alert(4)>\udcff"
     run.config.write_text(json.dumps(config))
     write_report(run)
@@ -664,6 +666,9 @@ def test_epochs_repeated_by_a_resume_count_once(copied_run: RunDir) -> None:
             "Tuning: a file",
         ),
         ("student/metrics.jsonl", b"\xff\xfe\x00", "utf-8"),
+        ("student/metrics.jsonl", "[" * 100_000, "metrics.jsonl: RecursionError"),
+        ("noisy_labels.csv", 'id,suspect\n"' + "x" * 140_000, "Labels that look wrong: a file"),
+        ("config.json", '{"commands": 3, "settings": {"student": {"final_data": []}}}', "How it was made: a file"),
     ],
 )
 def test_a_damaged_file_costs_only_its_own_section(
@@ -674,6 +679,109 @@ def test_a_damaged_file_costs_only_its_own_section(
     page = _read(write_report(copied_run))
     assert says in page.text
     assert "Training curves" in page.text and "fold 4" in page.text
+
+
+def test_figures_that_are_no_numbers_leave_the_others_shown(copied_run: RunDir) -> None:
+    path = copied_run.evaluation / "evaluation.json"
+    values = json.loads(path.read_text())
+    values["models"]["student"] |= {"accuracy": float("nan"), "accuracy_ci95": [float("nan"), float("inf")]}
+    path.write_text(json.dumps(values))
+    page = _read(write_report(copied_run))
+    assert "could not be understood" not in page.text and percent(values["models"]["teacher"]["accuracy"]) in page.text
+    assert not [name for _, attributes in page.tags for name in attributes.values() if name in ("nan", "inf")]
+
+
+RECORDED = {
+    "all its flags": (
+        ["distill --data photos/ --student mbv3s,lcnet --epochs 5 --final-data train+val --out run"],
+        "distill --data photos/ --student mbv3s,lcnet --epochs 5 --final-data train+val --out ROOT --resume",
+    ),
+    "the last of several": (
+        ["teach --data photos/ --out run", "edgedistill distill --resume --out=run --data 'my photos' --lr 0.1"],
+        "distill --data 'my photos' --lr 0.1 --out ROOT --resume",
+    ),
+    "teachers alone": (
+        ["edgedistill teach --data photos/ --out run --fold 3 --teacher effb0 --teacher-epochs 7"],
+        "distill --data photos/ --teacher effb0 --teacher-epochs 7 --out ROOT --resume",
+    ),
+    "nothing to read": (["distill --data 'photos"], "distill --data photos/animals --out ROOT --resume"),
+    "another program": (["pytest -q"], "distill --data photos/animals --out ROOT --resume"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_what_is_missing_is_made_by_the_runs_own_command(tmp_path: Path, case: str) -> None:
+    commands, expected = RECORDED[case]
+    run = RunDir(tmp_path / "run")
+    write_json(run.config, {"settings": {"data": {"data": "photos/animals"}}, "commands": commands}, format=RUN_FORMAT)
+    assert read_record(run).command("distill") == expected.replace("ROOT", str(run.root))
+    page = _read(write_report(run))
+    assert expected.replace("ROOT", str(run.root)) in page.text and " ".join(commands) in page.text
+
+
+def test_a_config_of_one_command_is_read(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    write_json(run.config, {"settings": {}, "command": "distill --data x --lr 0.1 --out y"}, format=RUN_FORMAT)
+    assert read_record(run).command("distill") == f"distill --data x --lr 0.1 --out {run.root} --resume"
+    assert "distill --data x --lr 0.1 --out y" in _read(write_report(run)).text.split("How it was made")[-1]
+
+
+def test_a_baseline_that_was_not_wanted_is_asked_for(tmp_path: Path) -> None:
+    run, line = RunDir(tmp_path / "run"), "distill --data x --no-baseline --lr 0.1"
+    for baselines, expected in (
+        ("none", f"distill --data x --lr 0.1 --out {run.root} --resume --baselines first"),
+        ("first", f"{line} --out {run.root} --resume"),
+    ):
+        write_json(run.config, {"settings": {"baselines": baselines}, "commands": [line]}, format=RUN_FORMAT)
+        assert read_record(run).command("baseline") == expected
+
+
+@pytest.mark.parametrize("settings", [{"student": {"distillation": False}}, {"soft_labels": "earlier/soft_labels"}])
+def test_a_run_without_teachers_of_its_own_misses_none(tmp_path: Path, settings: dict[str, Any]) -> None:
+    run = RunDir(tmp_path / "run")
+    write_json(run.config, {"settings": settings, "commands": ["distill --data x"]}, format=RUN_FORMAT)
+    text = _read(write_report(run)).text
+    assert "has no teachers of its own" in text and "No student has finished an epoch" in text
+    assert "No teacher has finished" not in text and "soft labels are not finished" not in text
+
+
+def test_the_page_begins_with_its_own_students_export(copied_run: RunDir) -> None:
+    copied_run.openvino.rename(copied_run.root / "openvino-lcnet")
+    lead = lead_sentence(read_record(copied_run))
+    assert lead.startswith("mbv3s, distilled from 5 effb4 teachers")
+
+
+@pytest.mark.parametrize(
+    ("final_data", "says"),
+    [
+        ("train", "final evaluation, and none on val; folds cover train only."),
+        (
+            "train+val",
+            "final evaluation; the last epochs of each student are on val too (--final-data train+val); folds",
+        ),
+        (None, "final evaluation; folds cover train only."),
+    ],
+)
+def test_what_is_said_of_the_splits_holds_for_this_run(copied_run: RunDir, final_data: str | None, says: str) -> None:
+    config = read_json(copied_run.config, format=RUN_FORMAT)
+    config["settings"]["student"]["final_data"] = final_data
+    write_json(copied_run.config, config, format=RUN_FORMAT)
+    text = _read(write_report(copied_run)).text
+    assert f"No network is trained on test, which is kept for the {says}" in text
+    assert "cut first" not in text  # data may bring a split of their own
+
+
+def test_right_answers_of_folded_classes_are_right() -> None:
+    confusion = np.diag([50] * 30)
+    confusion[np.arange(13), (np.arange(13) + 1) % 13] += 20
+    confusion[np.arange(13, 30), 13 + (np.arange(17) + 1) % 17] += 10
+    matrix = _matrix(confusion, [f"c{index}" for index in range(30)], "student")
+    name, total, cells = matrix.rows[-1]
+    assert (name, total, len(matrix.rows)) == ("the other 17", confusion[13:].sum(), 14)
+    assert matrix.columns[-2:] == ("the other 17", "another of these 17")
+    assert [(cell.count, cell.right) for cell in cells[-2:]] == [(17 * 50, True), (17 * 10, False)]
+    assert sum(cell.count for _, _, row in matrix.rows for cell in row if cell.right) == np.trace(confusion)
+    assert all(sum(cell.count for cell in row) == images for _, images, row in matrix.rows)
 
 
 def test_missing_pictures_are_named_not_fatal(copied_run: RunDir) -> None:
@@ -821,6 +929,9 @@ def test_charts_take_empty_single_and_broken_values() -> None:
     assert (
         "nan" not in chart.lower().replace("nan ends", "") and chart.startswith("<svg") and "one ends at 50%" in chart
     )
+    rows = [Interval("broken", "hard", nan, nan, float("inf"), "–"), Interval("whole", "peer", 0.5, 0.4, 0.6, "50%")]
+    for chart in (interval_chart(rows, alt="a", x_label="x", zero=True), bar_chart(rows[:1], alt="b", x_label="x")):
+        assert "nan" not in chart and "inf" not in chart and "broken" in chart
     long = Series("long", "student", tuple(map(float, range(100_000))), tuple(np.sin(np.arange(100_000.0))))
     assert len(line_chart([long], alt="long", x_label="epoch", unit=PERCENT)) < 12_000
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from edgedistill.data.manifest import Dataset
+from edgedistill.data.stratify import sampling_codes
 from edgedistill.errors import UsageError
 from edgedistill.tasks import Head, Task
 from edgedistill.teacher import TeacherSettings
@@ -139,3 +140,29 @@ def test_many_small_classes_keep_their_share_over_the_epochs():
     assert np.abs(given + quotas - 20 * shares).max() <= 1.5 and (quotas >= 0).all() and quotas.sum() >= 100
     again, _ = shared_out(shares, 100, 20)
     assert (again == given + quotas).all()
+
+
+def test_images_with_a_label_missing_are_drawn_no_oftener_than_others():
+    """Their joint label is no class of its own: it would be drawn as often as any other, and its loss is left out."""
+    task = Task((Head("mask", "softmax", ("on", "off")), Head("sex", "softmax", ("f", "m")), Head("age", "regression")))
+    values = np.repeat([[0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]], [20, 18, 15, 15], axis=0).astype(np.float32)
+    values[[0, 25, 50], 0] = np.nan  # who wears a mask is not known of f, m, f
+    values[67] = [np.nan, np.nan, 3]  # nothing is known
+    values[40, 2] = np.nan  # a value makes no class
+    joint = np.unique([task.joint_label(row) for row in values], return_inverse=True)[1]
+    codes = sampling_codes(task, values, joint, least=10)
+    assert len(np.unique(codes)) == 4
+    assert codes[[0, 25, 50, 67]].tolist() == codes[[1, 26, 1, 1]].tolist(), "the largest that each may belong to"
+    draw = Draw(np.arange(68), codes, 17, balanced=True, seed=0)
+    times = np.bincount(np.concatenate([draw.epoch(epoch).ravel() for epoch in range(40)]), minlength=68)
+    assert times[[0, 25, 50, 67]].mean() < times.mean() * 1.1
+
+
+def test_images_of_unknown_labels_are_no_class_beside_those_without_any():
+    task = Task((Head("tags", "sigmoid", ("a", "b")),))
+    values = np.repeat([[1, 0], [0, 1], [0, 0]], [20, 8, 2], axis=0).astype(np.float32)
+    values[[5, 25]] = np.nan, 1  # a is unknown
+    values[6] = np.nan
+    codes = sampling_codes(task, values, np.zeros(30, np.int64), least=10)
+    assert codes[[5, 25]].tolist() == [1, 1], "what is known of them counts"
+    assert codes[6] == codes[0] == 0 and set(codes[28:]) == {-1}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgedistill.artifacts import RunDir, read_json
-from edgedistill.data.folds import SplitSettings
+from edgedistill.data.deal import SplitSettings
 from edgedistill.errors import DataError, UsageError
 from edgedistill.metrics import log_loss, softmax
 from edgedistill.pipeline import DataSettings, TeachSettings, parse_teachers, teach

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from edgedistill.benchmarks.inputs import input_sets
 from edgedistill.data.checks import check_data
-from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.deal import SplitSettings
+from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.manifest import hash_files, read_dataset, write_dataset
 from edgedistill.data.sources import open_source
 from edgedistill.errors import ArtifactError, DataError, ImageError
@@ -161,6 +163,40 @@ def test_damaged_and_compressed_shards_are_named(shards, tmp_path):
         open_source(str(broken / "part.tar.gz"))
     with pytest.raises(DataError, match="no such shards"):
         open_source(f"{broken}/none-*.tar")
+
+
+def test_a_shard_cut_or_damaged_between_two_members_is_named(shards, tmp_path):
+    whole = (shards / "part-000.tar").read_bytes()
+    with tarfile.open(shards / "part-000.tar") as tar:
+        start = tar.getmembers()[20].offset
+    path = tmp_path / "broken" / "part.tar"
+    path.parent.mkdir()
+    for data, message in (
+        (whole[:start], r"part\.tar: it ends without the zero blocks .*head -c 1024 /dev/zero >> part\.tar"),
+        (whole[: start + 100], rf"part\.tar: damaged at byte {start}"),
+        (whole[:start] + b"\7" * 512 + whole[start + 512 :], rf"part\.tar: damaged at byte {start}"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            open_source(str(path))
+    path.write_bytes(whole[:start] + bytes(1024))  # as the message says
+    assert len(open_source(str(path)).items) == 10
+
+
+@pytest.mark.parametrize("form", ["gnu", "ustar", "posix", "v7", "oldgnu"])
+def test_shards_of_gnu_tar_and_with_one_zero_block_are_whole(shards, tmp_path, form):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+        (folder / f"{number}.cls").write_text(f"{number % 2}")
+    path = tmp_path / "whole" / "part.tar"
+    path.parent.mkdir()
+    subprocess.run(["tar", f"--format={form}", "-cf", path, "-C", folder, "."], check=True)
+    assert len(open_source(str(path)).items) == 4
+    data = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(data + bytes(-len(data) % 512) + bytes(512))
+    assert len(open_source(str(path)).items) == 4
 
 
 def test_two_shards_of_one_name_are_refused(shards):

@@ -17,7 +17,7 @@ import pytest
 from edgedistill import console
 from edgedistill.artifacts import RunDir, read_array
 from edgedistill.benchmarks.target import Target
-from edgedistill.data.folds import SplitSettings
+from edgedistill.data.deal import SplitSettings
 from edgedistill.data.manifest import Dataset, read_dataset
 from edgedistill.errors import ImageError, UsageError
 from edgedistill.pipeline import DataSettings, TeachSettings, check_command, freeze, record

@@ -14,7 +14,7 @@ from edgedistill.artifacts import RunDir, sha256_file
 from edgedistill.data import duplicates
 from edgedistill.data.soft_label_store import HeldRows
 from edgedistill.errors import DataError, UsageError
-from edgedistill.student import StudentSettings, train_student
+from edgedistill.student import StudentSettings, find_unlabelled, train_student
 from edgedistill.student.live_teachers import find_teachers
 from edgedistill.student.unlabelled import (
     MixedDraw,
@@ -329,6 +329,23 @@ def test_what_looks_like_a_test_image_is_left_out_and_searched_once(hashed, fold
     monkeypatch.undo()
     with pytest.raises(DataError, match="every image looks like one of the test split"):
         without_like_test(paths[only], digests[only], hashed, cache=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [("copies", "every image looks like one of the test split"), ("damaged", "none of the 2 images can be read")],
+)
+def test_a_folder_that_is_of_no_use_is_refused_before_any_training(hashed, tmp_path, images, says):
+    own = tmp_path / "own"
+    own.mkdir()
+    for number, row in enumerate(hashed.rows("test")[:2]):
+        pixels = cv2.resize(cv2.imread(hashed.paths[row]), (80, 80), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(own / f"{number}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        if images == "damaged":
+            (own / f"{number}.jpg").write_bytes(bytes([number]) + b"no image")
+    settings = dataclasses.replace(SETTINGS, unlabelled=str(own))
+    with pytest.raises(DataError, match=says):
+        find_unlabelled(settings, hashed, tmp_path / "cache")
 
 
 def test_close_hashes_of_two_sets_are_all_found():

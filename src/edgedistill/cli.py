@@ -61,7 +61,7 @@ ValFraction = Annotated[float | None, typer.Option(help="Share for calibration a
 SmallClasses = Annotated[
     str,
     typer.Option(
-        help="A class with fewer images than folds + 2: refuse, train-only (in every training, held out nowhere), or drop."
+        help="A class with fewer images than folds and splits to cut: refuse, train-only (in every training, held out nowhere), or drop."
     ),
 ]
 MaxPixels = Annotated[
@@ -76,6 +76,7 @@ Processes = Annotated[
 ]
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+BLEND_OPTIONS = {"weights": "teacher_blend", "vote": "teacher_vote", "override": "teacher_override"}
 NO_RECIPES_BUSINESS = {"context", "recipe", "data", "out", "resume", "dry_run", "as_json", "help_teacher"}
 
 # What the base install leaves out, and the extra that brings it.
@@ -138,7 +139,7 @@ def _data(
     max_pixels: int,
     labels: Any,
 ) -> Any:
-    from edgedistill.data.folds import SplitSettings
+    from edgedistill.data.deal import SplitSettings
     from edgedistill.pipeline import DataSettings
 
     split = SplitSettings(
@@ -167,6 +168,32 @@ def _use_recipe(context: typer.Context, name: str | None) -> str | None:
 
 def _recipe_options() -> set[str]:
     return set(inspect.signature(distill).parameters) - NO_RECIPES_BUSINESS
+
+
+def _blend(context: typer.Context, recipe: str | None, **given: str) -> Any:
+    """How the teachers vote. What a recipe says of its own is no rule for others that --teacher names."""
+    from edgedistill.teacher import BlendSettings
+
+    if recipe is not None and given_flags(context, ["teacher"]):
+        given = {name: value for name, value in given.items() if given_flags(context, [BLEND_OPTIONS[name]])}
+    return BlendSettings(**given)  # type: ignore[arg-type]
+
+
+def _baselines(context: typer.Context, baseline: bool, baselines: str | None) -> str:
+    """Which students have a hard-label one. The command line has the last word over a recipe; UsageError for two wishes of
+    one origin that contradict each other."""
+    from edgedistill.errors import UsageError
+
+    given = given_flags(context, ["baseline", "baselines"])
+    if given == ["--baselines"] and baselines is not None:
+        return baselines
+    if given == ["--no-baseline"]:
+        return "none"
+    if given == ["--baseline"] and baselines == "none":
+        return "first"
+    if not baseline and baselines not in (None, "none"):
+        raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
+    return (baselines or "first") if baseline else "none"
 
 
 def _idle(context: typer.Context, *, no_distillation: bool, soft_labels: Path | None) -> list[str]:
@@ -250,13 +277,13 @@ def teach(
 ) -> None:
     """Train K-fold teachers and store their out-of-fold soft labels: the first half of distill."""
     from edgedistill import pipeline
-    from edgedistill.teacher import BlendSettings, TeacherSettings
+    from edgedistill.teacher import TeacherSettings
 
     first, ensemble = pipeline.parse_teachers(
         teacher,
         teacher_weights,
         TeacherSettings(image_size=teacher_image_size, fold=fold, **training.teacher),
-        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+        blend=_blend(context, recipe, weights=teacher_blend, vote=teacher_vote, override=teacher_override),
     )
     seed = training.teacher["seed"]
     settings = pipeline.TeachSettings(
@@ -327,9 +354,8 @@ def distill(
 ) -> None:
     """Train K-fold teachers, store their out-of-fold soft labels, distil them into a student: model.pt."""
     from edgedistill import pipeline
-    from edgedistill.errors import UsageError
-    from edgedistill.student import LIVE_DEFAULTS, StudentSettings
-    from edgedistill.teacher import BlendSettings, TeacherSettings
+    from edgedistill.student import StudentSettings, live_defaults
+    from edgedistill.teacher import TeacherSettings
     from edgedistill.training.processes import on_main
 
     doubts = _idle(context, no_distillation=no_distillation, soft_labels=soft_labels)
@@ -338,19 +364,17 @@ def distill(
         values = {name: value for name, value in values.items() if name not in ASK_FOR_TEACHERS}
         soft_labels = None
     elif values["live_teachers"] or values["views"]:
-        values = LIVE_DEFAULTS | values
+        values = live_defaults(values.get("loss")) | values
     first, *others = pipeline.parse_students(
         student,
         student_weights,
         StudentSettings(name=student, image_size=image_size, distillation=not no_distillation, **values),
     )
-    if not baseline and baselines not in (None, "none"):
-        raise UsageError(f"--no-baseline and --baselines {baselines} contradict each other; give one of them")
     first_teacher, ensemble = pipeline.parse_teachers(
         teacher,
         teacher_weights,
         TeacherSettings(image_size=teacher_image_size or image_size, **training.teacher),
-        blend=BlendSettings(weights=teacher_blend, vote=teacher_vote, override=teacher_override),  # type: ignore[arg-type]
+        blend=_blend(context, recipe, weights=teacher_blend, vote=teacher_vote, override=teacher_override),
     )
     seed = training.student["seed"]
     settings = pipeline.DistillSettings(
@@ -370,7 +394,7 @@ def distill(
         student=first.settings,
         label=first.label,
         others=tuple(others),
-        baselines=(baselines or "first") if baseline else "none",  # type: ignore[arg-type]
+        baselines=_baselines(context, baseline, baselines),  # type: ignore[arg-type]
         soft_labels=soft_labels,
     )
     if dry_run:
@@ -420,7 +444,7 @@ def check_data(
     """Find what would spoil a training: damaged, huge, duplicate or doubtful images, classes too small."""
     from edgedistill import console
     from edgedistill.data import checks
-    from edgedistill.data.folds import SplitSettings
+    from edgedistill.data.deal import SplitSettings
     from edgedistill.data.sources import open_source
 
     split = SplitSettings(folds=folds, small_classes=small_classes)  # type: ignore[arg-type]

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from edgedistill.memory import available_bytes
+
 Status = Literal["ok", "note", "warning", "error"]
 PACKAGE = "edgedistill"
 OPENCV_WHEELS = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
@@ -208,33 +210,14 @@ def check_openvino() -> Iterable[Check]:
 
 
 def check_memory() -> Iterable[Check]:
-    free = _memory_available_gib()
+    free = available_bytes()
     if free is None:
         yield Check("memory", "note", "unknown on this system")
-    elif free < MIN_MEMORY_GIB:
-        yield Check("memory", "warning", f"{free:.1f} GiB free", "close programs, or train with a smaller --batch-size")
+    elif free < MIN_MEMORY_GIB * GIB:
+        remedy = "close programs, or train with a smaller --batch-size"
+        yield Check("memory", "warning", f"{free / GIB:.1f} GiB free", remedy)
     else:
-        yield Check("memory", "ok", f"{free:.1f} GiB free")
-
-
-def _memory_available_gib() -> float | None:
-    """MemAvailable, or what the container's control group leaves where that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    limit, used = (_number_in(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        free = min(free if free is not None else limit, limit - used)
-    return None if free is None else free / GIB
-
-
-def _number_in(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # not Linux, or 'max': no limit
-        return None
+        yield Check("memory", "ok", f"{free / GIB:.1f} GiB free")
 
 
 def check_disk() -> Iterable[Check]:

@@ -20,10 +20,11 @@ ImageKind = Literal["jpeg", "png", "webp", "bmp", "tiff"]
 DEFAULT_MAX_PIXELS = 100_000_000
 # A chunk is at least 8 bytes, so a 100 MB file could hold twelve million; no real one has thousands outside PNG's IDAT.
 MAX_CHUNKS = 100_000
-# An encoder's progressive script has about ten scans; thousands make a small file decode for minutes.
+# An encoder's progressive script has about ten scans; thousands of any kind make a small file decode for minutes.
 MAX_JPEG_SCANS = 500
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _STANDALONE = frozenset(range(0xD0, 0xD9)) | {0x01}
 _ANIMATION = frozenset({b"acTL", b"fcTL", b"fdAT"})
 _LUMA_FACTORS = frozenset({0x11, 0x21, 0x22, 0x12, 0x41})
@@ -74,18 +75,23 @@ def _damaged(name: str, why: str) -> ImageError:
 def _read_jpeg(data: bytes) -> ImageHeader:
     frame: tuple[int, bytes] | None = None
     orientation: int | None = None
+    scanned = 0  # components of the first scan
     for marker, body in _jpeg_segments(data):
         if marker == 0xE1 and orientation is None and body.startswith(b"Exif\0\0"):
             orientation = exif_orientation(body[6:])
         elif marker in _SOF and frame is None:
             frame = (marker, body)
+        elif marker == 0xDA:
+            scanned = body[0]
     if frame is None:
         raise ValueError("no frame header before the pixels")
     marker, body = frame
     precision, height, width, components = struct.unpack_from(">BHHB", body)
     if precision != 8:
         raise ValueError(f"a {precision}-bit JPEG, only 8 bits are read")
-    if marker in (0xC2, 0xC6, 0xCA, 0xCE) and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    # After a scan of all components libjpeg takes no other, but in a progressive file.
+    several = marker in _PROGRESSIVE or scanned < components
+    if several and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise ValueError(f"more than {MAX_JPEG_SCANS} scans")
     factors = [body[6 + 3 * number + 1] for number in range(components)]
     plain = components == 1 or (
@@ -98,7 +104,7 @@ def _read_jpeg(data: bytes) -> ImageHeader:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(marker, body) of the segments before the first scan."""
+    """(marker, body) of the segments up to the first scan's header."""
     at = 2
     while True:
         if data[at] != 0xFF:
@@ -109,12 +115,14 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         at += 1
         if marker in _STANDALONE:
             continue
-        if marker in (0xDA, 0xD9):
+        if marker == 0xD9:
             return
         (length,) = struct.unpack_from(">H", data, at)
         if length < 2 or at + length > len(data):
             raise ValueError("a segment reaches beyond the end")
         yield marker, data[at + 2 : at + length]
+        if marker == 0xDA:
+            return
         at += length
 
 

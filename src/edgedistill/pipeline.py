@@ -33,7 +33,8 @@ from edgedistill.artifacts import (
     write_json,
 )
 from edgedistill.data.checks import check_data
-from edgedistill.data.folds import SplitSettings, freeze_dataset
+from edgedistill.data.deal import SplitSettings
+from edgedistill.data.folds import freeze_dataset
 from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.manifest import ALWAYS_TRAINED, Dataset, read_dataset, write_dataset
 from edgedistill.data.soft_label_store import check_store, parse_store
@@ -150,7 +151,7 @@ class DistillSettings:
         if averaging and (blend.vote != "soft" or blend.override):
             raise UsageError(
                 f"{averaging[0]}: averages what several architectures say; leave --teacher-vote and --teacher-override "
-                "away"
+                "away (a recipe's: --teacher-vote soft --teacher-override '')"
             )
 
     @property
@@ -248,7 +249,7 @@ def refuse_early(networks: Sequence[TrainSettings], this: Part | None = None) ->
         known: set[tuple[str, Any]] = {item for before in networks[:number] for item in vars(before).items()}
         known = known.union(*(later.heeds() for later in networks[number + 1 :]))
         for doubt in settings.doubts(known):
-            console.warn(f"{settings.name}: {settings.in_own_flags(doubt)}")
+            console.warn(f"{settings.role} {settings.name}: {settings.in_own_flags(doubt)}")
 
 
 def _refuse_network(settings: TrainSettings) -> None:
@@ -413,11 +414,12 @@ def check_command(settings: DataSettings) -> str:
 
 
 def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> None:
-    """config.json: every resolved setting, versions, data-set hash and command line.
+    """config.json: every resolved setting, versions, data-set hash and command lines.
 
     Raises ArtifactError when a resumed run was made from another data set. (Each stage refuses other settings itself.)
     """
-    command, wanted = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), settings_dict(settings)
+    program, wanted = Path(sys.argv[0]).name, settings_dict(settings)
+    commands = [shlex.join(["edgedistill" if program == "__main__.py" else program, *sys.argv[1:]])]
     if run.config.exists() and resume:
         saved = read_json(run.config, format=RUN_FORMAT)
         if saved["dataset_hash"] != dataset.hash:
@@ -425,14 +427,21 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
         wanted["data"] |= _as_frozen(run, saved["settings"].get("data", {}), wanted["data"])
         if isinstance(settings, TeachSettings) and "student" in saved["settings"]:
             return  # teachers alone, for a run that has students: what it was asked for stands
-        command = saved["command"]
+        commands = _joined(saved, *commands)
     values = {
         "settings": wanted,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {"edgedistill": __version__},
         "dataset_hash": dataset.hash,
-        "command": command,
+        "commands": commands,
     }
     write_json(run.config, values, format=RUN_FORMAT)
+
+
+def _joined(saved: dict[str, Any], command: str) -> list[str]:
+    """The command lines of a config.json, and ``command`` where it asks for more than to go on. (Older files have one.)"""
+    before = saved["commands"] if "commands" in saved else [saved["command"]]
+    only_goes_on = before[-1].replace(" --resume", "") == command.replace(" --resume", "")
+    return before if only_goes_on else [*before, command]
 
 
 def _as_frozen(run: RunDir, saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
@@ -453,7 +462,7 @@ def _refuse_other_work(settings: TeachSettings | DistillSettings, run: RunDir, d
     """Raises ArtifactError where the run's teachers, soft labels or students were made with other settings."""
     if isinstance(settings, DistillSettings):
         for student in settings.students:
-            place = _place(settings, student, run)
+            place = place_of(settings, student, run)
             student_module.refuse_other_work(student.settings, place.out, place.folder)
             if settings.has_baseline(student):
                 hard = dataclasses.replace(student.settings, distillation=False)
@@ -464,7 +473,7 @@ def _refuse_other_work(settings: TeachSettings | DistillSettings, run: RunDir, d
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Of a student: its model.pt, the folder of its training, and that of its hard-label self."""
 
     out: Path
@@ -472,12 +481,12 @@ class _Place:
     hard_folder: Path
 
 
-def _place(settings: DistillSettings, student: NamedStudent, run: RunDir) -> _Place:
+def place_of(settings: DistillSettings, student: NamedStudent, run: RunDir) -> Place:
     """The first keeps the names of a run with one student, so that others can be added to a finished run."""
     first, label = student.label == settings.label, student.label
     hard_folder = run.hard_label_student if first else run.other_hard_label_student(label)
     distilled_folder = run.student if first else run.other_student(label)
-    return _Place(
+    return Place(
         out=run.model if first else run.model_of(label),
         folder=distilled_folder if student.settings.distillation else hard_folder,
         hard_folder=hard_folder,
@@ -617,7 +626,7 @@ def _train(
     """
     first, label = student.label == settings.label, student.label
     kind = "student" if student.settings.distillation else "hard_label_student"
-    end, place = "" if first else f"-{label}", _place(settings, student, run)
+    end, place = "" if first else f"-{label}", place_of(settings, student, run)
     out = place.out
     train_student(student.settings, dataset, run, soft_labels=soft_labels, out=out, resume=resume, folder=place.folder)
     if first and settings.others:

@@ -89,6 +89,11 @@ def weights_changed(ir: Ir, rng: Rng) -> Ir:
     return ir[0], bytes(weights[: len(ir[1])])
 
 
+def encoded_otherwise(ir: Ir, rng: Rng) -> Ir:
+    encoding = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")[int(rng.integers(6))]
+    return ir[0].decode("latin-1").encode(encoding), ir[1]
+
+
 def section_filled(ir: Ir, rng: Rng) -> Ir:
     """Something long or deep where metadata are."""
     at = ir[0].find(b"<edgedistill>")
@@ -119,6 +124,7 @@ CHANGES: dict[str, Callable[[Ir, Rng], Ir]] = {
     "edge bent": edge_bent,
     "weights": weights_changed,
     "section": section_filled,
+    "encoded otherwise": encoded_otherwise,
 }  # fmt: skip
 
 

@@ -109,6 +109,18 @@ FATAL = {
 }
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_what_openvino_would_not_survive_is_seen_in_any_encoding(
+    encoding: str, command: list[str | Path], test_models: Path, tmp_path: Path
+) -> None:
+    original, path = test_models / "single" / "stages" / "tiny" / "model.xml", tmp_path / "model.xml"
+    text = original.read_text(encoding="utf-8").replace('type="Const"', 'type="Broadcast"', 1)
+    path.write_bytes(text.encode(encoding))
+    path.with_suffix(".bin").write_bytes(original.with_suffix(".bin").read_bytes())
+    (result,) = results(command, [path], dict(os.environ))
+    assert result["kind"] == "model" and f"{path}: not a readable OpenVINO IR" in result["error"]
+
+
 @pytest.mark.parametrize("what", FATAL)
 def test_what_openvino_would_not_survive_it_never_gets(
     what: str, command: list[str | Path], test_models: Path, tmp_path: Path

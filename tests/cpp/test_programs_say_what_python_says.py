@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from edgedistill.benchmarks.target import Target
 from edgedistill.export.certificate import CERTIFICATE_FORMAT
 from edgedistill.export.export import certify_test
 from edgedistill.runtime import Classifier
+from edgedistill.runtime.network import usable_cores
 
 pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]
 Run = Callable[..., subprocess.CompletedProcess[str]]
+FILES = 100  # that a program may have open
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +195,24 @@ def test_what_is_missing_is_told_after_what_was_there(classify: Run, tmp_path: P
     assert classify("nothing", "photos").returncode == 1
 
 
+def test_a_folder_that_cannot_be_searched_to_the_bottom_is_an_error(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path
+) -> None:
+    """Every folder on the way down costs a file descriptor."""
+    (tmp_path / "/".join("d" * FILES)).mkdir(parents=True)
+    shutil.copyfile(test_models / "photos" / "red.jpg", tmp_path / "red.jpg")
+    command = [str(cpp_program("edgedistill-classify")), str(test_models / "single"), str(tmp_path)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
+    )
+    assert done.returncode == 1, done.stdout
+    assert f"error: {tmp_path}: cannot be searched to the bottom (Too many open files)" in done.stderr
+
+
 def test_a_csv_is_whole_or_absent(classify: Run, tmp_path: Path) -> None:
     assert classify("single", "photos/red.jpg", "missing.jpg", "--csv", str(tmp_path / "a.csv")).returncode == 1
     assert list(tmp_path.iterdir()) == []
@@ -291,6 +312,26 @@ def test_bench_fps_measures_it_in_the_same_rounds(
         assert not [one for one in record["warnings"] if "otherwise" in one], "C++ and Python answer differently"
         rows = [row for row in record["results"] if row["candidate"] == "edgedistill-cpp"]
         assert len(rows) == 6
+
+
+def test_it_is_measured_with_the_threads_that_are_deployed(
+    cpp_program: Callable[[str], Path], test_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEDISTILL_CPP_BIN", str(cpp_program("edgedistill-bench").parent))
+    copy, cores = shutil.copytree(test_models / "single", tmp_path / "openvino"), usable_cores()
+    values = json.loads((copy / "deploy.json").read_text())
+    values["latency"]["threads"] = 1
+    values["throughput"] |= {"streams": 1, "threads": cores}
+    (copy / "deploy.json").write_text(json.dumps(values))
+    photo, out = str(test_models / "photos" / "red.jpg"), tmp_path / "bench.json"
+    settings = BenchSettings(
+        copy, vs=("edgedistill-cpp",), images=(photo,), precisions=("f32",), rounds=1, seconds=0.05, out=out
+    )
+    rows = [row for row in bench_fps(settings).record["results"] if row["candidate"].startswith("edgedistill")]
+    assert len(rows) == 12
+    for row in rows:
+        expected = (1, 1) if row["mode"] == "latency" else (cores, 1)
+        assert (row["settings"]["threads"], row["settings"]["streams"]) == expected, row
 
 
 def test_stages_of_unlike_precisions_are_measured_as_they_are_deployed(

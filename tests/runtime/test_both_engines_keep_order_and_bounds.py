@@ -212,6 +212,7 @@ def test_a_number_is_no_image_with_or_without_a_name(engine_class: EngineClass, 
     [
         ({"streams": 0}, ModelError),
         ({"threads": 0}, ModelError),
+        ({"threads": 1, "streams": 2}, ModelError),
         ({"batch": 0}, ModelError),
         ({"batch": 4097}, ModelError),
         ({"policy": "newest"}, ModelError),
@@ -228,6 +229,14 @@ def test_settings_out_of_range_are_refused(
     expected = engines_error if engine_class is Engine else EdgedistillError
     with pytest.raises(expected, match=next(iter(options))):
         engine_class(make.deployable(), **options)
+
+
+def test_threads_limit_the_streams(engine_class: EngineClass, make: Any) -> None:
+    for settings in (ThroughputSettings(), ThroughputSettings(streams=4096)):
+        with engine_class(make.deployable(throughput=settings), threads=1) as engine:
+            assert engine.streams == 1
+    with engine_class(make.deployable(), threads=3, streams=2) as engine:
+        assert engine.streams == 2
 
 
 def test_a_single_image_is_no_list(engine_class: EngineClass, make: Any) -> None:

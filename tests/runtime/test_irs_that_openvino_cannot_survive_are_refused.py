@@ -26,6 +26,8 @@ FATAL = {
     "no input": (net(RELU, ""), "too few inputs"),
     "one input of two": (net('<layer id="1" type="Broadcast"/>', EDGE), "too few inputs"),
     "a state": (net('<layer id="1" type="&#82;eadValue"/>', EDGE), "keeps a state"),
+    "UTF-16": (net(RELU, "").decode().encode("utf-16"), "not UTF-8"),
+    "UTF-32": (net(RELU, "").decode().encode("utf-32"), "not UTF-8"),
     "the same number": (net(RELU + RELU, EDGE), "same number"),
     "edges elsewhere": (net(RELU, f"<x>{EDGE}</x>"), "too few inputs"),
     "edges twice": (net(RELU, EDGE, "<edges/>"), "do not belong together"),

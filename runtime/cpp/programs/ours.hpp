@@ -14,6 +14,7 @@
 #include "frame.hpp"
 #include "network.hpp"
 #include "photos.hpp"
+#include "processor.hpp"
 #include "serve.hpp"
 
 namespace edgedistill::programs {
@@ -86,7 +87,7 @@ private:
             classify((*sources)[next++ % sources->size()]);
         };
         made.precision = classifier().precision();
-        made.settings = settings(1, options_.threads.value_or(detail::usable_cores()), 1);
+        made.settings = settings(1, classifier().threads(), 1);
         add_stage_precisions(made);
         return made;
     }
@@ -113,8 +114,7 @@ private:
             return submitted;
         };
         made.precision = engine().precision();
-        const int streams = engine().streams();
-        made.settings = settings(streams, std::max(streams, options_.threads.value_or(streams)), engine().batch());
+        made.settings = settings(engine().streams(), engine().threads(), engine().batch());
         made.settings["queue_size"] = engine().queue_size();
         add_stage_precisions(made);
         return made;
@@ -126,8 +126,9 @@ private:
         detail::CompileSettings compile;
         compile.precisions = {engine().precision()};  // a single network
         compile.batch = engine().batch();
-        compile.threads = std::max(1, options_.threads.value_or(streams) / streams);
-        compile.pinning = bundle_->config().throughput.pinning.value_or(false);
+        compile.threads = engine().threads() / streams;
+        const auto tuned = detail::settings_here(*bundle_, [](LogLevel, std::string_view) {});  // the engine warned
+        compile.pinning = tuned.throughput.pinning.value_or(false);
         compile.cache = options_.cache;
         std::vector<std::function<void()>> steps;
         for (int number = 0; number < streams; ++number) {
@@ -139,7 +140,7 @@ private:
             return rounds(seconds) * batch;
         };
         made.precision = engine().precision();
-        made.settings = settings(streams, compile.threads * streams, compile.batch);
+        made.settings = settings(streams, engine().threads(), compile.batch);
         return made;
     }
 

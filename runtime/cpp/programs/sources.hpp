@@ -53,7 +53,8 @@ inline fs::path tidy(const fs::path& path) {
     return shown.empty() ? fs::path(".") : shown;
 }
 
-// The images in a folder, searched to the bottom, in name order. Throws Error (image) when there are none.
+// The images in a folder, searched to the bottom, in name order. Throws Error (image) when there are none, or when not
+// all of it can be searched; what nobody may read is passed over.
 inline std::vector<fs::path> folder_images(const fs::path& folder) {
     std::vector<fs::path> found;
     std::error_code fault;
@@ -65,6 +66,10 @@ inline std::vector<fs::path> folder_images(const fs::path& folder) {
             entries->is_regular_file(ignored)) {
             found.push_back(tidy(path));
         }
+    }
+    if (fault) {
+        throw Error(ErrorKind::image, folder.string() + ": cannot be searched to the bottom (" + fault.message() +
+                                          "); try again, or name its folders one by one");
     }
     if (found.empty()) {
         std::string suffixes;

@@ -43,6 +43,19 @@ private:
     std::size_t size_ = 0;
 };
 
+// Trims what it was made for at the end of a scope, however that ends: damaged images ask for memory too.
+template <typename Memory>
+class Trimmed {
+public:
+    explicit Trimmed(Memory& memory) : memory_(memory) {}
+    ~Trimmed() { memory_.trim(); }
+    Trimmed(const Trimmed&) = delete;
+    Trimmed& operator=(const Trimmed&) = delete;
+
+private:
+    Memory& memory_;
+};
+
 inline std::uint8_t* Buffer::grow(std::size_t size, std::size_t keep) {
     if (size > size_) {
         std::unique_ptr<std::uint8_t[]> larger(new std::uint8_t[size]);

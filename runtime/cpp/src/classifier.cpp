@@ -152,4 +152,8 @@ const std::string& Classifier::precision() const noexcept {
     return impl_->precision;
 }
 
+int Classifier::threads() const {
+    return impl_->network.threads();
+}
+
 }  // namespace edgedistill

@@ -122,6 +122,9 @@ const std::string& Engine::precision() const noexcept {
 int Engine::streams() const noexcept {
     return impl_->core.streams();
 }
+int Engine::threads() const {
+    return impl_->core.threads();
+}
 int Engine::batch() const noexcept {
     return impl_->core.batch();
 }

@@ -24,12 +24,12 @@ void check_count(const char* name, int value) {
 
 int streams_of(const ThroughputSettings& tuned, const EngineOptions& options) {
     const int cores = usable_cores();
-    return options.streams.value_or(std::min(tuned.streams.value_or(cores), cores));
+    return options.streams.value_or(std::min({tuned.streams.value_or(cores), options.threads.value_or(cores), cores}));
 }
 
 int threads_per_stream(const ThroughputSettings& tuned, const EngineOptions& options, int streams) {
     const int chosen = std::max(streams, std::min(tuned.threads.value_or(0), usable_cores()));
-    return std::max(1, options.threads.value_or(chosen) / streams);
+    return options.threads.value_or(chosen) / streams;
 }
 
 // deploy.json's batch, or less where the queue has no room for it or a camera waits for its answers.
@@ -74,6 +74,10 @@ EngineCore::~EngineCore() {
     if (pool_) pool_->close();
 }
 
+int EngineCore::threads() const {
+    return streams_ * lanes_.front()->network.threads();
+}
+
 // A camera's images are to be new, but more than workers can have in hand, of any stage; anything else can wait for a
 // batch.
 int EngineCore::usual_queue_size(Policy policy) const {
@@ -83,9 +87,14 @@ int EngineCore::usual_queue_size(Policy policy) const {
 }
 
 void EngineCore::check(const EngineOptions& options) const {
-    check_count("streams", streams_);
     if (options.threads) check_count("threads", *options.threads);
+    check_count("streams", streams_);
     check_count("batch", batch_);
+    if (options.threads && *options.threads < streams_) {
+        throw Error(ErrorKind::usage, "threads " + std::to_string(*options.threads) +
+                                          ", expected at least one for each of the " + std::to_string(streams_) +
+                                          " streams");
+    }
     if (options.policy != Policy::block && options.policy != Policy::drop_oldest) {
         throw Error(ErrorKind::usage, "policy " + std::to_string(static_cast<int>(options.policy)) +
                                           ", expected 'block' or 'drop_oldest'");

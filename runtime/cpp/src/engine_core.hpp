@@ -26,6 +26,7 @@ public:
     std::shared_ptr<const Bundle> bundle() const noexcept { return bundle_; }
     const std::string& precision() const noexcept { return precision_; }
     int streams() const noexcept { return streams_; }
+    int threads() const;
     int batch() const noexcept { return batch_; }
     int later_batch() const noexcept { return later_batch_; }
     int queue_size() const noexcept { return queue_size_; }

@@ -81,6 +81,10 @@ bool is_standalone(std::uint32_t marker) {
     return (marker >= 0xD0 && marker <= 0xD8) || marker == 0x01;
 }
 
+bool is_progressive(int marker) {
+    return marker == 0xC2 || marker == 0xC6 || marker == 0xCA || marker == 0xCE;
+}
+
 bool too_many_scans(Bytes data) {
     int scans = 0;
     const std::uint8_t* at = data.data;
@@ -93,7 +97,7 @@ bool too_many_scans(Bytes data) {
     return false;
 }
 
-void read_frame(Bytes body, std::uint32_t marker, Bytes file, ImageHeader& header) {
+void read_frame(Bytes body, std::uint32_t marker, ImageHeader& header) {
     const Reader reader(body);
     header.jpeg_components = static_cast<int>(reader.u8(5));
     header.jpeg_frame = static_cast<int>(marker);
@@ -101,9 +105,6 @@ void read_frame(Bytes body, std::uint32_t marker, Bytes file, ImageHeader& heade
     header.width = reader.u16(3);
     if (const std::uint32_t precision = reader.u8(0); precision != 8) {
         throw BadHeader{"a " + std::to_string(precision) + "-bit JPEG, only 8 bits are read"};
-    }
-    if ((marker == 0xC2 || marker == 0xC6 || marker == 0xCA || marker == 0xCE) && too_many_scans(file)) {
-        throw BadHeader{"more than " + std::to_string(max_jpeg_scans) + " scans"};
     }
     if (header.jpeg_components > 0) reader.u8(static_cast<std::uint64_t>(6 + 3 * (header.jpeg_components - 1) + 1));
 }
@@ -114,15 +115,20 @@ ImageHeader read_jpeg(Bytes data) {
     header.kind = ImageKind::jpeg;
     std::optional<int> orientation;
     std::optional<std::pair<std::uint32_t, Bytes>> frame;
+    int scanned = 0;  // components of the first scan
     for (std::uint64_t at = 2;;) {
         if (reader.u8(at) != 0xFF) throw BadHeader{"something else where a marker should be"};
         while (reader.u8(at) == 0xFF) ++at;
         const std::uint32_t marker = reader.u8(at++);
         if (is_standalone(marker)) continue;
-        if (marker == 0xDA || marker == 0xD9) break;
+        if (marker == 0xD9) break;
         const std::uint32_t length = reader.u16(at);
         if (length < 2 || !reader.has(at, length)) throw BadHeader{"a segment reaches beyond the end"};
         const Bytes body = reader.part(at + 2, length - 2);
+        if (marker == 0xDA) {
+            scanned = static_cast<int>(Reader(body).u8(0));
+            break;
+        }
         if (marker == 0xE1 && !orientation && Reader(body).matches(0, std::string_view("Exif\0\0", 6))) {
             orientation = exif_orientation({body.data + 6, body.size - 6});
         } else if (is_frame(marker) && !frame) {
@@ -132,7 +138,10 @@ ImageHeader read_jpeg(Bytes data) {
     }
     if (!frame) throw BadHeader{"no frame header before the pixels"};
     header.orientation = orientation.value_or(1);
-    read_frame(frame->second, frame->first, data, header);
+    read_frame(frame->second, frame->first, header);
+    // After a scan of all components libjpeg takes no other, but in a progressive file.
+    const bool several = is_progressive(header.jpeg_frame) || scanned < header.jpeg_components;
+    if (several && too_many_scans(data)) throw BadHeader{"more than " + std::to_string(max_jpeg_scans) + " scans"};
     return header;
 }
 

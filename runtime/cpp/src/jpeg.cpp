@@ -201,7 +201,8 @@ struct JpegDecoder::Impl {
     jpeg_source_mgr source{};
     Memory memory;
     HuffmanDecoder huffman;
-    bool own_huffman = false;  // in this attempt
+    bool libjpeg_alone = false;  // our Huffman decoder is not to be used
+    bool own_huffman = false;    // it was, in this attempt
     Buffer row_memory;
     std::array<JSAMPROW, batch_rows> rows{};
 
@@ -261,7 +262,7 @@ void JpegDecoder::Impl::start(Bytes data, Size size, int k) {
     }
     jpeg_start_decompress(&info);
     if (incomplete(info)) refuse(info, "scans are missing");
-    own_huffman = own_huffman && HuffmanDecoder::can(info);
+    own_huffman = !libjpeg_alone && HuffmanDecoder::can(info);
     if (own_huffman) huffman.install(info, give_up);
 }
 
@@ -279,6 +280,7 @@ void JpegDecoder::Impl::read(RowSink& sink) {
 }
 
 bool JpegDecoder::Impl::attempt(Bytes data, Size size, int k, RowSink& sink) {
+    own_huffman = false;
     const bool done = guarded(errors, [this, data, size, k, &sink] {
         start(data, size, k);
         read(sink);
@@ -301,10 +303,10 @@ void JpegDecoder::decode(Bytes data, const ImageHeader& header, std::string_view
     const std::size_t stride = aligned(static_cast<std::size_t>(size.width * channels(layout(header))));
     std::uint8_t* memory = impl.row_memory.take(stride * batch_rows);
     for (std::size_t row = 0; row < batch_rows; ++row) impl.rows[row] = memory + stride * row;
-    impl.own_huffman = true;
+    impl.libjpeg_alone = false;
     bool done = impl.attempt(data, size, k, sink);
     if (!done && impl.own_huffman) {
-        impl.own_huffman = false;
+        impl.libjpeg_alone = true;
         sink.restart();
         done = impl.attempt(data, size, k, sink);
     }

@@ -332,6 +332,9 @@ const Bundle& Network::bundle() const noexcept {
 const CompileSettings& Network::settings() const noexcept {
     return impl_->settings;
 }
+int Network::threads() const {
+    return impl_->stages.back().compiled.get_property("INFERENCE_NUM_THREADS").as<int>();
+}
 
 namespace {
 

@@ -58,6 +58,7 @@ public:
 
     const Bundle& bundle() const noexcept;
     const CompileSettings& settings() const noexcept;
+    int threads() const;  // those that OpenVINO says it infers with
 
     struct Impl;
     const Impl& impl() const noexcept { return *impl_; }

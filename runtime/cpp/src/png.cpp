@@ -290,9 +290,9 @@ Layout PngDecoder::layout(Bytes data) noexcept {
 
 void PngDecoder::decode(Bytes data, const ImageHeader& header, std::string_view name, RowSink& sink) {
     check_chunks(data, name);
+    const Trimmed trimmed(*impl_);
     impl_->own = impl_->decode_plain(data, header, sink);
     if (!impl_->own) impl_->decode_any(data, header, name, sink);
-    impl_->trim();
 }
 
 bool PngDecoder::used_own_filters() const noexcept {

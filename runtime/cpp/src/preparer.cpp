@@ -170,16 +170,16 @@ struct Preparer::Impl {
     bool load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out,
               const Second* second);
     void prepare(const ImageView& view, std::string_view name, const InputSpec& spec, std::uint8_t* out);
-
-private:
-    void decode_rows(Bytes encoded, const ImageHeader& header, std::string_view name, int scale, RowSink& sink);
-    Picture decode_whole(Bytes encoded, const ImageHeader& header, std::string_view name, int scale);
-    void send_yuv(const ImageView& view, std::size_t row_bytes);
     void trim() noexcept {
         file.trim();
         pixels.trim();
         scratch.trim();
     }
+
+private:
+    void decode_rows(Bytes encoded, const ImageHeader& header, std::string_view name, int scale, RowSink& sink);
+    Picture decode_whole(Bytes encoded, const ImageHeader& header, std::string_view name, int scale);
+    void send_yuv(const ImageView& view, std::size_t row_bytes);
 };
 
 bool Preparer::Impl::load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out,
@@ -213,7 +213,6 @@ bool Preparer::Impl::load(Bytes encoded, std::string_view name, const InputSpec&
         begin(picture.layout);
         send_upright(picture, header.orientation, scratch, sink);
     }
-    trim();
     return both;
 }
 
@@ -247,7 +246,6 @@ void Preparer::Impl::prepare(const ImageView& view, std::string_view name, const
     } else {
         resizer.rows(view.data, static_cast<std::ptrdiff_t>(row_bytes), view.height);
     }
-    trim();
 }
 
 void Preparer::Impl::send_yuv(const ImageView& view, std::size_t row_bytes) {
@@ -276,8 +274,9 @@ Preparer& Preparer::operator=(Preparer&&) noexcept = default;
 namespace {
 
 // Memory that an image asks for and nobody has is an error of that image.
-template <typename Body>
-void with_memory(std::string_view name, const Body& body) {
+template <typename Impl, typename Body>
+void with_memory(Impl& impl, std::string_view name, const Body& body) {
+    const Trimmed trimmed(impl);
     try {
         body();
     } catch (const std::bad_alloc&) {
@@ -290,14 +289,14 @@ void with_memory(std::string_view name, const Body& body) {
 bool Preparer::load(Bytes encoded, std::string_view name, const InputSpec& spec, Decode decode, std::uint8_t* out,
                     const Second* second) {
     bool both = false;
-    with_memory(name, [&] { both = impl_->load(encoded, name, spec, decode, out, second); });
+    with_memory(*impl_, name, [&] { both = impl_->load(encoded, name, spec, decode, out, second); });
     return both;
 }
 
 bool Preparer::load_file(const std::filesystem::path& path, std::string_view name, const InputSpec& spec, Decode decode,
                          std::uint8_t* out, const Second* second) {
     bool both = false;
-    with_memory(name, [&] {
+    with_memory(*impl_, name, [&] {
         const Bytes encoded = read_file(path, name, impl_->max_pixels, impl_->file);
         both = impl_->load(encoded, name, spec, decode, out, second);
     });
@@ -305,7 +304,7 @@ bool Preparer::load_file(const std::filesystem::path& path, std::string_view nam
 }
 
 void Preparer::prepare(const ImageView& pixels, std::string_view name, const InputSpec& spec, std::uint8_t* out) {
-    with_memory(name, [&] { impl_->prepare(pixels, name, spec, out); });
+    with_memory(*impl_, name, [&] { impl_->prepare(pixels, name, spec, out); });
 }
 
 }  // namespace edgedistill::detail

@@ -12,7 +12,7 @@
 namespace edgedistill::detail {
 
 // Decodes, turns upright, reduces, crops and resizes with buffers of its own, which grow to the largest image seen and
-// are used again: in the steady state nothing is allocated. One thread at a time.
+// are used again: in the steady state frames, BMP, baseline JPEG and plain PNG allocate nothing. One thread at a time.
 //
 // `load` and `load_file` can prepare the same image for a second network; they say whether they did, which they do
 // where one decoding serves both: not where a JPEG would be reduced unlike in the DCT.

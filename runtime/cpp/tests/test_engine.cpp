@@ -224,6 +224,11 @@ TEST_CASE("settings are the given ones, else deploy.json's, else the machine's")
     CHECK(given.batch() == 2);
     CHECK(given.queue_size() == 7);
     CHECK(Engine(models() / "single", options(3, 2)).queue_size() == 25);
+    EngineOptions few;
+    few.threads = 1;
+    const Engine limited(models() / "single", few);
+    CHECK(limited.streams() == 1);
+    CHECK(limited.threads() == 1);
 }
 
 TEST_CASE("a camera's queue is larger than what all workers can have in hand") {
@@ -258,6 +263,11 @@ TEST_CASE("settings out of range are refused with the range") {
     auto threads = options();
     threads.threads = 0;
     CHECK(refused(threads) == "threads 0, expected 1 to 4096");
+    threads.streams.reset();
+    CHECK(refused(threads) == "threads 0, expected 1 to 4096");
+    threads = options(2);
+    threads.threads = 1;
+    CHECK(refused(threads) == "threads 1, expected at least one for each of the 2 streams");
     auto queue = options(2, 2);
     queue.queue_size = 4;
     CHECK(refused(queue) == "queue_size 4, expected more than streams x batch = 4");

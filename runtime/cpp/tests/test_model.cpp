@@ -267,6 +267,21 @@ TEST_CASE("elements that lie too deep in each other are seen in any disguise") {
     for (const char* cut : {"", "<", "<a", "<a b='", "<!-", "<!--", "<?", "</", "<![CDATA[", "text"}) fault_of(cut);
 }
 
+TEST_CASE("an IR in UTF-16 or UTF-32, in which no element would be seen, is refused") {
+    for (const std::size_t width : {2U, 4U}) {
+        for (const bool big_endian : {false, true}) {
+            std::string wide;
+            for (const char letter : std::string("<net/>")) {
+                std::string unit(width, '\0');
+                (big_endian ? unit.back() : unit.front()) = letter;
+                wide += unit;
+            }
+            CHECK(fault_of(wide) == "it is not UTF-8");
+        }
+    }
+    CHECK(fault_of("<net/>").empty());
+}
+
 TEST_CASE("operations that would end OpenVINO are seen before it gets them") {
     const auto net = [](const std::string& layer, const std::string& edges, const std::string& more = "") {
         return "<net><layers><layer id='0' type='Parameter'/>" + layer + "</layers><edges>" + edges + "</edges>" +

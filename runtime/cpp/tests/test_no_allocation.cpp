@@ -3,8 +3,8 @@
 //     test_no_allocation [DEPLOYABLE PHOTO...]
 //
 // Every allocation of the process is counted, in all threads and libraries: those of operator new end in malloc too.
-// Without arguments it uses the models and photos of $EDGEDISTILL_TEST_MODELS. The photos are baseline JPEG and plain
-// PNG.
+// Without arguments it uses the models and photos of $EDGEDISTILL_TEST_MODELS. The photos are baseline JPEG, plain
+// PNG and BMP.
 #include <malloc.h>
 
 #include <atomic>
@@ -204,7 +204,7 @@ int main(int argc, char** argv) {
     const fs::path model = argc < 3 ? fs::path(models) / "single" : fs::path(argv[1]);
     std::vector<fs::path> photos(argv + (argc < 3 ? argc : 2), argv + argc);
     if (photos.empty()) {
-        for (const char* name : {"large.jpg", "green.png", "red.jpg"}) {
+        for (const char* name : {"large.jpg", "green.png", "blue.bmp", "red.jpg"}) {
             photos.push_back(fs::path(models) / "photos" / name);
         }
     }

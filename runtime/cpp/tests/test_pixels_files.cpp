@@ -1,5 +1,6 @@
 // Files are read whole or refused with one error that names them: no crash, no hang, no memory for what they only say.
 #include <doctest/doctest.h>
+#include <malloc.h>
 #include <sys/stat.h>
 
 #include <cstdio>
@@ -13,6 +14,7 @@
 
 #include <jpeglib.h>
 
+#include "buffer.hpp"
 #include "color.hpp"
 #include "jpeg.hpp"
 #include "preparer.hpp"
@@ -111,6 +113,33 @@ Pixels our_decode(JpegDecoder& decoder, const Pixels& data, int k) {
     return dense;
 }
 
+// How often an image came once more from its first row.
+struct Restarts final : RowSink {
+    int count = 0;
+    void restart() noexcept override { ++count; }
+    void rows(const std::uint8_t*, std::ptrdiff_t, int) noexcept override {}
+};
+
+void append_segment(Pixels& data, std::uint8_t marker, const Pixels& body) {
+    data.insert(data.end(), {0xFF, marker, 0, static_cast<std::uint8_t>(body.size() + 2)});
+    data.insert(data.end(), body.begin(), body.end());
+}
+
+// 64x64 pixels in scans of one component each, of 12 bytes, which arithmetic coding (SOF9) fills with what it assumes.
+Pixels many_scans(std::uint8_t frame, int count) {
+    Pixels data{0xFF, 0xD8};
+    Pixels table(65, 1);
+    table[0] = 0;
+    append_segment(data, 0xDB, table);
+    append_segment(data, frame, {8, 0, 64, 0, 64, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0});
+    for (int scan = 0; scan < count; ++scan) {
+        append_segment(data, 0xDA, {1, static_cast<std::uint8_t>(scan % 3 + 1), 0, 0, 63, 0});
+        data.insert(data.end(), {0x91, 0xD8});
+    }
+    data.insert(data.end(), {0xFF, 0xD9});
+    return data;
+}
+
 bool refused(const std::function<void()>& body, const std::string& part) {
     try {
         body();
@@ -185,6 +214,36 @@ TEST_CASE("progressive JPEGs come out as libjpeg's pixels, and incomplete ones a
         part.insert(part.end(), {0xFF, 0xD9});
         CHECK(refused([&] { our_decode(decoder, part, 1); }, "scans are missing"));
     }
+}
+
+TEST_CASE("a damaged JPEG that is libjpeg's alone is decoded once") {
+    JpegDecoder decoder;
+    JpegOptions options;
+    options.progressive = true;
+    Pixels data = encode(options);
+    data.resize(data.size() / 2);
+    const Bytes bytes{data.data(), data.size()};
+    Restarts sink;
+    CHECK(refused([&] { decoder.decode(bytes, read_header(bytes, "x", 1'000'000), "x", 1, sink); }, "damaged"));
+    CHECK(sink.count == 0);
+}
+
+TEST_CASE("endless JPEGs are refused, of whatever kind") {
+    Loader load;
+    load(many_scans(0xC9, max_jpeg_scans));
+    for (const std::uint8_t frame : Pixels{0xC0, 0xC1, 0xC2, 0xC9, 0xCA}) {
+        CHECK(refused([&] { load(many_scans(frame, max_jpeg_scans + 1)); }, "more than 500 scans"));
+    }
+}
+
+TEST_CASE("a damaged file leaves no more memory behind than a sound one") {
+    const Folder folder;
+    Loader load;
+    std::ofstream(folder / "large.jpg").flush();
+    fs::resize_file(folder / "large.jpg", Buffer::kept_bytes);
+    const std::size_t before = ::mallinfo2().hblkhd;  // bytes in large blocks
+    CHECK(refused([&] { load.file(folder / "large.jpg"); }, "zero bytes"));
+    CHECK(::mallinfo2().hblkhd < before + Buffer::kept_bytes / 2);
 }
 
 TEST_CASE("a truncated JPEG is refused wherever it was cut, and the next one is whole") {

@@ -1,6 +1,7 @@
 // PNGs that our own decompression and filters read are libpng's to the byte, and what they do not take is libpng's.
 #include <doctest/doctest.h>
 #include <libdeflate.h>
+#include <malloc.h>
 #include <png.h>
 
 #include <cstring>
@@ -116,13 +117,17 @@ Pixels compressed(const Pixels& bytes) {
     return out;
 }
 
-// A grey picture of 4x3 pixels with these compressed bytes.
-Pixels tiny(const Pixels& idat) {
+Pixels with_header(const Pixels& header, const Pixels& idat) {
     Pixels file{0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n'};
-    append_chunk(file, "IHDR", {0, 0, 0, 4, 0, 0, 0, 3, 8, PNG_COLOR_TYPE_GRAY, 0, 0, 0});
+    append_chunk(file, "IHDR", header);
     append_chunk(file, "IDAT", idat);
     append_chunk(file, "IEND", {});
     return file;
+}
+
+// A grey picture of 4x3 pixels with these compressed bytes.
+Pixels tiny(const Pixels& idat) {
+    return with_header({0, 0, 0, 4, 0, 0, 0, 3, 8, PNG_COLOR_TYPE_GRAY, 0, 0, 0}, idat);
 }
 
 }  // namespace
@@ -191,6 +196,17 @@ TEST_CASE("other PNGs are libpng's") {
     CHECK_FALSE(decoder.used_own_filters());
     our_decode(decoder, encode({61, 53, PNG_COLOR_TYPE_GRAY_ALPHA}));
     CHECK_FALSE(decoder.used_own_filters());
+}
+
+TEST_CASE("a damaged picture leaves no more memory behind than a sound one") {
+    PngDecoder decoder;
+    // 8193x8193 pixels, interlaced: libpng is given room for all of it.
+    const Pixels file = with_header({0, 0, 0x20, 1, 0, 0, 0x20, 1, 8, PNG_COLOR_TYPE_GRAY, 0, 0, 1}, compressed({}));
+    const Bytes data{file.data(), file.size()};
+    Collector sink;                                   // gets no row
+    const std::size_t before = ::mallinfo2().hblkhd;  // bytes in large blocks
+    CHECK_THROWS_AS(decoder.decode(data, read_header(data, "x", 100'000'000), "x", sink), Error);
+    CHECK(::mallinfo2().hblkhd < before + Buffer::kept_bytes / 2);
 }
 
 TEST_CASE("damage beneath the checksums of the chunks is libpng's to judge") {

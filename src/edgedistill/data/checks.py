@@ -18,7 +18,8 @@ import numpy.typing as npt
 from edgedistill import console
 from edgedistill.artifacts import atomic_path
 from edgedistill.data import duplicates, sources
-from edgedistill.data.folds import SplitSettings, deal_splits, plan_deal, small_class_remark
+from edgedistill.data.deal import SplitSettings, deal_splits
+from edgedistill.data.folds import plan_deal, small_class_remark
 from edgedistill.data.sources import Source
 from edgedistill.errors import DataError, ImageError
 from edgedistill.image_headers import DEFAULT_MAX_PIXELS, ImageHeader, read_header
@@ -241,7 +242,7 @@ def check_data(
     if settings.near_duplicates:
         near, near_findings = _near_duplicates(source, digests, good, hashes, thumbnails)
     findings += _mode_findings(source, images) + _size_findings(source, images)
-    findings += _copies(source, digests, labels, good) + near_findings
+    findings += _copies(source, digests, good) + near_findings
     if source.task is None:
         findings += _imbalance(source, labels) + _several_in_one(source)
     else:
@@ -366,23 +367,18 @@ def _ids(source: Source, rows: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:
     return tuple(source.items[row].id for row in rows)
 
 
-def _copies(
-    source: Source, digests: npt.NDArray[np.bytes_], labels: npt.NDArray[np.int64], good: npt.NDArray[np.bool_]
-) -> list[Finding]:
-    """Byte-equal files: with different labels an error, else a warning."""
+def _copies(source: Source, digests: npt.NDArray[np.bytes_], good: npt.NDArray[np.bool_]) -> list[Finding]:
+    """Byte-equal files: an error where labels that both have differ, else a warning."""
     usable = np.flatnonzero(good)
-    pairs = usable[duplicates.same_value_pairs(digests[usable])]
-    conflict = labels[pairs[:, 0]] != labels[pairs[:, 1]]
+    contrary, pairs = (usable[rows] for rows in duplicates.contradictions(digests[usable], source.truth[usable]))
     findings = []
-    if conflict.any():
-        one, other = pairs[conflict][0]
-        message = f"{source.items[one].label} and {source.items[other].label} hold the same image byte for byte"
-        rows = np.unique(pairs[conflict])
-        findings.append(
-            Finding("error", "conflicting labels", message, "keep the right one, remove the other", _ids(source, rows))
-        )
-    if (~conflict).any():
-        rows = np.unique(pairs[~conflict])
+    if len(pairs):
+        one, other = source.difference(*(source.items[row] for row in pairs[0]))
+        message, remedy = f"{one} and {other} hold the same image byte for byte", "keep the right one, remove the other"
+        findings.append(Finding("error", "conflicting labels", message, remedy, _ids(source, contrary)))
+    agreeing = usable[~np.isin(usable, contrary)]
+    rows = np.unique(agreeing[duplicates.same_value_pairs(digests[agreeing])])
+    if len(rows):
         message = f"{len(rows)} images are byte-equal copies of one another; each set stays in one split and fold"
         findings.append(Finding("warning", "copies", message, "remove all but one of each", _ids(source, rows)))
     return findings
@@ -406,12 +402,15 @@ def _near_duplicates(
     pairs = rows[pairs]
     if not len(pairs):
         return pairs, []
-    label = np.asarray([item.label for item in source.items])
-    conflict = pairs[label[pairs[:, 0]] != label[pairs[:, 1]]]
+    label, truth = np.asarray([item.label for item in source.items]), source.truth
+    one, other = truth[pairs[:, 0]], truth[pairs[:, 1]]
+    contrary = ((one < other) | (one > other)).any(axis=1)  # what is missing, NaN, contradicts nothing
+    conflict = pairs[contrary & (label[pairs[:, 0]] != label[pairs[:, 1]])]
     members = np.unique(pairs)
     groups = len(np.unique(duplicates.components(len(digests), pairs)[members]))
     message = (
-        f"{len(members)} images look the same as another, in {groups} groups; each group stays in one split and fold"
+        f"{len(members)} images look the same as another, in {groups} groups; each group stays in one split and fold, but "
+        "for pairs that another line tells of"
     )
     remedy = "nothing to do; remove bursts to save time"
     findings = [Finding("warning", "near-duplicates", message, remedy, _ids(source, members))]
@@ -500,11 +499,8 @@ def _trial(
     rest = Source(source.name, source.root, tuple(source.items[row] for row in keep), task=source.task)
     gone = sorted(set(source.class_names) - set(rest.class_names)) if source.task is None else []
     if gone or not len(keep):
-        return [
-            Finding(
-                "error", "missing class", f"no image of class {gone[0]!r} can be read", "add images or remove the class"
-            )
-        ]
+        which = f"of class {gone[0]!r} " if gone else ""
+        return [Finding("error", "missing class", f"no image {which}can be read", "add images or remove the class")]
     try:
         rest, plan, _ = plan_deal(rest, digests[keep], place[near], settings)
     except DataError as error:

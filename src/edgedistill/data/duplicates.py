@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imagehash
@@ -35,6 +36,7 @@ MAX_PAIRS = 2_000_000
 HASH_PARTS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))
 
 Pairs = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.int64]
 Thumbnails = npt.NDArray[np.uint8]
 Hashes = npt.NDArray[np.uint64]
 
@@ -177,6 +179,26 @@ def same_value_pairs(values: npt.NDArray[np.generic]) -> Pairs:
     order = np.argsort(values, kind="stable")
     same = np.flatnonzero(values[order][1:] == values[order][:-1])
     return np.stack([order[same], order[same + 1]], axis=1).astype(np.int64)
+
+
+def contradictions(digests: npt.NDArray[Any], values: npt.NDArray[np.floating[Any]]) -> tuple[Rows, Pairs]:
+    """(rows int64 of all copies that contradict one another, a pair of each such set that does, int64 [M, 2]).
+
+    ``values``: float [N, V]; copies contradict where both have a value in one column and not the same; NaN: not known.
+    """
+    copies = np.unique(same_value_pairs(digests))
+    if not len(copies):
+        return copies, NO_PAIRS
+    copies = copies[np.argsort(digests[copies], kind="stable")]
+    starts = np.flatnonzero(np.append(True, digests[copies][1:] != digests[copies][:-1]))
+    wrong = np.fmin.reduceat(values[copies], starts) < np.fmax.reduceat(values[copies], starts)
+    sets = np.split(copies, starts[1:])
+    rows, pairs = [copies[:0]], list[list[int]]()
+    for number in np.flatnonzero(wrong.any(axis=1)):
+        column = values[sets[number], wrong[number].argmax()]
+        rows.append(sets[number])
+        pairs.append(sorted(sets[number][[np.nanargmin(column), np.nanargmax(column)]].tolist()))
+    return np.sort(np.concatenate(rows)), np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def components(count: int, pairs: Pairs) -> npt.NDArray[np.int32]:

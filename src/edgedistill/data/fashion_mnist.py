@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
+import fcntl
 import gzip
 import hashlib
 import os
@@ -18,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill import console
+from edgedistill.artifacts import OWNER
 from edgedistill.errors import DataError
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -34,7 +37,8 @@ def unpack(folder: Path, cache: Path | None = None) -> tuple[Path, list[tuple[st
     """(root, [(id, label)]): PNG images under root/train and root/test, ids like 'test/00001.png'.
 
     Written on the first call, to a temporary folder that is then renamed, so an interrupted call leaves nothing that
-    looks whole. The cache's name holds the hash of the IDX files. Raises DataError for missing or damaged IDX files.
+    looks whole; what a killed one left is removed by the next. The cache's name holds the hash of the IDX files. Raises
+    DataError for missing or damaged IDX files.
     """
     files = {
         (split, kind): _find(folder, f"{prefix}-{kind}")
@@ -45,6 +49,7 @@ def unpack(folder: Path, cache: Path | None = None) -> tuple[Path, list[tuple[st
     for file in files.values():
         digest.update(hashlib.sha256(_bytes(file)).digest())
     root = _cache_folder(cache) / f"fashion-mnist-{digest.hexdigest()[:16]}"
+    _sweep(root.parent)
     if not (root / "labels.csv").is_file():
         try:
             _write(root, files)
@@ -79,8 +84,11 @@ def _bytes(path: Path) -> bytes:
 
 def _write(root: Path, files: dict[tuple[str, str], Path]) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.{OWNER}.{os.getpid()}.", dir=root.parent))
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks; else '_sweep' sees that it is being written
+            fcntl.flock(handle, fcntl.LOCK_EX)
         rows: list[tuple[str, str]] = []
         for split in SPLIT_PREFIX:
             images = read_idx(files[split, "images-idx3-ubyte"], magic=IMAGES_MAGIC)
@@ -102,6 +110,22 @@ def _write(root: Path, files: dict[tuple[str, str], Path]) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
+def _sweep(cache: Path) -> None:
+    """Removes the temporary folders that killed processes of this machine left, as ``artifacts.sweep`` does with files."""
+    for folder in cache.glob(f".fashion-mnist-*.{OWNER}.*"):
+        process = folder.name.split(f".{OWNER}.", 1)[1].split(".", 1)[0]
+        if not process.isdecimal() or Path("/proc", process).exists():
+            continue
+        with contextlib.suppress(OSError):  # removed by another process, or held by one of another container
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def _write_split(folder: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from edgedistill import console
 from edgedistill.errors import ArtifactError, DataError, UsageError
 from edgedistill.tasks import MANY, SINGLE, Head, Task, Values
 
@@ -25,6 +26,7 @@ RESERVED = frozenset({"path", "group", "split"})
 SHOWN_LINES = 5
 MAX_LABELS = 10_000
 DEFAULT_WEIGHT = 0.1
+PANDAS_MISSING = frozenset({"nan", "NaN", "<NA>"})  # what pandas writes and shows for a cell without a value
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ _MISSING = "no value; fill it in, delete the row, or --missing-labels ignore lea
 
 
 def _text(cell: str) -> str:
-    return unicodedata.normalize("NFC", cell.strip())
+    text = unicodedata.normalize("NFC", cell.strip())
+    return "" if text in PANDAS_MISSING else text
 
 
 def _refuse(path: Path, column: str, lines: Sequence[int], count: int, what: str) -> None:
@@ -191,6 +194,9 @@ def _many(path: Path, lines: Sequence[int], cells: Sequence[str]) -> tuple[Head,
         raise DataError(
             f"{path}: {len(classes)} different labels, expected 1 to {MAX_LABELS}, separated by {SEPARATOR!r}"
         )
+    other = next((name for name in classes if "," in name or ";" in name), None)
+    if other is not None:
+        console.warn_once(f"{path}: {other!r} counts as one label; several are separated by {SEPARATOR!r}")
     column = {name: number for number, name in enumerate(classes)}
     values = np.zeros((len(cells), len(classes)), np.float32)
     for row, (cell, labels) in enumerate(zip(cells, sets, strict=True)):

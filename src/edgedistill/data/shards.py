@@ -76,9 +76,9 @@ def find_shards(data: str) -> list[Path] | None:
 def read_shards(paths: Sequence[Path]) -> tuple[list[Sample], list[tuple[str, str]]]:
     """(samples, (path, reason) of members that are not used), in the order of the shards.
 
-    Raises DataError that names shard and member: no tar, truncated, a link or device, an absolute or climbing name, a
-    sparse or compressed member, a key with two images, without image or without label, a label that cannot be read; two
-    shards of one name.
+    Raises DataError that names shard and member: no tar, truncated or without its end, a link or device, an absolute or
+    climbing name, a sparse or compressed member, a key with two images, without image or without label, a label that
+    cannot be read; two shards of one name.
     """
     names = [path.stem for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -136,12 +136,31 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
                 _refuse(path, info, size)
                 yield info, tar
                 tar.members = []  # type: ignore[attr-defined]  # a list of all headers, which nobody reads again
+            _refuse_cut(path, tar)
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
         raise DataError(
             f"{path}: not a whole, uncompressed tar file ({error}); copy it again, or write it without compression"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _refuse_cut(path: Path, tar: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header, and the file's end, for the end of the archive, which POSIX marks with zero blocks.
+    Their lack is an error, though some tools leave them out and tar itself forgives it: a copy that broke off, at a
+    multiple of 512 bytes as copies do, may end between two members just as well."""
+    tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)  # type: ignore[union-attr]
+    if block == bytes(tarfile.BLOCKSIZE):
+        return
+    if block:
+        raise DataError(
+            f"{path}: damaged at byte {tar.offset}, where a member's header should be; copy the shard again"
+        )
+    raise DataError(
+        f"{path}: it ends without the zero blocks that end a tar file, so images may be missing; copy the shard again, or, "
+        f"if nothing is missing, add them: head -c 1024 /dev/zero >> {path.name}"
+    )
 
 
 def _refuse(path: Path, info: tarfile.TarInfo, size: int) -> None:

@@ -272,6 +272,13 @@ def _columns(kind: StoreKind, classes: int) -> dict[str, tuple[Any, tuple[int, .
     }
 
 
+def label_bytes(kind: StoreKind, classes: int, task: Task | None = None) -> int:
+    """What the soft label of one image takes on the disk; of several heads, ``task``, all of them."""
+    heads = [(kind, classes)] if task is None else [(kind_for(head, kind), head.width) for head in task.heads]
+    columns = [column for own, width in heads for column in _columns(own, width).values()]
+    return sum(dtype.itemsize * int(np.prod(tail, dtype=np.int64)) for dtype, tail in columns)
+
+
 def _encode(block: LogProbs, kind: StoreKind) -> dict[str, npt.NDArray[Any]]:
     if kind.name != "top-k":
         if kind.name == "float16":  # it has nothing beyond 65504, and infinity is no label

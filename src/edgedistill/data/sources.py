@@ -37,6 +37,7 @@ UNREADABLE_SUFFIXES = frozenset(
      ".raw", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf"}
 )  # fmt: skip
 UNSUPPORTED = "photograph in a format that is not read"
+OUTSIDE = "image outside the class folders"
 NOT_UTF8, BROKEN_LINK = "file name is not valid UTF-8", "broken symbolic link"
 JUNK_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 BUILT_IN = ("elpv", "elpv-4class", "fashion-mnist", "fashion-mnist:FOLDER")
@@ -79,6 +80,29 @@ class Source:
     def values(self) -> Values:
         """float32 [N, V], in the order of ``items``; V is 0 without a task."""
         return np.asarray([item.values for item in self.items], np.float32).reshape(len(self.items), -1)
+
+    @property
+    def truth(self) -> Values:
+        """``values``, or without a task the number of the label, float32 [N, 1]."""
+        if self.task is not None:
+            return self.values
+        number = {name: float(number) for number, name in enumerate(self.class_names)}
+        return np.asarray([[number[item.label]] for item in self.items], np.float32)
+
+    def difference(self, one: Item, other: Item) -> tuple[str, str]:
+        """What is said of each of two images that contradict one another: 'cat' and 'dog', 'age 3' and 'age 4'."""
+        if self.task is None:
+            return one.label, other.label
+        a, b = np.array(one.values), np.array(other.values)
+        column = int(np.flatnonzero((a < b) | (a > b))[0])
+        head, columns = next(found for found in self.task.columns() if column < found[1].stop)
+        return _said(head, column - columns.start, a[column]), _said(head, column - columns.start, b[column])
+
+
+def _said(head: Head, column: int, value: float) -> str:
+    if head.kind == "softmax":
+        return f"{head.name} {head.classes[int(value)]}"
+    return f"{head.classes[column] if head.classes else head.name} {value:g}"
 
 
 def without_classes(source: Source, rows: npt.NDArray[np.int64], gone: npt.NDArray[np.bool_]) -> Source:
@@ -198,6 +222,7 @@ def _folder(root: Path) -> Source:
     found = _Found(root)
     folders, images = _listing(root, found)
     if _is_split_layout(root, folders, images):
+        found.skipped += [(str(path), OUTSIDE) for path in images]
         given: dict[str, Path] = {}
         for folder in folders:
             split = SPLIT_NAMES.get(folder.name.lower())
@@ -249,12 +274,14 @@ def _class_folders(root: Path, folders: Sequence[Path], images: Sequence[Path], 
         )
     if not folders:
         raise DataError(f"{root}: no images and no class folders; expected {root}/CLASS/image.jpg")
-    found.skipped += [(str(path), "image outside the class folders") for path in images]
+    found.skipped += [(str(path), OUTSIDE) for path in images]
     for folder in folders:
         nested, inside = _listing(folder, found)
         holder = next((path for path in nested if _holds_images(path)), None)
         if holder is not None:
             _nested_error(root, folder, holder, only=len(folders) == 1 and not inside)
+        for path in nested:
+            _skip_all(path, found)
         if not inside:
             found.skipped.append((str(folder), "class folder without images"))
         label = _id(folder.name)
@@ -271,10 +298,19 @@ def _nested_error(root: Path, folder: Path, holder: Path, *, only: bool) -> None
     raise DataError(f"{folder}: class folders are nested ({holder} holds images), so the class is not clear; {remedy}")
 
 
+def _skip_all(folder: Path, found: _Found) -> None:
+    """To ``skipped`` with every file below, none of which is an image that is read. Links below are not followed."""
+    for inner in _listing(folder, found)[0]:
+        if inner.is_symlink():
+            found.skipped.append((str(inner), "link to a folder inside a class folder"))
+        else:
+            _skip_all(inner, found)
+
+
 def _check_split_classes(root: Path, items: Iterable[Item]) -> None:
     classes: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
     for item in items:
-        classes[item.split].add(item.label)
+        classes[item.split or "train"].add(item.label)
     for split in ("val", "test"):
         unknown = sorted(classes[split] - classes["train"])
         if unknown:
@@ -400,7 +436,7 @@ def _csv(path: Path, labels: LabelColumns) -> Source:
     if labels:
         task, items = _with_labels(path, items, kept, labels)
     elif any(item.split == "train" for item in items):
-        _check_split_classes(path, [item for item in items if item.split])
+        _check_split_classes(path, items)
     return Source(path.stem, Path(root), tuple(items), (), task)
 
 
@@ -421,7 +457,7 @@ def _with_labels(
 def _check_split_values(path: Path, task: Task, values: Values, splits: npt.NDArray[np.str_]) -> None:
     """Every class of val and test is learned: it is in train too."""
     marks = task.marks(values)
-    learned = marks[splits == "train"].any(axis=0)
+    learned = marks[(splits == "train") | (splits == "")].any(axis=0)
     for split in ("val", "test"):
         unknown = np.flatnonzero(marks[splits == split].any(axis=0) & ~learned)
         if len(unknown):

@@ -40,36 +40,6 @@ def make_marks(task: Task, values: Values, joint: Codes) -> Marks:
     return Marks(np.concatenate(columns, axis=1), task.mark_names)
 
 
-def check_sizes(marks: Marks, groups: Codes, folds: int) -> None:
-    """Raises DataError for a class with fewer images, or fewer groups, than folds + 2."""
-    for name, column in zip(marks.names, marks.table.T, strict=False):
-        rows = np.flatnonzero(column)
-        count = len(np.unique(groups[rows]))
-        if count < folds + 2:
-            what = f"{len(rows)} images" + (f" in {count} groups" if count < len(rows) else "")
-            raise DataError(
-                f"{name}: {what}, expected at least {folds + 2} for {folds} folds, val and test; add images, merge it "
-                "with another class or remove it, use fewer --folds, or keep it in training alone with --small-classes "
-                "train-only"
-            )
-
-
-def cut(marks: Marks, groups: Codes, share: float, *, reserve: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """bool [N], the rows cut: ``share`` of each class, at least one image, leaving ``reserve`` for what follows."""
-    sizes = marks.table.sum(axis=0).astype(np.float64)
-    wanted = np.minimum(np.maximum(np.minimum(share * sizes, sizes - reserve), 1.0), sizes)
-    quotas = np.stack([wanted, sizes - wanted])
-    return deal(marks, groups, quotas, np.array([share, 1 - share]), rng) == 0
-
-
-def deal_folds(marks: Marks, groups: Codes, folds: int, rng: np.random.Generator) -> npt.NDArray[np.int16]:
-    """Fold int16 [N], every class in every fold. Raises DataError where groups do not allow that."""
-    sizes = marks.table.sum(axis=0).astype(np.float64)
-    dealt = deal(marks, groups, np.tile(sizes / folds, (folds, 1)), np.full(folds, 1 / folds), rng)
-    prove(marks, dealt, range(folds))
-    return dealt
-
-
 def prove(marks: Marks, folds: npt.NDArray[np.integer], numbers: Sequence[int]) -> None:
     """Raises DataError for the first class that a fold lacks: a teacher of the others would never have seen it, or its
     labels never be checked."""
@@ -121,12 +91,35 @@ def deal(
 
 def sampling_codes(task: Task, values: Values, joint: Codes, *, least: int) -> npt.NDArray[np.int32]:
     """int32 [N]: what balanced sampling draws equally often. The joint label where one head or several attributes have at
-    least ``least`` images of it, else the rarest class that is true of the image; -1 where none is."""
+    least ``least`` images of it, else the rarest class that is true of the image; -1 where none is.
+
+    What is unknown of an image makes no class of its own, which would be drawn as often as any other: the image counts to
+    the largest one that it may belong to.
+    """
     marks = task.marks(values)
     totals = marks.sum(axis=0)
     rarest = np.where(marks, totals, np.iinfo(np.int64).max).argmin(axis=1)
     codes = np.where(marks.any(axis=1), rarest, -1)
-    if not any(head.kind == "sigmoid" for head in task.heads):
-        often = np.bincount(joint)[joint] >= least
-        codes = np.where(often, len(totals) + joint, codes)
+    given = np.concatenate([values[:, places] for head, places in task.columns() if head.kind != "regression"], axis=1)
+    unknown = np.isnan(given)
+    whole = ~unknown.any(axis=1)
+    if any(head.kind == "sigmoid" for head in task.heads):
+        lost = ~whole & (codes < 0)
+        codes[lost] = _largest(codes[~lost], codes[lost])
+        return codes.astype(np.int32)
+    often = whole & (np.bincount(joint[whole], minlength=int(joint.max(initial=0)) + 1)[joint] >= least)
+    codes = np.where(often, len(totals) + joint, codes)
+    patterns, place = np.unique(np.where(unknown, -1, given)[~whole], axis=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        rows = np.flatnonzero(~whole)[place == number]
+        alike = whole & ((pattern < 0) | (given == pattern)).all(axis=1)
+        codes[rows] = _largest(codes[alike], codes[rows])
     return codes.astype(np.int32)
+
+
+def _largest(codes: Codes, otherwise: Codes) -> Codes | np.int64:
+    """The most frequent of ``codes``; ``otherwise`` where there are none."""
+    if not len(codes):
+        return otherwise
+    found, counts = np.unique(codes, return_counts=True)
+    return found[counts.argmax()]

@@ -122,7 +122,10 @@ class _Axes:
 
 
 def nice_ticks(low: float, high: float, target: int = 4) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``, about ``target`` steps of 1, 2, 2.5 or 5 x 10^k."""
+    """Round numbers from at or below ``low`` to at or above ``high``, about ``target`` steps of 1, 2, 2.5 or 5 x 10^k; 0 to 1
+    where they are no numbers."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return nice_ticks(0.0, 1.0, target)
     span = high - low
     if span <= 0 or not math.isfinite(span):
         pad = abs(low) * 0.1 or 1.0
@@ -227,7 +230,8 @@ def box_chart(rows: Sequence[Box], *, alt: str, x_label: str) -> Markup:
 def interval_chart(
     rows: Sequence[Interval], *, alt: str, unit: Unit = PLAIN, x_label: str, zero: bool = False
 ) -> Markup:
-    """A dot with its interval per row, on one axis; ``zero`` draws the line that an interval must leave out."""
+    """A dot with its interval per row, on one axis; ``zero`` draws the line that an interval must leave out. A row that is
+    not finite has its text alone, here and in ``bar_chart``."""
     return _rows_chart(rows, alt=alt, unit=unit, x_label=x_label, bars=False, zero=zero)
 
 
@@ -239,8 +243,9 @@ def bar_chart(rows: Sequence[Interval], *, alt: str, unit: Unit = PLAIN, x_label
 def _rows_chart(
     rows: Sequence[Interval], *, alt: str, unit: Unit = PLAIN, x_label: str, bars: bool, zero: bool
 ) -> Markup:
-    low = min([0.0] * (zero or bars) + [row.low for row in rows])
-    high = max([0.0] * zero + [row.high for row in rows])
+    known = [row for row in rows if all(map(math.isfinite, (row.value, row.low, row.high)))]
+    low = min([0.0] * (zero or bars or not known) + [row.low for row in known])
+    high = max([0.0] * (zero or not known) + [row.high for row in known])
     ticks = nice_ticks(low, high)
     pitch, bottom = 36, 6 + 36 * len(rows)
     axes = _Axes((ticks[0], ticks[-1]), (0, 1), 12, 348, 4, bottom)
@@ -252,6 +257,8 @@ def _rows_chart(
         room = 54 - len(row.text)
         parts.append(_text(axes.left, text_y, shorten(row.label, max(12, room)), "halo"))
         parts.append(_text(axes.right, text_y, row.text, "end strong halo"))
+        if row not in known:
+            continue
         if bars:
             width = max(1.0, axes.x(row.value) - axes.x(0))
             parts.append(

@@ -26,7 +26,7 @@ from edgedistill.report.blocks import (
     Text,
 )
 from edgedistill.report.charts import Box, Point, Series, box_chart, line_chart, size_chart
-from edgedistill.report.record import RunRecord, SoftLabelKeys
+from edgedistill.report.record import RunRecord, SoftLabelKeys, setting
 from edgedistill.report.wording import compact, count, heads_in_words, percent, shorten
 from edgedistill.tasks import Head, Values
 
@@ -37,6 +37,11 @@ MAX_OPEN_FINDINGS = 6
 SIZE_SAMPLE = 64
 MAX_COLORS = 10  # classes with a colour of their own in report.css
 MAX_HEADS = 12
+# By --final-data; a run that has not recorded it may be of either kind.
+VAL_WORDS = {
+    "train": ", and none on val",
+    "train+val": "; the last epochs of each student are on val too (--final-data train+val)",
+}
 
 Counts = npt.NDArray[np.int64]
 
@@ -46,7 +51,7 @@ def data_section(record: RunRecord) -> Section:
     if dataset is None:
         return Section("data", "Data", (Missing("No frozen manifest dataset.csv", record.command("distill")),))
     counts = {split: np.bincount(dataset.labels[dataset.rows(split)], minlength=_classes(dataset)) for split in SPLITS}
-    blocks: list[Block] = [_overview(dataset, record.data_report), _split_table(dataset, counts)]
+    blocks: list[Block] = [_overview(record, dataset), _split_table(dataset, counts)]
     colors = _class_colors(record.data_report)
     if dataset.task is None:
         blocks.extend(_distribution(dataset.class_names, counts, len(dataset), colors=colors))
@@ -68,14 +73,16 @@ def _classes(dataset: Dataset) -> int:
     return len(dataset.class_names)
 
 
-def _overview(dataset: Dataset, report: dict[str, Any] | None) -> Text:
+def _overview(record: RunRecord, dataset: Dataset) -> Text:
+    report = record.data_report
     groups = dataset.groups[dataset.groups != ""]
     together = f", {count(len(np.unique(groups)))} groups that stay together" if len(groups) else ""
     sizes = _checked_sizes(report) if report is not None else ""
     what = f"of {_classes(dataset):,} classes" if dataset.task is None else f"with {heads_in_words(dataset.task)}"
     return Text(
-        f"{len(dataset):,} images {what}{together}. {sizes or _sampled_sizes(dataset)} The test "
-        f"split was cut first and is read once, by the final evaluation; nobody trains on val; folds cover train only."
+        f"{len(dataset):,} images {what}{together}. {sizes or _sampled_sizes(dataset)} No network is trained on test, which "
+        f"is kept for the final evaluation{VAL_WORDS.get(setting(record.config, 'student', 'final_data'), '')}; folds cover "
+        "train only."
     )
 
 

@@ -239,10 +239,12 @@ def _matrix(confusion: npt.NDArray[np.int64], names: list[str], model: str) -> M
         folded = np.vstack([confusion[worst], confusion[rest].sum(0)])
         others = f"the other {len(rest):,}"
         caption += f"; the {len(worst)} most confused of {len(names):,} classes"
-        confusion = np.column_stack([folded[:, worst], folded[:, rest].sum(1)])
-        names = [names[index] for index in worst] + [others]
+        among = np.zeros(len(folded), np.int64)  # taken for another of the others, whose own cell is of right answers
+        among[-1] = errors[np.ix_(rest, rest)].sum()
+        confusion = np.column_stack([folded[:, worst], folded[:, rest].sum(1) - among, among])
+        names = [*(names[index] for index in worst), others, f"another of these {len(rest):,}"]
     rows = []
-    for true, name in enumerate(names):
+    for true, name in enumerate(names[: len(confusion)]):
         total = int(confusion[true].sum())
         shares = confusion[true] / max(1, total)
         cells = tuple(

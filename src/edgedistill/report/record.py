@@ -24,6 +24,7 @@ from edgedistill.tasks import Task
 T = TypeVar("T")
 Rows = tuple[dict[str, Any], ...]
 CHUNK_ROWS = 65_536
+TRAINING = ("distill", "teach")  # the commands that config.json records
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Predictions:
 class RunRecord:
     """One run as found on disk. ``outputs``: of networks with several heads, whose ``test_values`` are float32 [N, V], the
     float32 [N, D] of each model on the test split; ``predictions`` is then empty. ``calibration``: of model.pt, on val.
-    ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels', of further students
+    ``exported``: the full name of the network in openvino/, '' where that holds none or a cascade. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels', of further students
     'student-NAME' and of further teachers 'teacher-NAME fold-0', ... to epoch rows."""
 
     run: RunDir
@@ -66,6 +67,7 @@ class RunRecord:
     calibration: Calibration | None
     deploy: dict[str, Any] | None
     certificates: tuple[tuple[str, dict[str, Any]], ...]
+    exported: str
     benches: tuple[tuple[str, dict[str, Any]], ...]
     tune: dict[str, Any] | None
     explanation: Explanation | None
@@ -91,13 +93,22 @@ class RunRecord:
         model = self.evaluation["models"].get(self.main_model, {})
         return Task.from_dict(model.get("task", self.evaluation["heads"]))
 
+    @property
+    def trains_teachers(self) -> bool:
+        """Whether it was asked for teachers of its own, as a run is that has not recorded it."""
+        return setting(self.config, "student", "distillation") is not False and not setting(self.config, "soft_labels")
+
     def command(self, stage: str) -> str:
-        """The command line that makes a missing part of this run."""
-        root = str(self.run.root)
+        """The command line that makes a missing part of this run. ``stage`` 'baseline': the hard-label student."""
         data = data_name(self.config) or "DATA"
         labels = label_flags(self.config)
+        asked = _flags(self.config) or ["--data", data, *labels]
+        distill = ["distill", *asked, "--out", str(self.run.root), "--resume"]
+        unwanted = setting(self.config, "baselines") == "none"
+        baseline = [*_without(distill, "--no-baseline"), "--baselines", "first"] if unwanted else distill
         lines = {
-            "distill": ["distill", "--data", data, "--out", root, *labels, "--resume"],
+            "distill": distill,
+            "baseline": baseline,
             "check-data": ["edgedistill", "check-data", data, *labels],
             "export": ["export-openvino", str(self.run.model)],
             "bench": ["bench-fps", str(self.run.openvino)],
@@ -115,6 +126,37 @@ def setting(config: dict[str, Any], *path: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+def commands(config: dict[str, Any]) -> list[str]:
+    """The command lines that made a run, in their order; older files have the first alone."""
+    saved = config.get("commands", [config.get("command")])
+    lines = [shlex.join(map(str, line)) if isinstance(line, list) else line for line in saved if line]
+    return [str(line) for line in lines]
+
+
+def _flags(config: dict[str, Any]) -> list[str]:
+    """What the last of these asked ``distill`` for, without where; [] where that is not known. ``teach`` knows the flags of
+    teachers by the same names."""
+    try:
+        words = shlex.split(commands(config)[-1])
+    except (IndexError, TypeError, ValueError):
+        return []
+    stage = next((at for at, word in enumerate(words[:2]) if word in TRAINING), None)
+    if stage is None:
+        return []
+    flags = _without(words[stage + 1 :], "--resume")
+    for named in ("--out", "--fold"):
+        flags = _without(flags, named, values=1)
+    return flags
+
+
+def _without(words: list[str], flag: str, *, values: int = 0) -> list[str]:
+    """``words`` less a flag and its values, as '--flag value' or '--flag=value'."""
+    while flag in words:
+        at = words.index(flag)
+        words = words[:at] + words[at + 1 + values :]
+    return [word for word in words if not word.startswith(f"{flag}=")]
 
 
 def data_name(config: dict[str, Any]) -> str:
@@ -164,6 +206,7 @@ def read_record(run: RunDir, *, bench: Path | None = None) -> RunRecord:
             (_stage_name(path), values)
             for path, values in _read_all(_certificate_paths(run), optional, "edgedistill-certificate")
         ),
+        exported=_exported(run),
         benches=tuple(
             (path.name, values)
             for path, values in _read_all(
@@ -187,9 +230,11 @@ def _optional(problems: list[str]) -> Any:
             return None
         try:
             return reader(path)
-        except (EdgedistillError, OSError, UnicodeDecodeError) as error:
+        except (EdgedistillError, OSError) as error:
             problems.append(str(error))
-            return None
+        except Exception as error:  # whatever a damaged file leads a reader to, the others are read
+            problems.append(f"{path}: {type(error).__name__}: {error}; run the command that made it again")
+        return None
 
     return read
 
@@ -234,6 +279,12 @@ def _certificate_paths(run: RunDir) -> list[Path]:
         for folder in (run.openvino, *others)
         for path in sorted(folder.glob("stages/*/certificate*.json"), key=lambda path: (path.parent, len(path.name)))
     ]
+
+
+def _exported(run: RunDir) -> str:
+    """RunRecord.exported: other students have folders of their own."""
+    stages = [path.name for path in run.openvino.glob("stages/*")]
+    return stages[0] if len(stages) == 1 else ""
 
 
 def _stage_name(path: Path) -> str:

@@ -82,7 +82,7 @@ def _guarded(
     """JSON that parses but does not hold what its format promises must not cost the user the rest of the page."""
     try:
         return build(record)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # also csv.Error, RecursionError, OverflowError: it depends on what the file holds
         detail = f"{type(error).__name__}: {error}"
         problems.append(f"{title}: a file of this section does not hold what its format promises ({detail})")
         text = "This section's file could not be understood; run the command that made it again."

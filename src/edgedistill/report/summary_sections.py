@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import numpy as np
 
-from edgedistill.report.blocks import Block, Callout, Card, Cards, Code, Details, Facts, Missing, Section
+from edgedistill.report.blocks import Block, Callout, Card, Cards, Code, Details, Facts, Missing, Section, Text
 from edgedistill.report.deploy_sections import flatten, headline_result, machine_name
-from edgedistill.report.record import RunRecord, data_name, setting
+from edgedistill.report.record import RunRecord, commands, data_name, setting
 from edgedistill.report.wording import (
     count,
     difference_sentence,
@@ -25,6 +24,7 @@ from edgedistill.report.wording import (
     verdict,
 )
 
+MAX_COMMANDS = 40
 SCOPE_WORDS = {"files": "image file to label", "frames": "decoded frame to label", "model": "inference only"}
 
 
@@ -60,7 +60,7 @@ def architecture(record: RunRecord, stage: str) -> str:
     """The network's name as the settings have it, with the exported stage's full name behind a short one."""
     paths = ((stage, "name"), (stage, "architecture"))
     name = next((value for path in paths if isinstance(value := setting(record.config, *path), str)), "")
-    exported = record.certificates[0][0] if stage == "student" and record.certificates else ""
+    exported = record.exported if stage == "student" else ""
     others = setting(record.config, "ensemble", "others") if stage == "teacher" else None
     if isinstance(others, list) and others:
         return shorten(
@@ -163,10 +163,11 @@ def making_section(record: RunRecord) -> Section:
     if not config:
         return Section("making", title, (Missing("No config.json with the settings", record.command("distill")),))
     blocks: list[Block] = []
-    command = next((config[key] for key in ("command", "command_line", "argv") if config.get(key)), None)
-    if command is not None:
-        line = shlex.join(str(word) for word in command) if isinstance(command, list) else str(command)
-        blocks.append(Code(shorten(line, 4000)))
+    lines = commands(config)
+    if len(lines) > MAX_COMMANDS:
+        blocks.append(Text(f"The last {MAX_COMMANDS} of {len(lines):,} commands:"))
+    if lines:
+        blocks.append(Code("\n".join(shorten(line, 4000) for line in lines[-MAX_COMMANDS:])))
     facts = [
         (key, shorten(config[key], 120)) for key in ("created", "seed", "dataset_hash") if config.get(key) is not None
     ]

@@ -40,7 +40,7 @@ def curves_section(record: RunRecord) -> Section:
         blocks += [Heading("Teachers"), _charts(teachers, styles), _effort(teachers, styles)]
         if len(teachers) > MAX_LINES:
             blocks.append(Text(f"The charts show the first {MAX_LINES} of {len(teachers)} folds."))
-    else:
+    elif record.trains_teachers:
         blocks.append(Missing("No teacher has finished an epoch", record.command("distill")))
     looks = _student_styles(students)
     if students:
@@ -48,7 +48,7 @@ def curves_section(record: RunRecord) -> Section:
     else:
         blocks.append(Missing("No student has finished an epoch", record.command("distill")))
     if students and "student-hard-labels" not in students:
-        blocks.append(Missing("No hard-label student to compare with", f"{record.command('distill')} --baseline"))
+        blocks.append(Missing("No hard-label student to compare with", record.command("baseline")))
     waiting = _waiting_callout(record)
     return Section("curves", "Training curves", tuple(blocks if waiting is None else [*blocks, waiting]))
 
@@ -74,7 +74,8 @@ def _student_styles(students: Iterable[str]) -> dict[str, tuple[str, str, str]]:
 def oof_section(record: RunRecord) -> Section:
     if record.oof is None:
         missing = Missing("The out-of-fold soft labels are not finished", record.command("distill"))
-        return Section("oof", "Out-of-fold soft labels", (missing,))
+        none = Text("This run has no teachers of its own, whose answers could be judged here.")
+        return Section("oof", "Out-of-fold soft labels", (missing if record.trains_teachers else none,))
     rows = [_quality_row(f"fold {item['fold']}", item) for item in record.oof["folds"][: MAX_LINES * 4]]
     rows.append(_quality_row("all folds", record.oof["all"]))
     columns = ("held-out fold", "images", "accuracy", "macro-F1", "log-loss (nats)", "calibration error (ECE)")

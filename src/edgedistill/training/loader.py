@@ -7,7 +7,6 @@ between processes (and Docker's 64 MB /dev/shm is not needed). What a batch hold
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import mmap
 import multiprocessing.context
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from edgedistill import console
 from edgedistill.errors import DataError, ImageError, UsageError
 from edgedistill.images import DecodeMode, ImageU8, InputSpec, load_image
+from edgedistill.memory import available_bytes
 from edgedistill.tasks import Task, Values
 from edgedistill.training.processes import ALONE, Part, part
 from edgedistill.training.seeds import generator
@@ -47,15 +47,21 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def free_memory_bytes() -> int:
-    """What this process may still take: the machine's available memory, less if its container has a limit."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
-    return max(0, free)
+def is_jpeg(paths: npt.NDArray[np.str_]) -> npt.NDArray[np.bool_]:
+    """bool [N], by their names."""
+    return np.array([Path(path).suffix.lower() in (".jpg", ".jpeg") for path in paths], dtype=bool)
+
+
+def store_bytes(jpeg: npt.NDArray[np.bool_], spec: InputSpec) -> int:
+    """What N prepared images of ``spec`` take: each once, and a JPEG once more as it is decoded in the DCT."""
+    return (len(jpeg) + int(jpeg.sum())) * spec.height * spec.width * 3
+
+
+def store_budget(cache_gib: float | None, processes: int) -> float:
+    """Bytes that they may take: ``cache_gib``; None: half of the free memory, shared by so many ``processes``."""
+    if cache_gib is not None:
+        return cache_gib * 2**30
+    return (available_bytes() or 0) * FREE_MEMORY_SHARE / processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +92,8 @@ def open_store(paths: npt.NDArray[np.str_], spec: InputSpec, *, cache_gib: float
     ``spec``: of the prepared images. ``cache_gib``: the budget; None is half of the free memory.
     Raises ImageError that names the first damaged file.
     """
-    jpeg = np.array([Path(path).suffix.lower() in (".jpg", ".jpeg") for path in paths], dtype=bool)
-    image_bytes = spec.height * spec.width * 3
-    needed = (len(paths) + int(jpeg.sum())) * image_bytes
-    free = free_memory_bytes() * FREE_MEMORY_SHARE / part().local_size
-    budget = free if cache_gib is None else cache_gib * 2**30
+    jpeg = is_jpeg(paths)
+    needed, budget = store_bytes(jpeg, spec), store_budget(cache_gib, part().local_size)
     if needed > budget:
         console.note(
             f"{len(paths)} prepared images take {needed / 2**30:.1f} GiB and {budget / 2**30:.1f} are granted: "

@@ -53,6 +53,7 @@ CLASSIFIER_FIELDS = {
     "classifier": "classifier",
 }
 # What older work, which does not name them, was made with, where that is not the default: crops had one size.
+AVERAGES = ("extra_epochs", "swa_start", "ema_decay")  # of weights
 BEFORE_THEY_EXISTED = {"crop_max": CROP[0]}
 # What may differ between a run and its resumption: where and how fast it runs, not what it computes.
 FREE_FIELDS = frozenset({"workers", "cache_gib", "checkpoint_minutes", "tensorboard", "fold", "soft_label_store"})
@@ -176,51 +177,52 @@ class TrainSettings:
         """(whether they are asked for together, which options contradict each other and what to do)."""
         smoothed, weighted = self.label_smoothing > 0, self.class_weights != "none"
         mixed = self.cutmix_probability > 0 or self.mixup_probability > 0
+        averages = [f"{flag_of(name, value)} {value:g}" for name in AVERAGES if (value := getattr(self, name)) > 0]
         return [
             (
                 weighted and self.balanced_sampling,
-                f"class_weights={self.class_weights!r} with balanced sampling counts rare classes twice; "
+                f"--class-weights {self.class_weights} with balanced sampling counts rare classes twice; "
                 "give --no-balanced or --class-weights none",
             ),
             (
                 weighted and self.weighs_draws,
-                f"class_weights={self.class_weights!r} with weighted sampling counts rare classes twice; "
+                f"--class-weights {self.class_weights} with --sample-power or --oversample counts rare classes twice; "
                 "choose one of them",
             ),
             (
                 self.balanced_sampling and self.weighs_draws,
-                "sample_power and oversample have no say in balanced sampling; give --no-balanced",
+                "--sample-power and --oversample have no say in balanced sampling; give --no-balanced",
             ),
             (
                 self.defer_weights > 0 and not weighted,
-                "defer_weights without class weights defers nothing; give --class-weights class-balanced",
+                "--defer-weights without class weights defers nothing; give --class-weights class-balanced",
             ),
             (
                 self.hard_loss == "soft-f1" and weighted,
-                "soft-f1 weighs all classes alike already; give --class-weights none",
+                "--hard-loss soft-f1 weighs all classes alike already; give --class-weights none",
             ),
             (
                 self.hard_loss in ("focal", "ldam") and smoothed,
-                f"{self.hard_loss} with label smoothing: one sharpens the target that the other softens; "
+                f"--hard-loss {self.hard_loss} with label smoothing: one sharpens the target that the other softens; "
                 "give --label-smoothing 0",
             ),
             (
                 self.cutmix_probability + self.mixup_probability > 1,
-                f"cutmix {self.cutmix_probability:g} and mixup {self.mixup_probability:g} are shares of the batches, "
+                f"--cutmix {self.cutmix_probability:g} and --mixup {self.mixup_probability:g} are shares of the batches, "
                 "and together more than all; lower one of them",
             ),
             (
-                (self.extra_epochs > 0) + (self.swa_start > 0) + (self.ema_decay > 0) > 1,
-                f"extra_epochs={self.extra_epochs}, swa_start={self.swa_start:g} and ema_decay={self.ema_decay:g} each "
-                "average the weights; leave one above 0 (--extra-epochs 0)",
+                len(averages) > 1,
+                f"{' and '.join(averages)} each average the weights; leave one of them above 0"
+                + (" (--extra-epochs 0 for one of the others)" if self.extra_epochs else ""),
             ),
             (
                 self.hard_loss == "ldam" and self.classifier != "cosine",
-                "ldam's margins are angles; give --classifier cosine",
+                "the margins of --hard-loss ldam are angles; give --classifier cosine",
             ),
             (
                 self.dropout_samples > 1 and not self.classifier_dropout,
-                "dropout_samples without dropout repeats one answer; give --classifier-dropout",
+                "--dropout-samples without dropout repeats one answer; give --classifier-dropout",
             ),
             (
                 self.hard_loss == "ldam" and mixed,
@@ -288,8 +290,15 @@ class TrainSettings:
         """What is allowed and seldom wanted: one warning each. ``known``: (field, value) of which it need not be said that
         they change nothing here, since another network of the run heeds them or has said so."""
         found = []
-        if self.hard_loss == "ldam" and self.balanced_sampling:
-            found.append("LDAM's margins and balanced sampling both favour rare classes; consider --no-balanced")
+        drawn = "balanced sampling" if self.balanced_sampling else "--sample-power or --oversample"
+        if self.hard_loss in ("ldam", "soft-f1") and (self.balanced_sampling or self.weighs_draws):
+            instead = "; consider --no-balanced" if self.balanced_sampling else ""
+            found.append(f"--hard-loss {self.hard_loss} and {drawn} both favour rare classes{instead}")
+        if self.test_size is not None and self.test_size <= self.image_size:
+            found.append(
+                f"--test-size {self.test_size} is not above --image-size {self.image_size}; FixRes gains by looking closer "
+                "than in training"
+            )
         if self.hard_loss == "soft-f1" and self.batch_size < 32:
             found.append(f"soft-f1 counts within a batch, and batches of {self.batch_size} hold few of each class")
         if self.cutmix_probability + self.mixup_probability > 0 and self.plain_epochs >= self.total_epochs:
@@ -474,7 +483,7 @@ class TrainSettings:
             (
                 "swa_start",
                 self.swa_start == 0 or 0 < self.main_epochs < self.epochs,
-                "0 (none), or a share of the epochs",
+                f"0 (none), or a share of the {self.epochs} epochs that leaves one or more before and after",
             ),
             ("swa_lr", 0 < self.swa_lr <= 1, "a share of lr, above 0 to 1"),
             ("seed", self.seed >= 0, "0 or more"),

@@ -20,8 +20,9 @@ namespace edgedistill {
 // Threads: any number may call classify on one Classifier; they are answered one after the other. Construction,
 // moving and destruction belong to one thread, when nobody is inside a call.
 //
-// Memory: the overloads with `out` reuse what `out` holds; after the first images of the largest size nothing is
-// allocated any more outside OpenVINO's own infer call.
+// Memory: the overloads with `out` reuse what `out` holds; after the first images of the largest size, frames, BMP,
+// baseline JPEG and plain PNG (8 bits, grey, RGB or RGBA, not interlaced) allocate nothing any more outside OpenVINO's
+// own infer call. Other files are decoded by libraries that allocate.
 class EDGEDISTILL_API Classifier {
 public:
     // `model`: an openvino/ folder, the run's folder above it, a deploy.json or a model.xml.
@@ -55,6 +56,7 @@ public:
     std::optional<double> threshold(int stage, int output) const noexcept;
     double temperature() const noexcept;            // of the first stage
     const std::string& precision() const noexcept;  // "int8+f32" where the stages of a cascade differ
+    int threads() const;                            // OpenVINO's inference threads
 
 private:
     struct Impl;

@@ -25,7 +25,8 @@ enum class Policy {
 };
 
 struct EngineOptions : Options {
-    std::optional<int> streams;  // images worked on at once, and worker threads; unset: deploy.json, else one per core
+    // Images worked on at once, and worker threads; unset: deploy.json, else one per core, but no more than `threads`.
+    std::optional<int> streams;
     // Images per inference, in every stage of a cascade; unset: what deploy.json says, else 1, but no more than
     // queue_size has room for, and than 8 under drop_oldest: a batch costs the same however few images are in it.
     std::optional<int> batch;
@@ -98,6 +99,7 @@ public:
     std::optional<double> threshold(int stage, int output) const noexcept;
     const std::string& precision() const noexcept;  // "int8+f32" where the stages of a cascade differ
     int streams() const noexcept;
+    int threads() const;  // OpenVINO's inference threads in all
     int batch() const noexcept;
     int queue_size() const noexcept;
 

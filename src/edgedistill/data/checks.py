@@ -409,8 +409,8 @@ def _near_duplicates(
     members = np.unique(pairs)
     groups = len(np.unique(duplicates.components(len(digests), pairs)[members]))
     message = (
-        f"{len(members)} images look the same as another, in {groups} groups; each group stays in one split and fold, but "
-        "for pairs that another line tells of"
+        f"{len(members)} images look the same as another, in {groups} groups; each group stays in one split and fold, "
+        "except for pairs that another line names"
     )
     remedy = "nothing to do; remove bursts to save time"
     findings = [Finding("warning", "near-duplicates", message, remedy, _ids(source, members))]

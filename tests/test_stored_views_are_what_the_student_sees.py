@@ -221,7 +221,7 @@ def test_views_of_several_heads_keep_what_each_head_said(heads_dataset, heads_ru
 
 
 def test_views_and_live_teachers_exclude_each_other():
-    with pytest.raises(UsageError, match="live_teachers judge every view anew and views=3 fixes them"):
+    with pytest.raises(UsageError, match="--live-teachers judge every view anew and --views 3 fixes them"):
         dataclasses.replace(SETTINGS, live_teachers=True)
-    with pytest.raises(UsageError, match="a soft_weight above 0"):
+    with pytest.raises(UsageError, match="--soft-weight above 0"):
         dataclasses.replace(SETTINGS, soft_weight=0.0)

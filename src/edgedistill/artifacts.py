@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -40,9 +41,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     handle = -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{OWNER}.{os.getpid()}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=path.parent)
         temporary = Path(name)
-        _locked(handle)  # until it is closed: 'sweep' sees that its process is alive, in another container too
+        hold(handle)
         yield temporary
         _fsync(temporary)
         temporary.chmod(0o644)
@@ -67,13 +68,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def sweep(root: Path) -> None:
     """Remove the temporary files that killed processes of this machine left below ``root``."""
     for path in root.rglob(f".*.{OWNER}.*.tmp"):
-        process = path.name.split(f".{OWNER}.", 1)[1].split(".", 1)[0]
-        if process.isdecimal() and not Path("/proc", process).exists() and _is_left(path):
+        if is_left(path):
             path.unlink(missing_ok=True)
 
 
-def _locked(handle: int) -> bool:
-    """Whether this process holds the file now; True too where the file system knows no locks."""
+def temporary_prefix(path: Path) -> str:
+    """How the name of a temporary file or folder begins that is to be renamed to ``path``: it says whose it is."""
+    return f".{path.name}.{OWNER}.{os.getpid()}."
+
+
+def hold(handle: int) -> bool:
+    """Marks an open temporary file or folder, until it is closed, as one that a living process writes. Whether this process
+    holds it now; True too where the file system knows no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -81,14 +87,18 @@ def _locked(handle: int) -> bool:
     return True
 
 
-def _is_left(path: Path) -> bool:
-    """Whether no process writes it. Containers with the host's network share its name, and not its processes."""
+def is_left(path: Path) -> bool:
+    """Whether a killed process of this machine left that temporary file or folder: /proc does not know it, nor does any hold
+    it. Containers with the host's network share its name, and not its processes."""
+    process = path.name.split(f".{OWNER}.", 1)[1].split(".", 1)[0]
+    if not process.isdecimal() or Path("/proc", process).exists():
+        return False
     try:
-        handle = os.open(path, os.O_RDWR)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:
         return False
     try:
-        return _locked(handle)
+        return hold(handle)
     finally:
         os.close(handle)
 
@@ -177,6 +187,13 @@ def sha256_file(path: Path) -> str:
 
 
 RUN_FORMAT = "edgedistill-run"  # of config.json
+
+
+def commands_of(config: dict[str, Any]) -> list[str]:
+    """The command lines that made a run, in their order, from its config.json; older files have the first alone."""
+    saved = config.get("commands", [config.get("command")])
+    lines = [shlex.join(map(str, line)) if isinstance(line, list) else line for line in saved if line]
+    return [str(line) for line in lines]
 
 
 @dataclass(frozen=True)

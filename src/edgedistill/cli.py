@@ -76,7 +76,6 @@ Processes = Annotated[
 ]
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
-BLEND_OPTIONS = {"weights": "teacher_blend", "vote": "teacher_vote", "override": "teacher_override"}
 NO_RECIPES_BUSINESS = {"context", "recipe", "data", "out", "resume", "dry_run", "as_json", "help_teacher"}
 
 # What the base install leaves out, and the extra that brings it.
@@ -175,7 +174,7 @@ def _blend(context: typer.Context, recipe: str | None, **given: str) -> Any:
     from edgedistill.teacher import BlendSettings
 
     if recipe is not None and given_flags(context, ["teacher"]):
-        given = {name: value for name, value in given.items() if given_flags(context, [BLEND_OPTIONS[name]])}
+        given = {name: value for name, value in given.items() if given_flags(context, [f"teacher_{name}"])}
     return BlendSettings(**given)  # type: ignore[arg-type]
 
 

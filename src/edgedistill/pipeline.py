@@ -26,6 +26,7 @@ from edgedistill.artifacts import (
     RUN_FORMAT,
     RunDir,
     atomic_path,
+    commands_of,
     read_json,
     settings_dict,
     sha256_file,
@@ -427,7 +428,10 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
         wanted["data"] |= _as_frozen(run, saved["settings"].get("data", {}), wanted["data"])
         if isinstance(settings, TeachSettings) and "student" in saved["settings"]:
             return  # teachers alone, for a run that has students: what it was asked for stands
-        commands = _joined(saved, *commands)
+        before = commands_of(saved)
+        if before and before[-1].replace(" --resume", "") == commands[0].replace(" --resume", ""):
+            commands = []  # it only goes on
+        commands = [*before, *commands]
     values = {
         "settings": wanted,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES} | {"edgedistill": __version__},
@@ -435,13 +439,6 @@ def record(settings: Any, run: RunDir, dataset: Dataset, *, resume: bool) -> Non
         "commands": commands,
     }
     write_json(run.config, values, format=RUN_FORMAT)
-
-
-def _joined(saved: dict[str, Any], command: str) -> list[str]:
-    """The command lines of a config.json, and ``command`` where it asks for more than to go on. (Older files have one.)"""
-    before = saved["commands"] if "commands" in saved else [saved["command"]]
-    only_goes_on = before[-1].replace(" --resume", "") == command.replace(" --resume", "")
-    return before if only_goes_on else [*before, command]
 
 
 def _as_frozen(run: RunDir, saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

@@ -277,11 +277,11 @@ def _move_groups(
     bin_of[unit], free[unit] = bins, movable
     while True:
         spare = free & (~has | (counts > least)[bin_of]).all(axis=1)
-        moves = [
-            (number, spare & has[:, lacked] & (bin_of != number)) for number, lacked in np.argwhere(counts < least)
-        ]
-        number, groups = next(((number, np.flatnonzero(fit)) for number, fit in moves if fit.any()), (0, None))
-        if groups is None:
+        for number, lacked in np.argwhere(counts < least):
+            groups = np.flatnonzero(spare & has[:, lacked] & (bin_of != number))
+            if len(groups):
+                break
+        else:
             return bin_of[unit]
         group = groups[sizes[groups].argmin()]
         counts[bin_of[group]] -= has[group]
@@ -381,10 +381,10 @@ def _sklearn_folds(pool: Table, settings: SplitSettings, splitter: type) -> npt.
 
 def missing_class(folds: npt.NDArray, classes: Codes, count: int) -> tuple[int, int] | None:
     """(fold, class) that do not meet, or None."""
-    class_count = int(classes.max(initial=0)) + 1
-    table = np.bincount(folds.astype(np.int64) * class_count + classes, minlength=count * class_count)
+    width = int(classes.max(initial=0)) + 1
+    table = np.bincount(folds.astype(np.int64) * width + classes, minlength=count * width)
     absent = np.flatnonzero(table == 0)
-    return (int(absent[0]) // class_count, int(absent[0]) % class_count) if len(absent) else None
+    return (int(absent[0]) // width, int(absent[0]) % width) if len(absent) else None
 
 
 def deal(table: Table, quotas: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.int16]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
-import fcntl
 import gzip
 import hashlib
 import os
@@ -20,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill import console
-from edgedistill.artifacts import OWNER
+from edgedistill.artifacts import OWNER, hold, is_left, temporary_prefix
 from edgedistill.errors import DataError
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -84,11 +82,10 @@ def _bytes(path: Path) -> bytes:
 
 def _write(root: Path, files: dict[tuple[str, str], Path]) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.{OWNER}.{os.getpid()}.", dir=root.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(root), dir=root.parent))
     handle = os.open(temporary, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks; else '_sweep' sees that it is being written
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        hold(handle)
         rows: list[tuple[str, str]] = []
         for split in SPLIT_PREFIX:
             images = read_idx(files[split, "images-idx3-ubyte"], magic=IMAGES_MAGIC)
@@ -116,16 +113,8 @@ def _write(root: Path, files: dict[tuple[str, str], Path]) -> None:
 def _sweep(cache: Path) -> None:
     """Removes the temporary folders that killed processes of this machine left, as ``artifacts.sweep`` does with files."""
     for folder in cache.glob(f".fashion-mnist-*.{OWNER}.*"):
-        process = folder.name.split(f".{OWNER}.", 1)[1].split(".", 1)[0]
-        if not process.isdecimal() or Path("/proc", process).exists():
-            continue
-        with contextlib.suppress(OSError):  # removed by another process, or held by one of another container
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(handle)
+        if is_left(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_split(folder: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.uint8]) -> list[tuple[str, str]]:

@@ -368,10 +368,12 @@ def files_below(folder: Path) -> list[Path]:
     found, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not _is_junk(name))
-        if real not in seen:
-            found += [Path(parent, name) for name in names if not _is_junk(name)]
+        if real in seen:
+            folders.clear()
+            continue
         seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_junk(name))
+        found += [Path(parent, name) for name in names if not _is_junk(name)]
     return sorted(path for path in found if path.is_file())
 
 

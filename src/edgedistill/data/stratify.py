@@ -109,9 +109,10 @@ def sampling_codes(task: Task, values: Values, joint: Codes, *, least: int) -> n
         return codes.astype(np.int32)
     often = whole & (np.bincount(joint[whole], minlength=int(joint.max(initial=0)) + 1)[joint] >= least)
     codes = np.where(often, len(totals) + joint, codes)
-    patterns, place = np.unique(np.where(unknown, -1, given)[~whole], axis=0, return_inverse=True)
+    partial = np.flatnonzero(~whole)
+    patterns, place = np.unique(np.where(unknown, -1, given)[partial], axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
-        rows = np.flatnonzero(~whole)[place == number]
+        rows = partial[place == number]
         alike = whole & ((pattern < 0) | (given == pattern)).all(axis=1)
         codes[rows] = _largest(codes[alike], codes[rows])
     return codes.astype(np.int32)

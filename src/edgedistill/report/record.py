@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.artifacts import RunDir, read_array, read_json, read_jsonl
+from edgedistill.artifacts import RunDir, commands_of, read_array, read_json, read_jsonl
 from edgedistill.calibration import Calibration
 from edgedistill.data.label_columns import LabelColumns
 from edgedistill.data.manifest import Dataset, read_dataset
@@ -48,8 +48,9 @@ class Predictions:
 class RunRecord:
     """One run as found on disk. ``outputs``: of networks with several heads, whose ``test_values`` are float32 [N, V], the
     float32 [N, D] of each model on the test split; ``predictions`` is then empty. ``calibration``: of model.pt, on val.
-    ``exported``: the full name of the network in openvino/, '' where that holds none or a cascade. ``metrics`` maps 'fold-0', ..., 'student', 'student-hard-labels', of further students
-    'student-NAME' and of further teachers 'teacher-NAME fold-0', ... to epoch rows."""
+    ``exported``: the full name of the network in openvino/, '' where that holds none or a cascade. ``metrics`` maps 'fold-0',
+    ..., 'student', 'student-hard-labels', of further students 'student-NAME' and of further teachers 'teacher-NAME fold-0',
+    ... to epoch rows."""
 
     run: RunDir
     config: dict[str, Any]
@@ -128,18 +129,11 @@ def setting(config: dict[str, Any], *path: str) -> Any:
     return None
 
 
-def commands(config: dict[str, Any]) -> list[str]:
-    """The command lines that made a run, in their order; older files have the first alone."""
-    saved = config.get("commands", [config.get("command")])
-    lines = [shlex.join(map(str, line)) if isinstance(line, list) else line for line in saved if line]
-    return [str(line) for line in lines]
-
-
 def _flags(config: dict[str, Any]) -> list[str]:
     """What the last of these asked ``distill`` for, without where; [] where that is not known. ``teach`` knows the flags of
     teachers by the same names."""
     try:
-        words = shlex.split(commands(config)[-1])
+        words = shlex.split(commands_of(config)[-1])
     except (IndexError, TypeError, ValueError):
         return []
     stage = next((at for at, word in enumerate(words[:2]) if word in TRAINING), None)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.artifacts import commands_of
 from edgedistill.report.blocks import Block, Callout, Card, Cards, Code, Details, Facts, Missing, Section, Text
 from edgedistill.report.deploy_sections import flatten, headline_result, machine_name
-from edgedistill.report.record import RunRecord, commands, data_name, setting
+from edgedistill.report.record import RunRecord, data_name, setting
 from edgedistill.report.wording import (
     count,
     difference_sentence,
@@ -163,7 +164,7 @@ def making_section(record: RunRecord) -> Section:
     if not config:
         return Section("making", title, (Missing("No config.json with the settings", record.command("distill")),))
     blocks: list[Block] = []
-    lines = commands(config)
+    lines = commands_of(config)
     if len(lines) > MAX_COMMANDS:
         blocks.append(Text(f"The last {MAX_COMMANDS} of {len(lines):,} commands:"))
     if lines:

@@ -436,7 +436,7 @@ class TrainSettings:
     @property
     def averages(self) -> bool:
         """Whether the trained weights are an average, for which batch-norm statistics are to be measured anew."""
-        return bool(self.extra_epochs or self.swa_start or self.ema_decay)
+        return any(getattr(self, name) for name in AVERAGES)
 
     @property
     def mixes_to_the_end(self) -> bool:

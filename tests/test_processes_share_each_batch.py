@@ -198,6 +198,7 @@ def test_half_a_launch_is_completed_where_its_number_is_known(monkeypatch, comma
 ACCELERATE = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 29531"
 # What 'accelerate launch' runs; that program itself imports timm, which cannot be beside a CPU-only torch.
 LAUNCHERS = {
+    "alone": [],
     "option": [],
     "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2".split(),
     "accelerate": f"-m accelerate.commands.launch --multi_gpu {ACCELERATE}".split(),
@@ -205,8 +206,8 @@ LAUNCHERS = {
 }
 
 
-def start(*arguments: object, by: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *LAUNCHERS[by], "-m", "edgedistill", *map(str, arguments)]
+def start(*arguments: object, by: str, program: str = "edgedistill") -> subprocess.Popen[str]:
+    command = [sys.executable, *LAUNCHERS[by], "-m", program, *map(str, arguments)]
     command += ["--processes", "2"] if by == "option" else []
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -239,6 +240,42 @@ def test_two_processes_train_the_weights_of_one(photos, tmp_path, run_of_one, by
         "accuracy"
     ]
     assert json.loads(out)["evaluation"]["models"]["hard_label_student"]["accuracy"] == accuracy
+
+
+FROZEN = """
+from edgedistill.timm_import import import_timm
+
+timm = import_timm()
+from timm.layers import freeze_batch_norm_2d
+from timm.models import register_model
+
+from edgedistill.cli import main
+
+
+@register_model
+def test_resnet_frozen(pretrained=False, **options):
+    return freeze_batch_norm_2d(timm.models.model_entrypoint("test_resnet")(**options))
+
+
+main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_weights_of_one_where_batch_norms_are_frozen(photos, tmp_path, monkeypatch):
+    (tmp_path / "frozen_norms.py").write_text(FROZEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    options = [*OPTIONS, "--student", "test_resnet_frozen", "--no-distillation"]
+    runs = {by: RunDir(tmp_path / by) for by in ("alone", "torchrun")}
+    for by, run in runs.items():
+        process = start("distill", "--data", photos, "--out", run.root, *options, by=by, program="frozen_norms")
+        assert process.wait(250) == 0
+    one, two = (weights_of(run, "model.pt") for run in runs.values())
+    assert one.keys() == two.keys() and not one["conv1.1.running_mean"].any()
+    for key in one:
+        assert torch.allclose(two[key], one[key], rtol=1e-4, atol=1e-6), key
+    first, last = (row["train_loss"] for row in read_jsonl(runs["alone"].hard_label_student / "metrics.jsonl")[::2])
+    assert last < first
 
 
 @pytest.mark.slow
